@@ -1,0 +1,99 @@
+"""What every command shares: how a function becomes a command line, and how its mistakes are told.
+
+A verb is a typed, documented function that a notebook can call too. `main` parses its arguments, prints the result's
+summary as the last line, and turns a user's mistake into one line instead of a traceback. Exit status: 0 done, 1 a
+gate failed, 2 bad usage or bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(stderr=True)
+"""Where progress and remarks go; results go to standard output."""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line: expected, found, how to mend it."""
+
+
+def main(
+    function: Callable[..., Any],
+    description: str | None,
+    summary: Callable[[Any], dict[str, Any]] | None = None,
+    status: Callable[[Any], int] = lambda result: 0,
+) -> NoReturn:
+    """Run `function` as a command and exit.
+
+    description: what --help opens with; by convention the module's docstring, which begins with examples.
+    summary:     makes a JSON object of the result, printed as the last line of standard output.
+    status:      makes the exit status of the result.
+    """
+    try:
+        spec = sys.modules["__main__"].__spec__  # None for a script; tyro would show the module's path
+        prog = f"python -m {spec.name}" if spec else None
+        result = tyro.cli(function, prog=prog, description=description, config=(tyro.conf.DisallowNone,))
+        if summary is not None:
+            print(json.dumps(summary(result)), flush=True)
+        sys.exit(status(result))
+    except InputError as error:
+        fail(str(error))
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        fail(": ".join([*([str(error.filename)] if error.filename else []), error.strerror]))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(message: str) -> NoReturn:
+    """Exit with status 2 after one line on standard error."""
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def progress(**columns: Any) -> Progress:
+    """A progress bar on standard error: what, how many of how many, time left, then `columns` by name as
+    templates over the task's fields. Silent where standard error is not a terminal."""
+    extra = [TextColumn(template) for template in columns.values()]
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), *extra,
+        console=console, disable=not console.is_terminal,
+    )  # fmt: skip
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path` to write to, which takes its name when the block ends and vanishes when it fails.
+
+    Missing parent folders are made. The temporary name keeps the suffix, from which libraries guess the format.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,185 @@
+"""Image files with everything around the pixels: what goes in with them comes out with them.
+
+    photo = load("rainy.jpg")
+    replace(photo, rgb=derain(photo.rgb)).save("clean.jpg")
+
+Kept: EXIF, the ICC profile, the alpha channel, and grey as grey. The orientation in the EXIF data is applied to the
+pixels and its tag dropped, so that the network sees the image upright, as it was trained, and any viewer shows it so.
+Not kept: XMP and text, and the thumbnail, which would still show the rain; a palette becomes RGB.
+
+Refused, rather than silently made worse: more than 8 bits a channel, CMYK and other colour spaces, animations and
+files of several pages (a stereo or burst photograph in one JPEG file counts as its first image), and images of more
+pixels than Pillow takes for safe.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from runtime.cli import InputError, writing
+
+FORMATS = {
+    ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF",
+}  # fmt: skip
+"""Pillow's format by the suffix of the file to write. Files to read are told by their content."""
+
+SUFFIXES = tuple(FORMATS)
+
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+"""Pillow's modes that become RGB, or RGB and alpha, without loss."""
+
+EXIF_TAGS = {ExifTags.Base[name] for name in (
+    "ExifOffset", "GPSInfo", "ImageDescription", "Artist", "Copyright", "DateTime", "Make", "Model", "Software",
+    "HostComputer", "XResolution", "YResolution", "ResolutionUnit", "XPTitle", "XPComment", "XPAuthor", "XPKeywords",
+    "XPSubject", "Rating", "RatingPercent",
+)}  # fmt: skip
+"""What is kept of the first EXIF directory: all that describes the photograph, nothing that describes how the old file
+stored it. In a TIFF file the two stand side by side."""
+
+
+@dataclass(frozen=True, eq=False)
+class Photo:
+    """An image and what has to be written with it.
+
+    rgb:   uint8 (H, W, 3), upright.
+    alpha: uint8 (H, W), or None.
+    grey:  whether it is written as one channel. Its `rgb` then has three equal channels when loaded.
+    lossy: whether it came from a lossy file.
+    exif, icc_profile: as bytes; empty where there is none.
+    """
+
+    rgb: NDArray[np.uint8]
+    alpha: NDArray[np.uint8] | None = None
+    grey: bool = False
+    lossy: bool = False
+    exif: bytes = b""
+    icc_profile: bytes = b""
+
+    def check(self, path: str | os.PathLike[str]) -> None:
+        """Raise InputError where the format that the suffix of `path` stands for is unknown or would lose
+        transparency. An alpha channel that is opaque throughout is nothing to lose."""
+        suffix = Path(path).suffix
+        if suffix.lower() not in FORMATS:
+            raise InputError(f"expected an image file ending in {', '.join(SUFFIXES)} to write, found {path}")
+        if FORMATS[suffix.lower()] in ("JPEG", "BMP") and self.alpha is not None and self.alpha.min() < 255:
+            raise InputError(f"{path}: a {suffix} file cannot hold the transparency of this image; "
+                             "write it as .png, .webp or .tif")  # fmt: skip
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the image in the format of the suffix, whole or not at all; missing parent folders are made.
+
+        JPEG in quality 95 without chroma subsampling; WebP in quality 95 if the image came from a lossy file, else
+        without loss; TIFF uncompressed, as Pillow's compressor cannot take EXIF data. BMP holds neither EXIF nor an
+        ICC profile, WebP has no grey. Raises InputError as `check` does and where the format cannot hold so large an
+        image or so much EXIF data.
+        """
+        self.check(path)
+        image = Image.fromarray(self.rgb)
+        if self.grey:
+            image = image.convert("L")
+        file_format = FORMATS[Path(path).suffix.lower()]
+        if self.alpha is not None and file_format not in ("JPEG", "BMP"):
+            image.putalpha(Image.fromarray(self.alpha))
+        options: dict[str, dict[str, Any]] = {
+            "JPEG": dict(quality=95, subsampling="4:4:4"),
+            "WEBP": dict(quality=95, lossless=not self.lossy, exact=True),  # exact: colours also where transparent
+        }
+        around = {k: v for k, v in dict(exif=self.exif, icc_profile=self.icc_profile).items() if v}
+        try:
+            with writing(path) as temporary:
+                image.save(temporary, file_format, **options.get(file_format, {}), **around)
+        except OSError as error:
+            if error.strerror is not None:  # the disk, not the image
+                raise
+            raise InputError(f"{path} cannot be written: {error}") from error
+        except ValueError as error:
+            raise InputError(f"{path} cannot be written: {error}") from error
+
+
+def load(path: str | os.PathLike[str]) -> Photo:
+    """Read a PNG, JPEG, WebP, BMP or TIFF file, told by its content. Raises InputError for a file that is missing,
+    broken, or refused (the head of this file says which)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on odd metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=sorted({*FORMATS.values()})) as image:
+                _refuse_unfit(path, image)
+                image.load()
+                webp = image.format == "WEBP"
+                return _photo(image, lossy=_is_lossy_webp(path) if webp else image.format in ("JPEG", "MPO"))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        reason = f"more than {Image.MAX_IMAGE_PIXELS} pixels, too many to open safely; make it smaller first"
+    except UnidentifiedImageError:
+        reason = "not a PNG, JPEG, WebP, BMP or TIFF image, or cut off at its start"
+    except InputError:
+        raise
+    except Exception as error:  # on broken files Pillow's decoders raise nearly anything
+        reason = getattr(error, "strerror", None) or f"broken image: {error}"
+    raise InputError(f"{path}: {reason}")
+
+
+def read_rgb(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
+    """Only the pixels of `load`: uint8 (H, W, 3), upright, without alpha."""
+    return load(path).rgb
+
+
+def list_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """The image files in `folder` itself, by suffix, sorted by name, without hidden ones; may be empty. Raises
+    InputError where there is no such folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"expected a folder of images, found none at {folder}")
+    files = (path for path in folder.iterdir() if path.suffix.lower() in FORMATS and not path.name.startswith("."))
+    return sorted(path for path in files if path.is_file())
+
+
+def _refuse_unfit(path: str | os.PathLike[str], image: ImageFile.ImageFile) -> None:
+    if re.search(r";16[BLN]", str(image.tile)):  # colours of 16 bits, which Pillow would cut to 8 and call RGB
+        raise InputError(f"{path}: 16 bits a channel, where the network works on 8; convert it to 8 first")
+    if image.mode not in MODES:
+        raise InputError(
+            f"{path}: expected grey, RGB or palette colours of 8 bits, found {image.mode}; convert it first"
+        )
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+        raise InputError(f"{path}: an animation or a file of several pages; split it into single images first")
+
+
+def _photo(image: Image.Image, lossy: bool) -> Photo:
+    icc_profile = image.info.get("icc_profile") or b""
+    grey = image.mode in ("1", "L", "LA")
+    try:
+        exif = image.getexif()
+        exif.bigtiff = False  # as it is in a BigTIFF file, and nowhere else
+        image = ImageOps.exif_transpose(image)
+        for tag in set(exif) - EXIF_TAGS:
+            del exif[tag]
+        exif_bytes = exif.tobytes() if exif else b""
+    except Exception:  # EXIF data that nobody can read is left out; the pixels are sound
+        exif_bytes = b""
+    alpha = None
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = np.asarray(image.getchannel("A"))
+    return Photo(np.asarray(image.convert("RGB")), alpha, grey, lossy, exif_bytes, icc_profile)
+
+
+def _is_lossy_webp(path: str | os.PathLike[str]) -> bool:
+    """Pillow does not tell, but the name of the chunk that holds the pixels does."""
+    with open(path, "rb") as file:
+        file.seek(12)
+        while header := file.read(8):
+            if header[:4] in (b"VP8 ", b"VP8L"):
+                return header[:4] == b"VP8 "
+            size = int.from_bytes(header[4:], "little")
+            file.seek(size + size % 2, os.SEEK_CUR)
+    return False

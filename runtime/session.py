@@ -1,0 +1,86 @@
+"""One contract for every engine, and the image contract on top of it.
+
+An engine is whatever offers `Session`. `Derainer` stands on any of them and is the only place that knows how an image
+becomes the network's input and back, so that no two engines can disagree about padding or rounding. It runs the whole
+image at once, as the authors do: the network's attention is global, and tiles would change its answer. Memory
+therefore grows with the image.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.cli import InputError
+
+
+class Session(Protocol):
+    """A network in one engine, ready to run.
+
+    multiple: the height and width that `run` takes are multiples of this; 1 where any size will do.
+    """
+
+    multiple: int
+
+    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """float32 (1, 3, H, W) RGB in [0, 1] -> the same shape, not clamped. Safe to call from several threads."""
+        ...
+
+
+class Derainer:
+    """Takes the rain out of images. Keeps no state between calls, so threads may share one.
+
+    model:    path of a .onnx file, or a session of any engine; None is the network that ships with the project.
+    provider: "auto" (CUDA where there is one, else CPU), "cpu" or "cuda"; only for a path or None.
+
+    Raises InputError for a model that cannot be loaded or a provider that is not there.
+    """
+
+    session: Session
+
+    def __init__(self, model: Session | str | os.PathLike[str] | None = None, provider: str = "auto") -> None:
+        if model is None or isinstance(model, (str, os.PathLike)):
+            from runtime.ort import OrtSession  # takes its time to import, and other engines do without it
+
+            model = OrtSession(model, provider)
+        self.session = model
+
+    def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """uint8 (H, W, 3) RGB with H, W >= 1 -> the same shape and type.
+
+        This is the image contract, to the bit that of the authors' test script: divide by 255, pad right and bottom
+        to the next multiple of `session.multiple` by reflection without repeating the border, run, clamp to [0, 1],
+        crop, multiply by 255, round half to even. An axis that is not longer than its padding cannot be reflected
+        (the authors' script fails there); it repeats its border instead.
+
+        Raises InputError for any other array, and where the network answers with NaN or infinity.
+        """
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise InputError(f"expected an RGB image as a uint8 array of shape (height, width, 3), found {found}")
+        if image.size == 0:
+            raise InputError(f"expected an image of at least one pixel, found shape {image.shape}")
+        H, W, _ = image.shape
+        padded = image
+        for axis, length in enumerate((H, W)):
+            padding = -length % self.session.multiple
+            widths = [(0, padding) if i == axis else (0, 0) for i in range(3)]
+            padded = np.pad(padded, widths, mode="reflect" if length > padding else "edge")
+        restored = self.session.run(to_batch(padded))[:, :, :H, :W]
+        if not np.isfinite(restored).all():
+            raise InputError("the network answered with NaN or infinity; if it runs in float16, export it in float32")
+        return to_image(restored)
+
+
+def to_batch(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """uint8 (H, W, 3) -> float32 (1, 3, H, W) in [0, 1]."""
+    return np.ascontiguousarray(image.transpose(2, 0, 1)[None], dtype=np.float32) / np.float32(255)
+
+
+def to_image(batch: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """float32 (1, 3, H, W), clamped to [0, 1] and rounded half to even -> uint8 (H, W, 3)."""
+    levels = np.rint(np.clip(batch[0], 0, 1) * 255).astype(np.uint8)
+    return np.ascontiguousarray(levels.transpose(1, 2, 0))

@@ -1,0 +1,21 @@
+"""What all tests share: one thread, which is faster for small networks, and the real data where it is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+DATA = Path(os.environ.get("DRSFORMER_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder of real rain pairs; skips where it is absent."""
+    if not DATA.is_dir():
+        pytest.skip(f"no rain data at {DATA}; set DRSFORMER_DATA to run this on real images")
+    return DATA

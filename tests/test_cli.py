@@ -1,0 +1,66 @@
+"""What every command shares."""
+
+import json
+import sys
+
+import pytest
+
+from runtime.cli import InputError, main, writing
+
+
+def divide(number: int, by: int = 2, remark: str | None = None) -> int:
+    """Divide NUMBER."""
+    if by == 0:
+        raise InputError("expected a divisor,\nfound 0")
+    if by < 0:
+        raise FileNotFoundError(2, "No such file or directory", "numbers.txt")
+    return number // by
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["divide", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main(divide, "Divides.", summary=lambda n: {"n": n}, status=lambda n: int(n > 5))
+    return stop.value.code
+
+
+def test_summary_is_the_last_line_and_the_status_is_the_gate(monkeypatch, capsys):
+    assert command(monkeypatch, "--number", "8") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"n": 4}
+    assert command(monkeypatch, "--number", "80") == 1
+
+
+def test_mistakes_are_one_line_and_status_2(monkeypatch, capsys):
+    assert command(monkeypatch, "--number", "8", "--by", "0") == 2
+    assert capsys.readouterr().err == "error: expected a divisor, found 0\n"
+    assert command(monkeypatch, "--number", "8", "--by", "-1") == 2
+    assert capsys.readouterr().err == "error: numbers.txt: No such file or directory\n"
+    for arguments in ((), ("--number", "eight"), ("--number", "8", "--bye", "1")):
+        assert command(monkeypatch, *arguments) == 2
+
+
+def test_help_offers_no_none(monkeypatch, capsys):
+    assert command(monkeypatch, "--help") == 0
+    assert "--remark STR" in capsys.readouterr().out
+
+
+def test_usage_shows_the_command_as_it_is_typed(monkeypatch, capsys):
+    class Module:
+        class __spec__:  # noqa: N801
+            name = "runtime.divide"
+
+    monkeypatch.setitem(sys.modules, "__main__", Module)
+    assert command(monkeypatch, "--help") == 0
+    assert capsys.readouterr().out.startswith("usage: python -m runtime.divide ")
+
+
+def test_writing_is_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    with writing(path) as temporary:
+        temporary.write_text("first")
+        assert not path.exists()
+        assert temporary.suffix == ".txt"
+    with pytest.raises(ZeroDivisionError), writing(path) as temporary:
+        _ = temporary.write_text("second") / 0
+    assert path.read_text() == "first"
+    assert list(path.parent.iterdir()) == [path]

@@ -1,0 +1,178 @@
+"""OrtSession on networks of one or two nodes."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from runtime import Derainer, InputError
+from runtime import ort as runtime_ort
+from runtime.ort import OrtSession, shipped_model
+
+FLOAT, UINT8 = TensorProto.FLOAT, TensorProto.UINT8
+
+
+def write_network(path, scale=0.5, kind=FLOAT, shape=None, names=("input", "output"), metadata=None):
+    """An ONNX file that multiplies by `scale`. metadata None: a size multiple of 8."""
+    shape = shape or ((1, 3, "H", "W") if kind == FLOAT else (1, "H", "W", 3))
+    x, y = names
+    nodes = [
+        helper.make_node("Cast", [x], ["a"], to=FLOAT),
+        helper.make_node("Mul", ["a", "scale"], ["b"]),
+        helper.make_node("Cast", ["b"], [y], to=kind),
+    ]
+    inputs, outputs = ([helper.make_tensor_value_info(name, kind, shape)] for name in names)
+    graph = helper.make_graph(nodes, "test", inputs, outputs, [helper.make_tensor("scale", FLOAT, [], [scale])])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    helper.set_model_props(model, {"size_multiple": "8"} if metadata is None else metadata)
+    onnx.save(model, path)
+    return path
+
+
+def refusal(*arguments, **options):
+    with pytest.raises(InputError) as error:
+        OrtSession(*arguments, **options)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def random_batch(height, width):
+    return np.random.default_rng(0).random((1, 3, height, width), dtype=np.float32)
+
+
+def test_runs(tmp_path):
+    session = OrtSession(write_network(tmp_path / "m.onnx", metadata={"size_multiple": "4", "topk": "scatter"}))
+    batch = random_batch(8, 12)
+    np.testing.assert_array_equal(session.run(batch), batch * np.float32(0.5))
+    assert session.multiple == 4
+    assert session.metadata == {"size_multiple": "4", "topk": "scatter"}
+    assert session.provider in ("cpu", "cuda")
+
+
+def test_multiple_defaults_to_that_of_the_released_network(tmp_path):
+    assert OrtSession(write_network(tmp_path / "m.onnx", metadata={})).multiple == 8
+
+
+@pytest.mark.parametrize("text", ["", "0", "-8", "8.0", "eight"])
+def test_refuses_a_senseless_multiple(tmp_path, text):
+    path = write_network(tmp_path / "m.onnx", metadata={"size_multiple": text})
+    assert repr(text) in refusal(path)
+
+
+def test_graph_of_images_runs_behind_the_same_contract(tmp_path):
+    session = OrtSession(write_network(tmp_path / "m.onnx", scale=0.25, kind=UINT8))
+    image = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    assert session.multiple == 1
+    np.testing.assert_array_equal(Derainer(session)(image), (image * np.float32(0.25)).astype(np.uint8))
+    restored = session.run(random_batch(7, 9))
+    assert restored.shape == (1, 3, 7, 9)
+    assert restored.dtype == np.float32
+    np.testing.assert_allclose(restored * 255, np.rint(restored * 255), atol=1e-4)
+
+
+def test_derainer_takes_a_path(tmp_path):
+    path = write_network(tmp_path / "m.onnx", scale=1.0)
+    image = np.random.default_rng(0).integers(0, 256, (5, 11, 3), dtype=np.uint8)
+    for model in (path, str(path)):
+        np.testing.assert_array_equal(Derainer(model, provider="cpu")(image), image)
+
+
+def test_refuses_a_missing_file(tmp_path):
+    assert str(tmp_path / "none.onnx") in refusal(tmp_path / "none.onnx")
+    assert str(tmp_path) in refusal(tmp_path)  # a folder
+
+
+def test_refuses_a_broken_file(tmp_path):
+    whole = write_network(tmp_path / "m.onnx").read_bytes()
+    path = tmp_path / "broken.onnx"
+    for content in (b"", b"not an ONNX file\n", whole[:10], whole[: len(whole) // 2], whole[:-1]):
+        path.write_bytes(content)
+        assert f"{path} is not an ONNX model" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        dict(names=("image", "output")),
+        dict(names=("input", "restored")),
+        dict(kind=TensorProto.FLOAT16, shape=(1, 3, "H", "W")),
+        dict(shape=(1, 1, "H", "W")),
+        dict(shape=(1, 3, "H", "W", 1)),
+        dict(kind=UINT8, shape=(1, 3, "H", "W")),
+    ],
+)
+def test_refuses_another_network(tmp_path, network):
+    message = refusal(write_network(tmp_path / "m.onnx", **network))
+    assert "another kind of network" in message
+    assert network.get("names", ("input", "output"))[0] in message.split("found")[1]
+
+
+def test_static_graph_takes_its_size_only(tmp_path):
+    session = OrtSession(write_network(tmp_path / "m.onnx", shape=(1, 3, 16, 24)))
+    image = np.full((15, 20, 3), 100, np.uint8)
+    assert set(Derainer(session)(image).ravel()) == {50}
+    with pytest.raises(InputError, match=r"24x16 pixels, found 16x24 .*without --height"):
+        Derainer(session)(image.transpose(1, 0, 2))
+
+
+def test_says_when_a_run_fails(tmp_path):
+    path = write_network(tmp_path / "m.onnx")
+    model = onnx.load(path)
+    scale = helper.make_tensor("scale", FLOAT, [1, 3, 8, 16], np.ones(3 * 8 * 16))  # fits no other size
+    model.graph.initializer[0].CopyFrom(scale)
+    onnx.save(model, path)
+    with pytest.raises(InputError, match="failed on 32x8 pixels") as error:
+        OrtSession(path).run(random_batch(8, 32))
+    assert "\n" not in str(error.value)
+
+
+def test_threads(tmp_path):
+    path = write_network(tmp_path / "m.onnx")
+    assert OrtSession(path, threads=1)._engine.get_session_options().intra_op_num_threads == 1
+    assert "found -1" in refusal(path, threads=-1)
+
+
+def test_refuses_an_unknown_provider(tmp_path):
+    assert "auto, cpu, cuda" in refusal(write_network(tmp_path / "m.onnx"), provider="tpu")
+
+
+def test_refuses_cuda_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    path = write_network(tmp_path / "m.onnx")
+    message = refusal(path, provider="cuda")
+    assert "only cpu" in message
+    assert "onnxruntime-gpu" in message
+    assert OrtSession(path, provider="auto").provider == "cpu"
+
+
+def test_cuda_that_does_not_start(tmp_path, monkeypatch, capsys):
+    """An ONNX Runtime built for CUDA falls back to the CPU on a machine without it."""
+
+    class Engine(onnxruntime.InferenceSession):
+        def __init__(self, path, options, providers):
+            assert providers == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+            super().__init__(path, options, ["CPUExecutionProvider"])
+
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcudart.so"))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Engine)
+    path = write_network(tmp_path / "m.onnx")
+    assert "CUDA does not start" in refusal(path, provider="cuda")
+    assert OrtSession(path, provider="auto").provider == "cpu"
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "libcudart" in printed.err
+
+
+def test_shipped_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime_ort, "__file__", str(tmp_path / "runtime" / "ort.py"))
+    assert "python -m export.onnx --weights" in refusal()
+    for folder in ("weights", "runtime/weights"):
+        (tmp_path / folder).mkdir(parents=True)
+        path = write_network(tmp_path / folder / "drsformer-xs.onnx")
+        assert shipped_model() == path
+        assert OrtSession().path == path

@@ -1,0 +1,150 @@
+"""The image contract, against a second, slow reading of it."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from runtime import Derainer, InputError
+
+
+class Network:
+    """A session in NumPy. Its answer leaves [0, 1] and depends on the mean, so that padding matters."""
+
+    def __init__(self, multiple=8):
+        self.multiple = multiple
+        self.shapes = []
+
+    def run(self, batch):
+        assert batch.dtype == np.float32
+        self.shapes.append(batch.shape)
+        return batch * np.float32(1.5) - batch.mean(dtype=np.float32) * np.float32(0.4)
+
+
+class Constant:
+    multiple = 1
+
+    def __init__(self, value):
+        self.value = value
+
+    def run(self, batch):
+        return np.full_like(batch, self.value)
+
+
+def random_image(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def mirrored(index, length, padding):
+    """The pixel that stands at `index` once an axis is padded."""
+    if index < length:
+        return index
+    return 2 * (length - 1) - index if length > padding else length - 1
+
+
+def reference(network, image):
+    """The contract, pixel by pixel."""
+    H, W, _ = image.shape
+    bottom, right = -H % network.multiple, -W % network.multiple
+    batch = np.empty((1, 3, H + bottom, W + right), np.float32)
+    for _, c, y, x in np.ndindex(batch.shape):
+        batch[0, c, y, x] = np.float32(image[mirrored(y, H, bottom), mirrored(x, W, right), c]) / np.float32(255)
+    restored = network.run(batch)
+    result = np.empty_like(image)
+    for y, x, c in np.ndindex(image.shape):
+        value = min(max(restored[0, c, y, x], np.float32(0)), np.float32(1))
+        result[y, x, c] = round(float(value * np.float32(255)))  # Python rounds half to even
+    return result
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 8])
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (3, 5), (4, 5), (7, 9), (8, 8), (17, 33)])
+def test_follows_the_contract(size, multiple):
+    image = random_image(*size)
+    before = image.copy()
+    restored = Derainer(Network(multiple))(image)
+    expected = reference(Network(multiple), image)
+    assert restored.dtype == np.uint8
+    np.testing.assert_array_equal(restored, expected)
+    np.testing.assert_array_equal(image, before)
+    assert expected.min() == 0 or expected.max() == 255 or image.size < 10  # clamping was exercised
+
+
+def test_pads_right_and_bottom_by_reflection():
+    rows = np.arange(5, dtype=np.uint8)[:, None, None] * np.ones((1, 8, 3), np.uint8)
+    seen = []
+
+    class Spy(Network):
+        def run(self, batch):
+            seen.append(np.rint(batch[0, 0, :, 0] * 255))
+            return batch
+
+    Derainer(Spy())(rows)
+    np.testing.assert_array_equal(seen[0], [0, 1, 2, 3, 4, 3, 2, 1])
+    Derainer(Spy())(rows[:3])  # too short to reflect
+    np.testing.assert_array_equal(seen[1], [0, 1, 2, 2, 2, 2, 2, 2])
+
+
+def test_session_gets_a_multiple_and_no_more():
+    network = Network(8)
+    Derainer(network)(random_image(16, 17))
+    assert network.shapes == [(1, 3, 16, 24)]
+
+
+def test_every_level_survives():
+    levels = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
+
+    class Identity(Network):
+        def run(self, batch):
+            return batch
+
+    np.testing.assert_array_equal(Derainer(Identity())(levels), levels)
+
+
+def test_rounds_half_to_even():
+    halves = [k for k in range(255) if np.float32((k + 0.5) / 255) * np.float32(255) == k + 0.5]
+    assert {k % 2 for k in halves} == {0, 1}
+    for k in halves:
+        restored = Derainer(Constant(np.float32((k + 0.5) / 255)))(random_image(1, 1))
+        assert set(restored.ravel()) == {k + k % 2}
+
+
+def test_takes_views():
+    image = random_image(20, 30)
+    view = image[::-1, ::2]
+    view.setflags(write=False)
+    np.testing.assert_array_equal(Derainer(Network())(view), Derainer(Network())(view.copy()))
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        (np.zeros((4, 4, 3), np.float32), "float32 (4, 4, 3)"),
+        (np.zeros((4, 4), np.uint8), "uint8 (4, 4)"),
+        (np.zeros((4, 4, 4), np.uint8), "uint8 (4, 4, 4)"),
+        (np.zeros((1, 3, 8, 8), np.uint8), "uint8 (1, 3, 8, 8)"),
+        (np.zeros((0, 4, 3), np.uint8), "(0, 4, 3)"),
+        ([[0, 0, 0]], "list"),
+        (None, "NoneType"),
+    ],
+)
+def test_refuses_other_arrays(image, found):
+    with pytest.raises(InputError) as error:
+        Derainer(Network())(image)
+    assert found in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_refuses_a_network_that_fails(value):
+    with pytest.raises(InputError, match="NaN or infinity"):
+        Derainer(Constant(value))(random_image(2, 2))
+
+
+def test_threads_may_share_one():
+    images = [random_image(9, 5 + seed, seed) for seed in range(12)]
+    derain = Derainer(Network())
+    with ThreadPoolExecutor(4) as pool:
+        restored = list(pool.map(derain, images))
+    for image, result in zip(images, restored, strict=True):
+        np.testing.assert_array_equal(result, Derainer(Network())(image))
