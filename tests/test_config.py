@@ -1,0 +1,65 @@
+"""The config refuses what cannot be a network, and keeps the released arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from drsformer.config import BlockConfig, DRSformerConfig, MEFCConfig, preset
+
+
+def test_kept_counts_are_the_released_ones_for_every_head_width():
+    config = preset("drsformer")
+    for width in range(2, 400):
+        assert config.kept(width) == (int(width / 2), int(width * 2 / 3), int(width * 3 / 4), int(width * 4 / 5))
+    assert config.kept(1) == (1, 1, 1, 1)
+
+
+def test_dictionary_round_trip_is_exact_for_irregular_networks():
+    config = preset("drsformer")
+    level = dataclasses.replace(config.latent, width=100, blocks=(BlockConfig(3, 7, 11), BlockConfig(1, 1, 1)))
+    odd = dataclasses.replace(
+        config, latent=level, topk=("2/7",), mefc_late=MEFCConfig(5, (("none", "avg_pool_3x3"), ("none", "none")))
+    )
+    assert DRSformerConfig.from_dict(odd.to_dict()) == odd
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"topk": ("3/4", "1/2")}, "ascending"),
+        ({"topk": ("1/2", "0.5")}, "ascending"),
+        ({"topk": ("3/2",)}, "ascending"),
+        ({"topk": ("half",)}, "fraction"),
+        ({"topk": ("1/0",)}, "fraction"),
+        ({"feed_forward": "mlp"}, "msfn, gdfn, dfn, fn"),
+        ({"up": (192, 96, 40)}, "decoder level 1"),
+        ({"up": (192, 96)}, "three"),
+        ({"up": (192, 96, 48.0)}, "whole numbers"),
+        ({"mefc_late": MEFCConfig(64, (("sep_conv_9x9",),))}, "sep_conv_9x9"),
+        ({"mefc_late": MEFCConfig(64, (("avg_pool_3x3",), ()))}, "as many experts"),
+    ],
+)
+def test_impossible_networks_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(preset("drsformer"), **change)
+
+
+def test_widths_that_cannot_be_downsampled_or_split_are_refused():
+    with pytest.raises(ValueError, match="multiple of 4"):
+        DRSformerConfig.regular(width=5, heads=(1, 1, 1, 1))
+    with pytest.raises(ValueError, match="heads"):
+        DRSformerConfig.regular(width=8, heads=(3, 1, 1, 1))
+    with pytest.raises(ValueError, match="early, late, both, none"):
+        DRSformerConfig.regular(mefc="everywhere")
+    with pytest.raises(ValueError, match="experts"):
+        MEFCConfig.regular(9)
+
+
+@pytest.mark.parametrize("damage", [{"encoder": 3}, {"extra": 1}, {"latent": {"width": 8}}, {"topk": None}])
+def test_damaged_dictionaries_are_refused(damage):
+    with pytest.raises(ValueError, match=r"config|level|topk"):
+        DRSformerConfig.from_dict({**preset("drsformer-tiny").to_dict(), **damage})
+    with pytest.raises(ValueError, match="config"):
+        DRSformerConfig.from_dict({})
