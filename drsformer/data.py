@@ -1,0 +1,185 @@
+"""Rainy images with their clean counterparts, in the folders in which the benchmarks come.
+
+    pairs = find_pairs("Rain200H/test")
+    rainy, clean = pairs[0].load()
+
+`LAYOUTS` is the list of what is known, `NAMES` how the name of a rainy image becomes that of its clean one, so that a
+download needs no renaming. Both follow what the data sets' own pages and the loaders published for them say; they were
+tried on trees made after that, not on the downloads. A layout is told by the names of folders and files alone: nothing
+looks into an image to guess what it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime import images
+from runtime.cli import InputError
+
+NAMES = (
+    (r"$", ""),  # 1 and 1: the packages of DRSformer's authors, and most others
+    (r"x2$", ""),  # norain-1x2 and norain-1: Rain200L, Rain200H
+    (r"^rain", "norain"),  # rain-1 and norain-1: Rain200L and Rain200H where the x2 has been taken away
+    (r"_\d+$", ""),  # 901_1 ... 901_14 and 901: DDN-Data, 14 rains on every background
+    (r"$", "gt"),  # 000 and 000gt: SPA-Data, test
+)
+"""Pattern and replacement that make the stem of a clean image from that of a rainy one. All images of a folder follow
+the same one: of those whose pattern is in every name, the one that finds most partners. Suffixes may differ."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A rainy image and the same without rain.
+
+    input, target: their files.
+    name:          unique in its data set: the path of the input below its folder, without the suffix.
+    side_by_side:  whether `input` and `target` are the same file, which holds both, the rainy one on the left.
+    """
+
+    input: Path
+    target: Path
+    name: str
+    side_by_side: bool = False
+
+    def load(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Rainy and clean image, uint8 (H, W, 3) RGB of one size. Raises InputError where they are not, or cannot be
+        read."""
+        rainy = images.read_rgb(self.input)
+        if self.side_by_side:
+            W = rainy.shape[1]
+            if W % 2:
+                raise InputError(f"{self.input}: expected two images side by side, found an odd width of {W} pixels")
+            return rainy[:, : W // 2], rainy[:, W // 2 :]
+        clean = images.read_rgb(self.target)
+        if clean.shape != rainy.shape:
+            (H, W, _), (h, w, _) = rainy.shape, clean.shape
+            raise InputError(f"{self.target}: expected {W}x{H} pixels as {self.input} has, found {w}x{h}")
+        return rainy, clean
+
+
+def pair_folders(inputs: Path, targets: Path) -> list[Pair]:
+    """Every image of `inputs` with its partner in `targets`, in natural order.
+
+    Several inputs may share a target, and targets may be left over. Raises InputError where a folder has no images,
+    and for an input without a target.
+    """
+    rainy, clean = _images(inputs), _images(targets)
+    renamings = [
+        {stem: re.sub(pattern, replacement, stem, count=1) for stem in rainy}
+        for pattern, replacement in NAMES
+        if all(re.search(pattern, stem) for stem in rainy)
+    ]
+    partners = max(renamings, key=lambda renaming: sum(partner in clean for partner in renaming.values()))
+    for stem, partner in partners.items():
+        if partner not in clean:
+            raise InputError(f"{rainy[stem]}: expected its counterpart {targets / partner}.*, found none")
+    return [Pair(path, clean[partners[stem]], stem) for stem, path in rainy.items()]
+
+
+def _two_folders(inputs: str, targets: str, folder: Path) -> list[Pair]:
+    places = folder / inputs, folder / targets
+    return pair_folders(*places) if all(place.is_dir() for place in places) else []
+
+
+def _list_file(name: str, folder: Path) -> list[Pair]:
+    """Pairs in the order of a text file with two paths, rainy and clean, on each line. Its paths start with a slash but
+    are relative to it."""
+    path = folder / name
+    lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        words = [word.lstrip("/") for word in line.split()]
+        if len(words) != 2 or any(".." in Path(word).parts for word in words):
+            raise InputError(f"{path}, line {number}: expected two paths below {folder}, found {line!r}")
+        rainy, clean = (folder / word for word in words)
+        if rainy.is_dir():  # in scene 274 of SPA-Data, a folder of the image's name with the image in it
+            rainy = next(iter(_images(rainy).values()))
+        for image in (rainy, clean):
+            if not image.is_file():
+                raise InputError(f"{path}, line {number}: expected {image}, found no such file")
+        pairs.append(Pair(rainy, clean, words[0].rpartition(".")[0]))
+    return pairs
+
+
+def _side_by_side(folder: Path) -> list[Pair]:
+    if re.match(r"train2018new$|DID-MDN-test", folder.resolve().name):
+        places = {"": folder}
+    else:
+        places = {f"{place.parent.name}/": place for place in sorted(folder.glob("Rain_*/train2018new"))}
+    return [
+        Pair(path, path, prefix + stem, True)
+        for prefix, place in places.items()
+        for stem, path in _images(place).items()
+    ]
+
+
+class Layout(NamedTuple):
+    """A way in which pairs lie in a folder.
+
+    looks: what it looks like, for messages.
+    find:  its pairs; none where the folder is not laid out so.
+    """
+
+    looks: str
+    find: Callable[[Path], list[Pair]]
+
+
+LAYOUTS = (
+    # All five data sets as the authors of DRSformer pack them, and one's own.
+    Layout("input/ and target/", partial(_two_folders, "input", "target")),
+    # Rain200L and Rain200H by Yang et al.: rain_data_train_Light and the like, some with a folder more.
+    Layout("rain/X2/ and norain/", partial(_two_folders, "rain/X2", "norain")),
+    Layout("rain/ and norain/", partial(_two_folders, "rain", "norain")),
+    # DID-Data by Zhang and Patel: DID-MDN-training, with a folder for each density of rain, and DID-MDN-test.
+    Layout("Rain_*/train2018new/ or DID-MDN-test/ of images side by side", _side_by_side),
+    # DDN-Data by Fu et al.: rainy_image_dataset/training and rainy_image_dataset/testing.
+    Layout("rainy_image/ and ground_truth/", partial(_two_folders, "rainy_image", "ground_truth")),
+    # SPA-Data by Wang et al.: Training with its list, Testing/real_test_1000 with folders, and a list above it.
+    Layout("real_world.txt", partial(_list_file, "real_world.txt")),
+    Layout("rain/ and gt/", partial(_two_folders, "rain", "gt")),
+    Layout("real_test_1000.txt", partial(_list_file, "real_test_1000.txt")),
+)
+
+
+def find_pairs(folder: str | os.PathLike[str]) -> list[Pair]:
+    """All pairs of a folder in one of `LAYOUTS`, in natural order or that of its list file.
+
+    Raises InputError, in one line, for a folder that is missing, in no known layout or without images, and for an
+    image without its counterpart.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: expected a folder of pairs, found no such folder")
+    for layout in LAYOUTS:
+        if pairs := layout.find(folder):
+            return pairs
+    names = sorted((path.name + "/" * path.is_dir() for path in folder.iterdir()), key=_natural)
+    found = ", ".join(names[:5] + ["..."] * (len(names) > 5)) or "nothing"
+    raise InputError(f"{folder}: expected {'; or '.join(layout.looks for layout in LAYOUTS)}; found {found}")
+
+
+def _images(folder: Path) -> dict[str, Path]:
+    """The images of a folder by their stems, in natural order. Raises InputError where there are none, or two of a
+    name."""
+    found: dict[str, Path] = {}
+    for path in sorted(images.list_images(folder), key=lambda path: _natural(path.name)):
+        if path.stem in found:
+            raise InputError(f"{folder}: expected one image of a name, found {found[path.stem].name} and {path.name}")
+        found[path.stem] = path
+    if not found:
+        raise InputError(f"{folder}: expected images ending in {', '.join(images.SUFFIXES)}, found none")
+    return found
+
+
+def _natural(name: str) -> list[str | int]:
+    """A sort key in which 2 comes before 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,100 @@
+"""PSNR and SSIM as the paper reports them: on luma (Y of YCbCr), by one of two protocols.
+
+The paper's numbers come from two MATLAB scripts that differ in one step, so a number means something only with its
+protocol beside it:
+
+- `rain200`, for Rain200L, Rain200H and SPA-Data: Y is rounded to whole numbers before anything is measured.
+- `did`, for DID-Data and DDN-Data: Y stays as computed.
+
+Both take Y in the studio range of BT.601 (16 to 235) and 255 as the peak, PSNR on the whole image and SSIM where its
+window lies inside the image. Written in plain numpy, without SciPy or scikit-image: a Gaussian filter is all that is
+missing, and those libraries have other windows, borders and peaks by default.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+Protocol = Literal["rain200", "did"]
+
+PEAK = 255
+
+WINDOW = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+WINDOW /= WINDOW.sum()
+"""The Gaussian window of SSIM along one axis: 11 samples, standard deviation 1.5. The 11x11 window is its square."""
+
+
+def psnr(restored: NDArray[np.uint8], target: NDArray[np.uint8], protocol: Protocol = "rain200") -> float:
+    """Peak signal-to-noise ratio on luma in dB; inf where the luma is equal.
+
+    Both images are uint8 (H, W, 3) RGB. Raises ValueError for anything else, and where their shapes differ.
+    """
+    _check(restored, target)
+    return _psnr(luma(restored, protocol), luma(target, protocol))
+
+
+def psnr_rgb(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
+    """Peak signal-to-noise ratio over all three channels in dB; inf where the images are equal.
+
+    How far two outputs are apart, such as those of a network and of its exported form; no protocol of the paper.
+    Images as in `psnr`.
+    """
+    _check(first, second)
+    return _psnr(first.astype(np.float64), second.astype(np.float64))
+
+
+def ssim(restored: NDArray[np.uint8], target: NDArray[np.uint8], protocol: Protocol = "rain200") -> float:
+    """Structural similarity on luma (Wang et al., IEEE TIP 2004), at most 1.
+
+    Images as in `psnr`, and at least 11x11 pixels: SSIM is the mean over all places of an 11x11 window inside
+    the image, so for less it is not defined. Raises ValueError.
+    """
+    _check(restored, target)
+    if min(target.shape[:2]) < len(WINDOW):
+        raise ValueError(f"SSIM needs at least {len(WINDOW)}x{len(WINDOW)} pixels, "
+                         f"found {target.shape[1]}x{target.shape[0]}")  # fmt: skip
+    c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
+    a, b = luma(restored, protocol), luma(target, protocol)
+    mean_a, mean_b, mean_aa, mean_bb, mean_ab = _filter(np.stack([a, b, a * a, b * b, a * b]))
+    variances = mean_aa - mean_a**2 + mean_bb - mean_b**2
+    covariance = mean_ab - mean_a * mean_b
+    structure = (2 * covariance + c2) / (variances + c2)
+    brightness = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    return float(np.mean(brightness * structure))
+
+
+def luma(image: NDArray[np.uint8], protocol: Protocol = "rain200") -> NDArray[np.float64]:
+    """Y of BT.601 in its studio range, 16 to 235, as MATLAB's rgb2ycbcr computes it. (H, W, 3) uint8 -> (H, W).
+
+    The weights have three decimals, so the sum is exact in whole numbers, and so are the halves that get rounded up.
+    """
+    if protocol not in get_args(Protocol):
+        raise ValueError(f"unknown protocol {protocol!r}; known: {', '.join(get_args(Protocol))}")
+    weighted = image @ np.array([65_481, 128_553, 24_966])  # 255 * 1000 times what is added to 16
+    return 16 + ((weighted + 127_500) // 255_000 if protocol == "rain200" else weighted / 255_000).astype(np.float64)
+
+
+def _psnr(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    error = float(np.mean((a - b) ** 2))
+    return 10 * math.log10(PEAK**2 / error) if error else math.inf
+
+
+def _filter(images: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Gaussian-weighted means where the window lies inside the image. (N, H, W) -> (N, H - 10, W - 10)."""
+    columns = sliding_window_view(images, len(WINDOW), axis=1) @ WINDOW
+    return sliding_window_view(columns, len(WINDOW), axis=2) @ WINDOW
+
+
+def _check(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> None:
+    for image in (a, b):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"expected uint8 (H, W, 3) RGB images, found {image.dtype} {image.shape}")
+    if a.shape != b.shape:
+        raise ValueError(
+            f"expected images of equal size, found {a.shape[1]}x{a.shape[0]} and {b.shape[1]}x{b.shape[0]}"
+        )

@@ -1,0 +1,280 @@
+"""Scores of networks and of folders, as functions and as the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import nn
+
+from drsformer import checkpoint, metrics
+from drsformer.config import preset
+from drsformer.data import find_pairs
+from drsformer.evaluate import ROWS_SHOWN, Scores, TorchSession, evaluate, evaluate_model
+from drsformer.model import DRSformer
+from runtime.cli import InputError
+from runtime.images import read_rgb
+from runtime.session import Derainer
+from tests.networks import fill
+
+
+class Offset(nn.Module):
+    """Adds a constant to every pixel."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image + self.value
+
+
+def write(path: Path, image: np.ndarray) -> np.ndarray:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+    return image
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Three pairs of odd sizes; the second one is dry."""
+    rng = np.random.default_rng(0)
+    for name, (H, W) in {"1": (13, 17), "2": (16, 24), "10": (11, 12)}.items():
+        clean = write(tmp_path / "data" / "target" / f"{name}.png", rng.integers(60, 180, (H, W, 3), dtype=np.uint8))
+        rain = rng.integers(0, 60, (H, W, 1), dtype=np.uint8) * (name != "2")
+        write(tmp_path / "data" / "input" / f"{name}.png", clean + rain)
+    return tmp_path / "data"
+
+
+@pytest.fixture(scope="module")
+def network() -> DRSformer:
+    model = DRSformer(preset("drsformer-tiny"))
+    fill(model)
+    return model
+
+
+@pytest.fixture
+def weights(tmp_path, network) -> Path:
+    checkpoint.save(tmp_path / "tiny.safetensors", network, {"trained_on": ["Rain200L/train"]})
+    return tmp_path / "tiny.safetensors"
+
+
+@torch.no_grad()
+def test_torch_session(network):
+    session = TorchSession(network, "cpu")
+    batch = np.random.default_rng(0).random((1, 3, 16, 24), dtype=np.float32)
+    output = session.run(batch)
+    assert session.multiple == 8
+    assert output.dtype == np.float32
+    assert np.array_equal(output, network(torch.from_numpy(batch)).numpy())
+
+
+def test_torch_session_leaves_the_network_fit_for_training(network):
+    TorchSession(network, "cpu").run(np.zeros((1, 3, 8, 8), np.float32))
+    network(torch.zeros(1, 3, 8, 8)).sum().backward()
+    assert network.output.weight.grad is not None
+
+
+def test_no_cuda_device(monkeypatch, network):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert TorchSession(network, "auto").device.type == "cpu"
+    with pytest.raises(InputError, match="expected a CUDA device"):
+        TorchSession(network, "cuda")
+
+
+@pytest.mark.parametrize("protocol", ["rain200", "did"])
+def test_scores_of_a_network(data, network, protocol):
+    pairs = find_pairs(data)
+    scores = evaluate_model(network, pairs, protocol)
+    derain = Derainer(TorchSession(network, "cpu"))
+    for pair in pairs:
+        rainy, clean = pair.load()
+        restored = derain(rainy)
+        assert scores.rows[pair.name] == {
+            "psnr": metrics.psnr(restored, clean, protocol),
+            "ssim": metrics.ssim(restored, clean, protocol),
+            "input_psnr": metrics.psnr(rainy, clean, protocol),
+            "input_ssim": metrics.ssim(rainy, clean, protocol),
+        }
+    assert list(scores.rows) == ["1", "2", "10"]
+    assert scores.images == 3
+    assert scores.psnr == pytest.approx(np.mean([row["psnr"] for row in scores.rows.values()]))
+    assert scores.ssim == pytest.approx(np.mean([row["ssim"] for row in scores.rows.values()]))
+
+
+def test_image_equal_to_its_target(data):
+    """Counted, and out of the mean PSNR; its SSIM of 1 is in the mean."""
+    scores = evaluate_model(Offset(0.0), find_pairs(data))
+    assert scores.rows["2"]["psnr"] == math.inf
+    assert scores.psnr == pytest.approx(np.mean([scores.rows[name]["psnr"] for name in ("1", "10")]))
+    assert scores.ssim == pytest.approx(np.mean([row["ssim"] for row in scores.rows.values()]))
+    summary = json.loads(json.dumps(scores.summary(), allow_nan=False))
+    assert summary["identical"] == 1
+    assert summary["images"] == 3
+    assert summary["psnr"] == summary["input_psnr"] == pytest.approx(scores.psnr, abs=1e-6)
+
+
+def test_all_images_equal_to_their_targets(data):
+    scores = evaluate(restored=data / "target", target=data / "target")
+    assert scores.psnr == math.inf
+    summary = json.loads(json.dumps(scores.summary(), allow_nan=False))
+    assert summary["psnr"] is None
+    assert summary["identical"] == summary["images"] == 3
+
+
+def test_network_that_answers_nan(data):
+    with pytest.raises(InputError, match=r"input/1\.png: .*NaN"):
+        evaluate_model(Offset(math.nan), find_pairs(data))
+
+
+def test_image_too_small_for_ssim(tmp_path, network):
+    for kind in ("input", "target"):
+        write(tmp_path / kind / "tiny.png", np.zeros((10, 40, 3), np.uint8))
+    with pytest.raises(InputError, match=r"input/tiny\.png: SSIM needs at least 11x11 pixels, found 40x10"):
+        evaluate_model(network, find_pairs(tmp_path))
+
+
+def test_restored_images_score_as_the_network_that_made_them(data, weights, tmp_path):
+    direct = evaluate(weights=weights, data=data, save=tmp_path / "restored", protocol="did")
+    again = evaluate(restored=tmp_path / "restored", target=data / "target", protocol="did")
+    for name, row in again.rows.items():
+        assert row == {metric: direct.rows[name][metric] for metric in ("psnr", "ssim")}
+    assert again.summary().keys() == {"psnr", "ssim", "images", "identical", "protocol"}
+
+
+def test_save_keeps_names_below_folders(weights, tmp_path):
+    rng = np.random.default_rng(0)
+    for density in ("Heavy", "Light"):
+        folder = tmp_path / "training" / f"Rain_{density}" / "train2018new"
+        write(folder / "0.png", rng.integers(0, 256, (16, 32, 3), dtype=np.uint8))
+    scores = evaluate(weights=weights, data=tmp_path / "training", save=tmp_path / "out")
+    assert list(scores.rows) == ["Rain_Heavy/0", "Rain_Light/0"]
+    assert all(read_rgb(tmp_path / "out" / f"{name}.png").shape == (16, 16, 3) for name in scores.rows)
+
+
+@pytest.mark.parametrize("folder", ["input", "target"])
+def test_save_does_not_overwrite_the_data(data, weights, folder):
+    before = (data / folder / "1.png").read_bytes()
+    with pytest.raises(InputError, match="would overwrite"):
+        evaluate(weights=weights, data=data, save=data / folder)
+    assert (data / folder / "1.png").read_bytes() == before
+
+
+def test_limit_takes_the_first_in_natural_order(data, weights):
+    assert list(evaluate(weights=weights, data=data, limit=2).rows) == ["1", "2"]
+    assert list(evaluate(restored=data / "input", target=data / "target", limit=2).rows) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "expected --weights and --data, or"),
+        ({"weights": Path("w")}, "expected --weights and --data, or"),
+        ({"restored": Path("r")}, "expected --weights and --data, or"),
+        ({"weights": Path("w"), "data": Path("d"), "target": Path("t")}, "expected --weights and --data, or"),
+        ({"restored": Path("r"), "target": Path("t"), "no_reference": True}, "expected --weights and --data, or"),
+        ({"restored": Path("r"), "target": Path("t"), "save": Path("s")}, "--save"),
+        ({"restored": Path("r"), "target": Path("t"), "limit": 0}, "--limit: expected at least 1, found 0"),
+        ({"weights": Path("w"), "data": Path("nowhere")}, "nowhere: expected a folder"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message):
+    with pytest.raises(InputError, match=message):
+        evaluate(**options)
+
+
+def test_long_table_is_cut_and_names_are_not_markup():
+    scores = Scores({f"[b]{i}[/b]": {"psnr": float(i), "ssim": 0.5} for i in range(ROWS_SHOWN + 7)}, "rain200")
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(scores.table())
+    text = capture.get()
+    assert f"[b]{ROWS_SHOWN - 1}[/b]" in text
+    assert f"[b]{ROWS_SHOWN}[/b]" not in text
+    assert "... and 7 more" in text
+    assert f"mean of {ROWS_SHOWN + 7}" in text
+    assert f"{(ROWS_SHOWN + 6) / 2:.4f}" in text
+
+
+def run(monkeypatch, *arguments: object) -> object:
+    """The command in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
+    monkeypatch.delitem(sys.modules, "drsformer.evaluate", raising=False)
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module("drsformer.evaluate", run_name="__main__")
+    return exit.value.code
+
+
+def test_command(monkeypatch, capsys, data, weights):
+    assert run(monkeypatch, "--weights", weights, "--data", data, "--device", "cpu") == 0
+    output = capsys.readouterr().out
+    assert "trained on Rain200L/train" in output
+    summary = json.loads(output.splitlines()[-1])
+    assert summary["images"] == 3
+    assert summary["protocol"] == "rain200"
+    assert {"psnr", "ssim", "input_psnr", "input_ssim"} < summary.keys()
+
+
+def test_command_with_a_mistake(monkeypatch, capsys, data):
+    assert run(monkeypatch, "--restored", data / "input", "--target", data / "nowhere") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert run(monkeypatch, "--restored", data / "input", "--target", data / "target", "--protocol", "did2") == 2
+
+
+@pytest.fixture
+def pyiqa(monkeypatch) -> list[tuple]:
+    """A stand-in for pyiqa: NIQE is the mean of the tensor, BRISQUE its height; records what it is asked."""
+    asked = []
+
+    def create_metric(name, device=None):
+        def measure(batch):
+            asked.append((name, device, batch))
+            return {"niqe": batch.mean(), "brisque": torch.tensor([float(batch.shape[2])])}[name]
+
+        return measure
+
+    module = types.ModuleType("pyiqa")
+    monkeypatch.setattr(module, "create_metric", create_metric, raising=False)
+    monkeypatch.setitem(sys.modules, "pyiqa", module)
+    return asked
+
+
+def test_no_reference(tmp_path, pyiqa):
+    write(tmp_path / "a.png", np.full((96, 192, 3), 51, np.uint8))
+    write(tmp_path / "b.jpg", np.full((200, 100, 3), 255, np.uint8))
+    scores = evaluate(restored=tmp_path, no_reference=True, device="cpu")
+    assert scores.rows["a.png"] == {"niqe": pytest.approx(0.2), "brisque": 96}
+    assert scores.rows["b.jpg"] == {"niqe": pytest.approx(1.0), "brisque": 200}
+    assert scores.summary() == {"niqe": pytest.approx(0.6), "brisque": 148, "images": 2}
+    name, device, batch = pyiqa[0]
+    assert (name, device) == ("niqe", torch.device("cpu"))
+    assert batch.shape == (1, 3, 96, 192)
+    assert batch.dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [(95, 400), (96, 191), (191, 191)])
+def test_image_too_small_for_niqe(tmp_path, pyiqa, size):
+    write(tmp_path / "a.png", np.zeros((*size, 3), np.uint8))
+    with pytest.raises(InputError, match=rf"a\.png: NIQE needs at least 192x96 pixels, found {size[1]}x{size[0]}"):
+        evaluate(restored=tmp_path, no_reference=True)
+
+
+def test_no_reference_without_images(tmp_path, pyiqa):
+    with pytest.raises(InputError, match="expected images, found none"):
+        evaluate(restored=tmp_path, no_reference=True)
+
+
+def test_no_reference_without_pyiqa(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyiqa", None)
+    write(tmp_path / "a.png", np.zeros((96, 192, 3), np.uint8))
+    with pytest.raises(InputError, match=r"pip install 'drsformer-deploy\[iqa\]'"):
+        evaluate(restored=tmp_path, no_reference=True)
