@@ -1,0 +1,146 @@
+"""Render rain on clean photographs.
+
+    python -m drsformer.rain photographs/ rainy/ --strength 0.2
+    python -m drsformer.rain photographs/ rainy/ --strength 1.0 --streaks streaks/ --seed 7
+
+The output folder gets `input/` (rainy) and `target/` (clean), ready for training and evaluation.
+
+Rain is added as the Rain200L and Rain200H sets have it: one grey layer of streaks on all three channels, cut off at
+white. That model knows no fog, no lens drops and no occlusion, which heavy real rain has; it is what the benchmarks
+contain, and it lets the rain of one pair be put on another photograph, since input minus target is the layer itself.
+Layers come from photographed or simulated streaks on black, or, for those who have none, from `draw_streaks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+from PIL import Image
+
+from runtime import cli, images
+
+Layer = NDArray[np.float32]
+"""(H, W) brightness that rain adds, 0 to 255."""
+
+LayerSource = Callable[[np.random.Generator, int, int], Layer]
+"""Makes a layer of the given height and width."""
+
+BRIGHTEST = 72.0
+"""Largest mean of a rendered layer; the layers of the Rain200H pairs at hand have means up to 87."""
+
+
+def draw_streaks(rng: np.random.Generator, height: int, width: int) -> Layer:
+    """A layer of streaks of one random direction, length, thickness, density and brightness.
+
+    Random points are smeared along a line: a convolution with one soft-edged segment, done by FFT, so that the layer
+    wraps around at its borders.
+    """
+    angle = rng.normal(0, np.pi / 9)  # from the vertical
+    length, thickness = rng.uniform(10, 45), rng.uniform(0.35, 0.9)
+    coverage = rng.uniform(0.02, 0.2)
+    starts = rng.random((height, width)) < coverage / (3 * length * thickness)
+    points = np.where(starts, rng.uniform(0.2, 1, (height, width)), 0)
+    y, x = np.meshgrid(np.fft.fftfreq(height, 1 / height), np.fft.fftfreq(width, 1 / width), indexing="ij")
+    along, across = y * np.cos(angle) + x * np.sin(angle), x * np.cos(angle) - y * np.sin(angle)
+    segment = np.exp(-0.5 * (across / thickness) ** 2 - (2 * along / length) ** 4)
+    layer = np.fft.irfft2(np.fft.rfft2(points) * np.fft.rfft2(segment), s=(height, width))
+    return (rng.uniform(80, 220) * layer.clip(0, 1)).astype(np.float32)
+
+
+def crop_streaks(layers: list[NDArray[np.uint8]]) -> LayerSource:
+    """Layers cut at a random place out of one of `layers`, (H, W) uint8, flipped at random. A layer that is too small
+    is repeated."""
+
+    def source(rng: np.random.Generator, height: int, width: int) -> Layer:
+        layer = layers[int(rng.integers(len(layers)))]
+        repeats = -(-height // layer.shape[0]), -(-width // layer.shape[1])
+        layer = crop(rng, np.tile(layer, repeats) if max(repeats) > 1 else layer, height, width)
+        return flip(rng, layer).astype(np.float32)
+
+    return source
+
+
+def read_streaks(folder: Path) -> LayerSource:
+    """The grey images of a folder as layers. Raises InputError where it has none."""
+    return crop_streaks([images.read_rgb(path)[..., 0] for path in _images_in(folder)])
+
+
+def rain_of_pair(rainy: NDArray[np.uint8], clean: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The layer that was added to `clean`: (H, W, 3) uint8 twice -> (H, W) uint8. Exact wherever a channel of the
+    rainy image is not cut off at white; elsewhere as bright as can be known."""
+    return (rainy.astype(np.int16) - clean).max(-1).clip(0, 255).astype(np.uint8)
+
+
+def add_rain(clean: NDArray[np.uint8], layer: Layer) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 and (H, W) -> (H, W, 3) uint8."""
+    return np.rint(clean + layer[..., None]).clip(0, 255).astype(np.uint8)
+
+
+def make_layer(
+    rng: np.random.Generator, height: int, width: int, sources: list[LayerSource], strength: float | None = None
+) -> Layer:
+    """The sum of layers from one of `sources`: light rain of one layer at strength 0 to heavy rain of four brighter
+    ones, mostly crossing, at strength 1; a random strength, more often light, where it is None. However much rain
+    there is, it brightens the image by `BRIGHTEST` on average at the most, so that something remains to be seen."""
+    strength = rng.random() ** 2 if strength is None else strength
+    source = sources[int(rng.integers(len(sources)))]
+    layers = [source(rng, height, width) for _ in range(1 + round(3 * strength))]
+    layer = sum(layers, np.zeros((height, width), np.float32)) * rng.uniform(0.7, 1.1 + 0.4 * strength)
+    return (layer * min(1, BRIGHTEST / max(layer.mean(), 1))).astype(np.float32)
+
+
+def crop(rng: np.random.Generator, image: np.ndarray, height: int, width: int) -> np.ndarray:
+    y, x = rng.integers(image.shape[0] - height + 1), rng.integers(image.shape[1] - width + 1)
+    return image[y : y + height, x : x + width]
+
+
+def flip(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    vertical, horizontal = rng.integers(2, size=2) * 2 - 1
+    return image[::vertical, ::horizontal]
+
+
+def rain(
+    clean: Annotated[Path, tyro.conf.Positional],
+    output: Annotated[Path, tyro.conf.Positional],
+    strength: float | None = None,
+    streaks: Path | None = None,
+    seed: int = 0,
+) -> int:
+    """Render rain on every photograph of a folder; returns their number. The same seed gives the same rain.
+
+    Args:
+        clean: Folder of clean photographs.
+        output: Folder that gets input/ and target/, as PNG.
+        strength: From 0, light, to 1, heavy; random for each photograph where it is not given.
+        streaks: Folder of streak images on black to use instead of drawn streaks.
+        seed: Number that the rain depends on.
+    """
+    if strength is not None and not 0 <= strength <= 1:
+        raise cli.InputError(f"--strength: expected a number from 0 to 1, found {strength}")
+    sources = [read_streaks(streaks) if streaks else draw_streaks]
+    paths = _images_in(clean)
+    with cli.progress() as bar:
+        for i, path in enumerate(bar.track(paths, description="Rendering rain")):
+            photograph = images.read_rgb(path)
+            height, width, _ = photograph.shape
+            layer = make_layer(np.random.default_rng((seed, i)), height, width, sources, strength)
+            for kind, image in (("input", add_rain(photograph, layer)), ("target", photograph)):
+                with cli.writing(output / kind / f"{path.stem}.png") as temporary:
+                    Image.fromarray(image).save(temporary)
+    return len(paths)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    paths = images.list_images(folder)
+    if not paths:
+        raise cli.InputError(f"{folder}: expected images, found none")
+    return paths
+
+
+if __name__ == "__main__":
+    cli.main(rain, __doc__, summary=lambda count: {"images": count})

@@ -1,0 +1,95 @@
+"""Rendered rain is the additive rain of the benchmarks, the same from the same seed, stronger where asked to be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from drsformer.data import find_pairs
+from drsformer.rain import BRIGHTEST, add_rain, crop_streaks, draw_streaks, make_layer, rain, rain_of_pair
+from runtime.cli import InputError
+
+
+def generator(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 33), (64, 64)])
+def test_drawn_streaks_are_a_layer(size):
+    layer = draw_streaks(generator(), *size)
+    assert layer.shape == size
+    assert layer.dtype == np.float32
+    assert layer.min() > -1e-3
+    assert layer.max() <= 220.001
+
+
+def test_drawn_streaks_are_longer_than_they_are_wide():
+    """Neighbours down a near-vertical streak are more alike than neighbours across it."""
+    along, across = [], []
+    for seed in range(20):
+        layer = draw_streaks(generator(seed), 96, 96)
+        along.append(np.abs(np.diff(layer, axis=0)).mean())
+        across.append(np.abs(np.diff(layer, axis=1)).mean())
+    assert np.mean(along) < 0.6 * np.mean(across)
+
+
+def test_same_seed_same_rain_other_seed_other_rain():
+    one, two, three = (make_layer(generator(seed), 32, 40, [draw_streaks]) for seed in (5, 5, 6))
+    assert np.array_equal(one, two)
+    assert not np.array_equal(one, three)
+
+
+def test_strength_goes_from_light_to_heavy_and_leaves_something_to_see():
+    means = [
+        np.mean([make_layer(generator(i), 64, 64, [draw_streaks], s).mean() for i in range(40)]) for s in (0, 0.5, 1)
+    ]
+    assert means[0] * 1.5 < means[1] < means[2] / 1.3
+    flood = crop_streaks([np.full((9, 9), 255, np.uint8)])
+    assert make_layer(generator(), 20, 20, [flood], 1.0).mean() == pytest.approx(BRIGHTEST, rel=1e-4)
+
+
+def test_rain_of_a_pair_is_what_was_added_where_white_did_not_cut_it_off():
+    clean = generator(1).integers(0, 120, (30, 20, 3), dtype=np.uint8)
+    layer = np.rint(draw_streaks(generator(2), 30, 20)).clip(0, 130)
+    assert np.array_equal(rain_of_pair(add_rain(clean, layer), clean), layer)
+    white = np.full((4, 4, 3), 255, np.uint8)
+    assert rain_of_pair(add_rain(white, np.full((4, 4), 50.0, np.float32)), white).max() == 0
+
+
+def test_small_layers_are_repeated():
+    source = crop_streaks([np.arange(6, dtype=np.uint8).reshape(2, 3)])
+    layer = source(generator(), 5, 11)
+    assert layer.shape == (5, 11)
+    assert set(np.unique(layer)) == set(range(6))
+
+
+def test_folder_is_rendered_into_a_data_set(tmp_path):
+    (tmp_path / "clean").mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((20, 30 + i, 3), 60, np.uint8)).save(tmp_path / "clean" / f"{i}.png")
+    for name in ("a", "b"):
+        assert rain(tmp_path / "clean", tmp_path / name, strength=0.7, seed=4) == 3
+    pairs = find_pairs(tmp_path / "a")
+    assert [pair.name for pair in pairs] == ["0", "1", "2"]
+    rainy, clean = pairs[1].load()
+    assert clean.shape == (20, 31, 3)
+    assert (clean == 60).all()
+    assert (rainy >= clean).all()
+    assert rainy.mean() > clean.mean() + 1
+    again = find_pairs(tmp_path / "b")[1].load()[0]
+    assert np.array_equal(rainy, again)
+    with pytest.raises(InputError, match="0 to 1"):
+        rain(tmp_path / "clean", tmp_path / "c", strength=1.5)
+    (tmp_path / "empty").mkdir()
+    for folders in ({"clean": tmp_path / "empty"}, {"clean": tmp_path / "clean", "streaks": tmp_path / "empty"}):
+        with pytest.raises(InputError, match="found none"):
+            rain(output=tmp_path / "c", **folders)
+
+
+def test_rain_of_the_real_pairs_is_grey_and_additive(real_data):
+    """What the rendering model rests on: the rain of the pairs is the same on all channels that are not cut off."""
+    for folder in ("rain100l/train", "rain200h/train"):
+        for pair in find_pairs(real_data / folder)[:5]:
+            rainy, clean = pair.load()
+            assert np.array_equal(add_rain(clean, rain_of_pair(rainy, clean).astype(np.float32)), rainy)
