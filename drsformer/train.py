@@ -345,8 +345,8 @@ def fit(
             if iteration % log_every == 0 or iteration == recipe.iterations:
                 means = {name: term.item() / counted for name, term in sums.items()}
                 if not all(math.isfinite(mean) for mean in means.values()):
-                    raise InputError(f"the loss is not a number at iteration {iteration}; lower --lr or --clip and start "
-                                     f"again from {run.output / 'last.safetensors'}")  # fmt: skip
+                    raise InputError(f"the loss is not a number at iteration {iteration}; lower --lr or --clip, "
+                                     f"and start again from {run.output / 'last.safetensors'}")  # fmt: skip
                 speed = counted * group / (time.monotonic() - since)
                 since, sums, counted = time.monotonic(), {}, 0
                 bar.update(task, loss=sum(means.values()), speed=speed)

@@ -1,0 +1,379 @@
+"""What a validation found, and the page that shows it.
+
+`render` makes one HTML file with every picture inside, so that it can be mailed or archived and is still whole. It
+needs no JavaScript and follows the reader's light or dark setting.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from dataclasses import dataclass
+from html import escape
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import rich.markup
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from rich import box
+from rich.table import Table
+
+ROWS_SHOWN = 50
+"""Images that the table in a terminal lists one by one; the page lists all."""
+
+INK = "#7f868d"
+"""Of the plots' text and axes, which lie on the page's background: legible on white and on black."""
+
+BAR = "#3e8ed0"
+
+FEW = 12
+"""Bars of a plot get no wider than if it had so many."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two networks on one image.
+
+    psnr_between:   PSNR between the two outputs, over all channels, in dB; inf where they are equal.
+    max_difference: largest difference between the two outputs, in levels of 255.
+    flips:          top-k selections that differ, by layer, where both networks have the layer.
+    reference_psnr and so on: against ground truth; None where there is none.
+    """
+
+    name: str
+    psnr_between: float
+    max_difference: int
+    flips: dict[str, int]
+    reference_psnr: float | None = None
+    candidate_psnr: float | None = None
+    reference_ssim: float | None = None
+    candidate_ssim: float | None = None
+
+    @property
+    def drop_db(self) -> float | None:
+        """PSNR that the candidate loses, in dB; negative where it gains."""
+        if self.reference_psnr is None or self.candidate_psnr is None:
+            return None
+        return 0.0 if self.reference_psnr == self.candidate_psnr else self.reference_psnr - self.candidate_psnr
+
+    @property
+    def badness(self) -> float:
+        """What the worst image has most of: the drop, or without ground truth the distance of the outputs, in dB."""
+        return -self.psnr_between if self.drop_db is None else self.drop_db
+
+    @property
+    def flipped(self) -> int:
+        return sum(self.flips.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Crop:
+    """The part of an image where two outputs differ most: uint8 (h, w, 3), its top left corner at (top, left)."""
+
+    top: int
+    left: int
+    input: NDArray[np.uint8]
+    reference: NDArray[np.uint8]
+    candidate: NDArray[np.uint8]
+
+    def amplified(self) -> tuple[NDArray[np.uint8], int]:
+        """The absolute difference of the outputs, times the largest power of two that keeps it below 256."""
+        difference = np.abs(self.reference.astype(int) - self.candidate)
+        factor = 2 ** int(math.log2(255 / max(1, difference.max())))
+        return (difference * factor).astype(np.uint8), factor
+
+
+class Column(NamedTuple):
+    """A number that a `Comparison` has, and what sums it up over images."""
+
+    field: str
+    title: str
+    format: str
+    over_images: Literal["mean", "min", "max"] = "mean"
+
+
+COLUMNS = (
+    Column("reference_psnr", "PSNR\nref.", ".4f"),
+    Column("candidate_psnr", "PSNR\ncand.", ".4f"),
+    Column("drop_db", "drop\ndB", "+.4f"),
+    Column("reference_ssim", "SSIM\nref.", ".4f"),
+    Column("candidate_ssim", "SSIM\ncand.", ".4f"),
+    Column("psnr_between", "between\ndB", ".2f", "min"),  # a mean is infinite as soon as two outputs are equal
+    Column("max_difference", "max\ndiff.", "d", "max"),
+    Column("flipped", "flips", ".4g"),
+)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A candidate against its reference.
+
+    facts:      what was compared, for people: label and text.
+    selections: top-k selections that the network makes for one image, by layer, where flips were counted.
+    uncounted:  layers of the reference that the candidate does not have, or not with the same scores.
+    crops:      of the worst images, worst first, by the image's name.
+    max_drop_db, min_psnr: the budget; None where there is none.
+    """
+
+    facts: dict[str, str]
+    images: list[Comparison]
+    selections: dict[str, int]
+    uncounted: list[str]
+    crops: dict[str, Crop]
+    max_drop_db: float | None = None
+    min_psnr: float | None = None
+
+    @property
+    def columns(self) -> list[Column]:
+        """Those of `COLUMNS` that these images have."""
+        without = [] if self.selections else ["flipped"]
+        return [c for c in COLUMNS if c.field not in without and getattr(self.images[0], c.field) is not None]
+
+    def total(self, column: Column) -> float:
+        values = [getattr(image, column.field) for image in self.images]
+        return getattr(np, column.over_images)(values).item()
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """What sums up each column, by field."""
+        return {column.field: self.total(column) for column in self.columns}
+
+    @property
+    def worst(self) -> Comparison:
+        return max(self.images, key=lambda image: image.badness)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the candidate is within every budget given. The drop is the mean over the images; `min_psnr` is for
+        every single one."""
+        within_drop = self.max_drop_db is None or self.totals["drop_db"] <= self.max_drop_db
+        return within_drop and (self.min_psnr is None or self.totals["psnr_between"] >= self.min_psnr)
+
+    @property
+    def verdict(self) -> str:
+        """One line for people."""
+        if self.max_drop_db is None and self.min_psnr is None:
+            return "Measured, without a budget"
+        return "Within the budget" if self.passed else "Outside the budget"
+
+    def summary(self) -> dict[str, Any]:
+        """For JSON. Numbers are those of `totals`; None stands for infinity."""
+        numbers = dict(self.totals)
+        if self.worst.drop_db is not None:
+            numbers["worst_drop_db"] = self.worst.drop_db
+        return {
+            "passed": self.passed,
+            "images": len(self.images),
+            **{key: round(value, 6) if math.isfinite(value) else None for key, value in numbers.items()},
+            "max_drop_db": self.max_drop_db,
+            "min_psnr": self.min_psnr,
+        }
+
+    def table(self) -> Table:
+        """For a terminal."""
+        table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
+        table.add_column("image", no_wrap=True)
+        for column in self.columns:
+            table.add_column(column.title, justify="right", no_wrap=True)
+        for image in self.images[:ROWS_SHOWN]:
+            table.add_row(rich.markup.escape(image.name), *self.cells(image))
+        if len(self.images) > ROWS_SHOWN:
+            table.add_row(f"... and {len(self.images) - ROWS_SHOWN} more")
+        table.add_section()
+        table.add_row(*self.last_row())
+        return table
+
+    def cells(self, image: Comparison) -> list[str]:
+        """What the table says of an image, after its name."""
+        return [f"{getattr(image, column.field):{column.format}}" for column in self.columns]
+
+    def last_row(self) -> list[str]:
+        """What the table says of all images."""
+        prefix = {"mean": "", "min": "≥ ", "max": "≤ "}
+        cells = [f"{prefix[c.over_images]}{self.totals[c.field]:{c.format}}" for c in self.columns]
+        return ["all", *cells]
+
+
+def render(validation: Validation) -> str:
+    """The page, as one self-contained HTML file."""
+    totals = validation.totals
+    tiles = []
+    if "drop_db" in totals:
+        budget = "" if validation.max_drop_db is None else f"budget {validation.max_drop_db:g} dB"
+        tiles += [
+            _tile(f"{totals['drop_db']:+.4f} dB", "mean drop in PSNR", budget),
+            _tile(f"{validation.worst.drop_db:+.4f} dB", "worst drop", validation.worst.name),
+        ]
+    budget = "" if validation.min_psnr is None else f"at least {validation.min_psnr:g} dB wanted"
+    tiles += [
+        _tile(f"{totals['psnr_between']:.2f} dB", "least PSNR between the outputs", budget),
+        _tile(f"{totals['max_difference']:.0f} / 255", "largest pixel difference", ""),
+    ]
+    if validation.selections:
+        selections = sum(validation.selections.values())
+        tiles.append(_tile(f"{totals['flipped']:.4g}", "top-k selections flipped an image", f"of {selections}"))
+    facts = "".join(f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>" for label, text in validation.facts.items())
+    head = "".join(f"<th>{escape(title)}</th>" for title in ("image", *(c.title for c in validation.columns)))
+    body = "".join(_row(image.name, *validation.cells(image)) for image in validation.images)
+    foot = _row(*validation.last_row())
+    mood = "good" if validation.passed else "bad"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(validation.verdict)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<header>
+<h1 class="{mood}">{escape(validation.verdict)}</h1>
+<dl>{facts}</dl>
+</header>
+<section class="tiles">{"".join(tiles)}</section>
+{_crops(validation)}
+<section>
+<h2>Image by image</h2>
+{_plot(_by_image(validation), "One bar an image, worst first; no bar where it is infinite.")}
+<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody><tfoot>{foot}</tfoot></table></div>
+</section>
+<section>
+<h2>Top-k selections, layer by layer</h2>
+{_flips(validation)}
+</section>
+</body>
+</html>
+"""
+
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2024; --soft: #687076; --page: #ffffff; --card: #f4f6f8; --line: #dfe3e6;
+  --good: #18794e; --bad: #cd2b31; }
+@media (prefers-color-scheme: dark) { :root { --ink: #eceef0; --soft: #9ba1a6; --page: #151718; --card: #1f2325;
+  --line: #313538; --good: #4cc38a; --bad: #ff8589; } }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.8rem; margin: 0 0 .5rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
+.good { color: var(--good); } .bad { color: var(--bad); }
+p, dt, figcaption, .tile span { color: var(--soft); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; margin: 0; font-size: .9rem; }
+dd { margin: 0; overflow-wrap: anywhere; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .75rem; margin-top: 1.5rem; }
+.tile { background: var(--card); border-radius: .6rem; padding: .8rem 1rem; overflow-wrap: anywhere; }
+.tile b { display: block; font-size: 1.3rem; font-variant-numeric: tabular-nums; } .tile span { display: block;
+  font-size: .85rem; }
+.crop { background: var(--card); border-radius: .6rem; padding: .8rem 1rem; margin: .75rem 0; }
+.crop p { margin: 0 0 .5rem; }
+.crop div { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .6rem; }
+figure { margin: 0; } figcaption { font-size: .85rem; } img { width: 100%; border-radius: .3rem; display: block; }
+.crop img { image-rendering: pixelated; }
+.wide { overflow-x: auto; } .wide img { min-width: 36rem; }
+table { border-collapse: collapse; font-size: .85rem; width: 100%;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } tfoot td { font-weight: 600; }
+"""
+
+
+def _tile(number: str, label: str, remark: str) -> str:
+    return f'<div class="tile"><b>{escape(number)}</b><span>{escape(label)}</span><span>{escape(remark)}</span></div>'
+
+
+def _row(*cells: str) -> str:
+    return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+
+
+def _crops(validation: Validation) -> str:
+    if not validation.crops:
+        return "<p>The outputs are equal on every image.</p>"
+    crops = "".join(_crop(name, crop) for name, crop in validation.crops.items())
+    return f"""<section>
+<h2>Where the outputs differ most</h2>
+<p>Parts of the worst images. The difference is the absolute one, multiplied as stated so that it can be seen.</p>
+{crops}
+</section>"""
+
+
+def _crop(name: str, crop: Crop) -> str:
+    h, w, _ = crop.input.shape
+    amplified, factor = crop.amplified()
+    pictures = {
+        "input": crop.input,
+        "reference": crop.reference,
+        "candidate": crop.candidate,
+        f"difference × {factor}": amplified,
+    }
+    figures = "".join(_figure(_png(picture), caption) for caption, picture in pictures.items())
+    place = f"{escape(name)}, {w}×{h} pixels from ({crop.left}, {crop.top})"
+    return f'<div class="crop"><p>{place}</p><div>{figures}</div></div>'
+
+
+def _flips(validation: Validation) -> str:
+    said = []
+    if validation.selections:
+        said.append(_plot(_by_layer(validation), "Share of the selections that came out differently, over all images. "
+                          "They are nearly equal scores; a flip upstream changes the scores downstream."))  # fmt: skip
+    if validation.uncounted:
+        layers = escape(", ".join(validation.uncounted))
+        said.append(
+            f"<p>Not counted, because the candidate does not have these layers with as many scores: {layers}.</p>"
+        )
+    return "\n".join(said) or "<p>The reference makes no top-k selections.</p>"
+
+
+def _by_image(validation: Validation) -> Figure:
+    field = "drop_db" if "drop_db" in validation.totals else "psnr_between"
+    images = sorted(validation.images, key=lambda image: image.badness, reverse=True)
+    figure, axes = _axes(2.6)
+    values = [getattr(image, field) for image in images]
+    axes.bar(range(len(images)), [v if math.isfinite(v) else math.nan for v in values], width=0.9, color=BAR)
+    axes.set_ylabel("drop in PSNR, dB" if field == "drop_db" else "PSNR between the outputs, dB")
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set_xlim(-0.6, max(len(images), FEW) - 0.4)
+    axes.set_xticks([])
+    return figure
+
+
+def _by_layer(validation: Validation) -> Figure:
+    layers = list(validation.selections)
+    totals = [sum(image.flips[layer] for image in validation.images) for layer in layers]
+    counts = [validation.selections[layer] * len(validation.images) for layer in layers]
+    figure, axes = _axes(0.8 + 0.22 * len(layers))
+    axes.barh(layers, [100 * flips / count for flips, count in zip(totals, counts, strict=True)], color=BAR)
+    axes.invert_yaxis()
+    axes.set_xlabel("flipped, %")
+    return figure
+
+
+def _axes(height: float):
+    figure = Figure(figsize=(9, height), layout="constrained")
+    axes = figure.subplots()
+    axes.tick_params(colors=INK, labelsize=8)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    return figure, axes
+
+
+def _plot(figure: Figure, caption: str) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", transparent=True)
+    return f'<div class="wide">{_figure(_data_uri("image/svg+xml", file.getvalue()), caption)}</div>'
+
+
+def _figure(source: str, caption: str) -> str:
+    return f'<figure><img src="{source}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def _png(image: NDArray[np.uint8]) -> str:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return _data_uri("image/png", file.getvalue())
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,250 @@
+"""Does a candidate still do what the full model does? Both restore the same images, and a budget decides.
+
+    python -m export.validate --reference W --candidate model.onnx --data Rain200L/test --max-drop-db 0.05
+    python -m export.validate --reference W --candidate pruned.safetensors --data DIR --max-drop-db 0.3 --report out/
+    python -m export.validate --reference W --candidate model.onnx --data photos/ --min-psnr 50
+
+The reference is a checkpoint and runs in PyTorch in float32; the candidate, a .onnx file or another checkpoint, runs in
+its own runtime. Both get and give uint8 images by the one contract of `runtime.session.Derainer`, as users do.
+
+With ground truth (DATA in any layout of `drsformer.data`) the drop is the reference's PSNR minus the candidate's, and
+--max-drop-db bounds its mean over the images. It says nothing about how alike two networks are that are both bad.
+That is the PSNR between the two outputs, which --min-psnr bounds on every single image. It needs no ground truth, and
+is all there is for a folder of plain images. Exit status: 0 within the budget or without one, 1 outside, 2 for bad
+input.
+
+Top-k selections that flip explain most of the drift between correct runtimes, so they are counted, layer by layer, from
+the scores of both networks. The .onnx file itself makes the image that is judged; its scores come from a second run
+of a copy that returns them, at the price of twice the time and memory.
+
+Polygraphy runs the two, one image at a time, since it keeps all outputs of a run. The metrics are those of
+`drsformer.metrics`; Polygraphy's PSNR takes the largest value of an array for its peak.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from polygraphy.backend.base import BaseRunner
+from polygraphy.common import TensorMetadata
+from polygraphy.comparator import Comparator
+from polygraphy.datatype import DataType
+from polygraphy.logger import G_LOGGER
+from rich.console import Console
+from torch import Tensor
+
+from drsformer import checkpoint, metrics
+from drsformer.data import Pair, find_pairs
+from drsformer.evaluate import TorchSession
+from export.onnx import ScoreProbe
+from export.report import Comparison, Crop, Validation, render
+from export.topk import count_flips, masks, scores_of
+from runtime.cli import InputError, main, progress, writing
+from runtime.images import list_images, read_rgb
+from runtime.ort import OrtSession, Provider
+from runtime.session import Derainer, Session
+
+CROP = 96
+"""Height and width of the parts of images in the report."""
+
+CROPS_SHOWN = 6
+"""How many of the worst images the report shows a part of."""
+
+
+class Engine(Session, Protocol):
+    """A session that tells what its attention looked at.
+
+    ks:          how many scores each mask keeps, by attention layer.
+    scores:      of the last run, by attention layer: (1, heads, d, d).
+    description: what it is, for people.
+    """
+
+    ks: dict[str, tuple[int, ...]]
+    scores: dict[str, Tensor]
+    description: str
+
+
+class TorchEngine(TorchSession):
+    """A checkpoint in PyTorch; an `Engine`."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        trained = checkpoint.load(path)
+        super().__init__(trained.model, device)
+        self.ks = {layer: mask.ks for layer, mask in masks(trained.model).items()}
+        self.description = f"{path}, PyTorch on {self.device}, weights {trained.sha256[:12]}"
+
+    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        with scores_of(self.model) as scores, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            output = super().run(batch)
+        self.scores = {layer: tensor.cpu() for layer, tensor in scores.items()}
+        return output
+
+
+class OnnxEngine(OrtSession):
+    """A .onnx file in ONNX Runtime; an `Engine`."""
+
+    def __init__(self, path: Path, provider: Provider) -> None:
+        super().__init__(path, provider)
+        self._probe = ScoreProbe(path, self.provider)
+        self.ks = self._probe.ks
+        weights, pattern = (self.metadata.get(key, "unknown") for key in ("weights_sha256", "topk"))
+        self.description = f"{path}, ONNX Runtime on {self.provider}, weights {weights[:12]}, top-k by {pattern}"
+
+    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        output = super().run(batch)
+        self.scores = self._probe(batch)
+        return output
+
+
+def open_candidate(path: Path, provider: Provider = "auto") -> Engine:
+    """Whatever can be held against the full model, ready to run. Raises InputError for any other file."""
+    if path.suffix == ".onnx":
+        return OnnxEngine(path, provider)
+    if path.suffix in (".safetensors", ".pth", ".pt"):
+        return TorchEngine(path, provider)
+    raise InputError(f"--candidate: expected a .onnx, .safetensors or .pth file, found {path}")
+
+
+class Runner(BaseRunner):
+    """An engine as Polygraphy sees it: `image` in; `restored`, an image as well, and the scores by layer out."""
+
+    def __init__(self, name: str, engine: Engine) -> None:
+        super().__init__(name=name)
+        self.engine = engine
+        self.derain = Derainer(engine)
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        return TensorMetadata().add("image", DataType.from_dtype(np.dtype(np.uint8)), (None, None, 3))
+
+    def infer_impl(self, feed_dict: dict[str, NDArray[np.uint8]]) -> OrderedDict[str, NDArray | Tensor]:
+        started = time.perf_counter()
+        restored = self.derain(feed_dict["image"])
+        self.inference_time = time.perf_counter() - started
+        return OrderedDict(restored=restored, **self.engine.scores)
+
+
+def validate(
+    reference: Path,
+    candidate: Path,
+    data: Path,
+    max_drop_db: float | None = None,
+    min_psnr: float | None = None,
+    protocol: metrics.Protocol = "rain200",
+    report: Path | None = None,
+    limit: int | None = None,
+    provider: Provider = "auto",
+) -> Validation:
+    """Compare a candidate with its reference on images, print what was found, and say whether it keeps the budget.
+
+    Raises InputError for arguments, files or images that cannot be used.
+
+    Args:
+        reference: Checkpoint of the full model.
+        candidate: What is to be judged: a .onnx file, or another checkpoint.
+        data: Folder of rainy and clean images, or of any images.
+        max_drop_db: Budget for the drop in PSNR, mean over the images; needs clean images.
+        min_psnr: Budget for the PSNR between the two outputs, on every image.
+        protocol: How to measure; rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
+        report: The .html file to write, or the folder for a report.html.
+        limit: Use only so many images, the first ones.
+        provider: Where both run; auto is CUDA where there is one, else the CPU.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit: expected at least 1, found {limit}")
+    sources = _find(data)[:limit]
+    if max_drop_db is not None and not isinstance(sources[0], Pair):
+        raise InputError(f"--max-drop-db: {data} has no ground truth to measure a drop against; give --min-psnr")
+    engines = TorchEngine(reference, provider), open_candidate(candidate, provider)
+    runners = [Runner("reference", engines[0]), Runner("candidate", engines[1])]
+    images: list[Comparison] = []
+    worst: list[tuple[Comparison, Crop]] = []
+    selections: dict[str, int] = {}
+    with progress() as bar, G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        for source in bar.track(sources, description="Comparing"):
+            image, target = source.load() if isinstance(source, Pair) else (read_rgb(source), None)
+            try:
+                ours, theirs = (results[0] for _, results in Comparator.run(runners, data_loader=[{"image": image}]))
+                selections = _shared_selections(*engines)
+                flips = {layer: count_flips(ours[layer], theirs[layer], engines[0].ks[layer]) for layer in selections}
+                comparison = _compare(source.name, ours["restored"], theirs["restored"], target, flips, protocol)
+            except ValueError as error:
+                raise InputError(f"{source.name}: {error}") from error
+            images.append(comparison)
+            if comparison.max_difference:
+                worst.append((comparison, _crop(image, ours["restored"], theirs["restored"])))
+                worst.sort(key=lambda entry: entry[0].badness, reverse=True)
+                del worst[CROPS_SHOWN:]
+    facts = {
+        "reference": engines[0].description,
+        "candidate": engines[1].description,
+        "images": f"{len(images)} of {data}" + (f", protocol {protocol}" if isinstance(sources[0], Pair) else ""),
+    }
+    uncounted = [layer for layer in engines[0].ks if layer not in selections]
+    crops = {comparison.name: crop for comparison, crop in worst}
+    validation = Validation(facts, images, selections, uncounted, crops, max_drop_db, min_psnr)
+    Console().print(validation.table())
+    if uncounted:
+        print(f"Flips are not counted in {len(uncounted)} layers that the candidate does not have alike.")
+    if report:
+        report = report if report.suffix == ".html" else report / "report.html"
+        with writing(report) as temporary:
+            temporary.write_text(render(validation), encoding="utf-8")
+        print(f"Report: {report}")
+    print(validation.verdict)
+    return validation
+
+
+def _find(data: Path) -> list[Pair] | list[Path]:
+    """The pairs in a folder, or else the images in it."""
+    try:
+        return find_pairs(data)
+    except InputError:
+        if data.is_dir() and (images := list_images(data)):
+            return images
+        raise
+
+
+def _shared_selections(reference: Engine, candidate: Engine) -> dict[str, int]:
+    """How many selections an image takes, by layer, in the layers whose scores the two have alike."""
+    return {
+        layer: reference.scores[layer][..., 0].numel() * sum(ks)
+        for layer, ks in reference.ks.items()
+        if candidate.ks.get(layer) == ks and candidate.scores[layer].shape == reference.scores[layer].shape
+    }
+
+
+def _compare(
+    name: str,
+    reference: NDArray[np.uint8],
+    candidate: NDArray[np.uint8],
+    target: NDArray[np.uint8] | None,
+    flips: dict[str, int],
+    protocol: metrics.Protocol,
+) -> Comparison:
+    quality = {}
+    if target is not None:
+        for who, restored in (("reference", reference), ("candidate", candidate)):
+            quality[f"{who}_psnr"] = metrics.psnr(restored, target, protocol)
+            quality[f"{who}_ssim"] = metrics.ssim(restored, target, protocol)
+    difference = int(np.abs(reference.astype(int) - candidate).max())
+    return Comparison(name, metrics.psnr_rgb(reference, candidate), difference, flips, **quality)
+
+
+def _crop(image: NDArray[np.uint8], reference: NDArray[np.uint8], candidate: NDArray[np.uint8]) -> Crop:
+    """The window with the largest sum of squared differences between the outputs."""
+    squared = ((reference.astype(int) - candidate) ** 2).sum(2)
+    h, w = (min(CROP, length) for length in squared.shape)
+    sums = np.pad(squared.cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # of everything above and to the left
+    windows = sums[h:, w:] - sums[:-h, w:] - sums[h:, :-w] + sums[:-h, :-w]
+    top, left = (int(i) for i in np.unravel_index(windows.argmax(), windows.shape))
+    return Crop(top, left, *(array[top : top + h, left : left + w].copy() for array in (image, reference, candidate)))
+
+
+if __name__ == "__main__":
+    main(validate, __doc__, summary=Validation.summary, status=lambda validation: 0 if validation.passed else 1)

@@ -1,0 +1,283 @@
+"""Export to ONNX: the same numbers as PyTorch, from graphs that any runtime can load."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from drsformer import checkpoint
+from drsformer.config import BlockConfig, DRSformerConfig, LevelConfig, MEFCConfig
+from drsformer.evaluate import TorchSession
+from drsformer.model import DRSformer
+from export import onnx as export_onnx
+from export.onnx import SIZES, TOLERANCE, Exported, ScoreProbe, export, verify
+from export.topk import PATTERNS, masks, scores_of, with_pattern
+from runtime.cli import InputError
+from runtime.ort import OrtSession
+from runtime.session import Derainer, to_batch
+from tests.networks import fill
+
+CONTROL_FLOW = {"If", "Loop", "Scan"}
+
+
+def small(blocks: tuple[BlockConfig, ...] = (), **parts) -> DRSformerConfig:
+    """One block at the lowest level, and `blocks` at full resolution: exporting takes time for every block."""
+    return DRSformerConfig(
+        encoder=(LevelConfig(5, blocks), LevelConfig(4, ()), LevelConfig(8, ())),
+        latent=LevelConfig(8, (BlockConfig(2, 5, 7),)),
+        decoder=(LevelConfig(7, ()), LevelConfig(6, ()), LevelConfig(8, ())),
+        up=(4, 5, 3),
+        **parts,
+    )
+
+
+EVERYTHING = small(
+    (BlockConfig(3, 7, 5),),
+    mefc_early=MEFCConfig(6, (("sep_conv_3x3", "none"),)),
+    mefc_late=MEFCConfig(5, (("avg_pool_3x3", "dil_conv_5x5"),)),
+)
+
+WITHOUT_BLOCKS = DRSformerConfig.regular(width=4, depths=(0, 0, 0, 0), heads=(1, 1, 1, 1))
+
+
+def save(folder: Path, config: DRSformerConfig) -> Path:
+    network = DRSformer(config)
+    fill(network)
+    checkpoint.save(folder / "weights.safetensors", network, {"trained_on": ["noise"]})
+    return folder / "weights.safetensors"
+
+
+def random_image(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def metadata(path: Path) -> dict[str, str]:
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory) -> tuple[Path, Exported]:
+    """Weights of a network with all there is, and their export for any size."""
+    folder = tmp_path_factory.mktemp("everything")
+    weights = save(folder, EVERYTHING)
+    return weights, export(weights, folder / "new" / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def photographic(tmp_path_factory) -> tuple[Path, Exported]:
+    """Weights of a network of convolutions alone, and their export as a graph of images."""
+    folder = tmp_path_factory.mktemp("photographic")
+    weights = save(folder, WITHOUT_BLOCKS)
+    return weights, export(weights, io="image")
+
+
+@pytest.mark.parametrize("size", [*SIZES, (8, 16), (32, 8)])
+def test_one_model_gives_pytorchs_output_at_every_size(everything, size):
+    weights, exported = everything
+    batch = to_batch(random_image(*size))
+    expected = TorchSession(checkpoint.load(weights).model, "cpu").run(batch)
+    difference = np.abs(OrtSession(exported.output, "cpu").run(batch) - expected)
+    assert difference.max() < TOLERANCE, f"max {difference.max():.2e}, mean {difference.mean():.2e}"
+    assert np.abs(expected - batch).mean() > 0.01  # it does something
+
+
+def test_export_says_what_it_found(everything):
+    _, exported = everything
+    summary = json.loads(json.dumps(exported.summary()))
+    model = onnx.load(exported.output)
+    assert summary["nodes"] == len(model.graph.node)
+    assert summary["topk"] == 2
+    assert summary["bytes"] == exported.output.stat().st_size
+    assert 0 < summary["max_difference"] < TOLERANCE
+    assert [(a.height, a.width) for a in exported.agreements] == list(SIZES)
+    assert {a.selections for a in exported.agreements} == {3 * 7 * (3 + 4 + 5 + 5) + 2 * 5 * (2 + 3 + 3 + 4)}
+
+
+def test_graph_is_plain_onnx(everything):
+    _, exported = everything
+    model = onnx.load(exported.output)
+    onnx.checker.check_model(model, full_check=True)
+    assert {opset.domain for opset in model.opset_import} == {""}
+    assert not model.functions
+    assert not {node.op_type for node in model.graph.node} & CONTROL_FLOW
+    (input,), (output,) = model.graph.input, model.graph.output
+    for value in (input, output):
+        batch, channels, *_ = value.type.tensor_type.shape.dim
+        assert (batch.dim_value, channels.dim_value) == (1, 3)
+    assert (input.name, output.name) == ("input", "output")
+
+
+def test_file_says_where_it_comes_from_and_not_on_which_machine(everything):
+    weights, exported = everything
+    trained = checkpoint.load(weights)
+    found = metadata(exported.output)
+    assert found["size_multiple"] == "8"
+    assert found["io"] == "tensor"
+    assert found["topk"] == "threshold"
+    assert found["weights_sha256"] == trained.sha256
+    assert json.loads(found["provenance"]) == {"trained_on": ["noise"]}
+    assert DRSformerConfig.from_dict(json.loads(found["config"])) == EVERYTHING
+    assert json.loads(found["versions"])["torch"] == torch.__version__
+    content = exported.output.read_bytes()
+    for trace in (str(Path(export_onnx.__file__).parents[1]), sys.prefix, "stack_trace"):
+        assert trace.encode() not in content
+
+
+def test_scores_can_be_read_from_the_file(everything):
+    weights, exported = everything
+    network = checkpoint.load(weights).model
+    batch = to_batch(random_image(40, 48))
+    with scores_of(network) as expected:
+        TorchSession(network, "cpu").run(batch)
+    probe = ScoreProbe(exported.output)
+    found = probe(batch)
+    assert probe.ks == {layer: mask.ks for layer, mask in masks(network).items()}
+    assert found.keys() == expected.keys() == {"encoder_level1.0.attn", "latent.0.attn"}
+    for layer, scores in found.items():
+        assert scores.shape == expected[layer].shape
+        assert (scores - expected[layer]).abs().max() < 1e-5
+
+
+def test_probe_knows_no_scores_of_a_foreign_model(everything, tmp_path):
+    model = onnx.load(everything[1].output)
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "foreign.onnx")
+    probe = ScoreProbe(tmp_path / "foreign.onnx")
+    assert probe.ks == {}
+    assert probe(to_batch(random_image(8, 8))) == {}
+
+
+def test_verification_notices_other_weights(everything):
+    weights, exported = everything
+    network = with_pattern(checkpoint.load(weights).model, "threshold")
+    with torch.no_grad():
+        network.output.weight[0, 0, 0, 0] += 1e-2
+    (agreement,) = verify(exported.output, network, [(64, 64)])
+    assert agreement.difference > 10 * TOLERANCE
+    assert agreement.flips == 0
+
+
+def test_verification_tells_flips_from_faults(everything):
+    """Scores that are pushed about before the top-k stand for a runtime that rounds differently: the selections
+    differ, and nothing else does."""
+    weights, exported = everything
+    network = with_pattern(checkpoint.load(weights).model, "threshold")
+    noise = torch.Generator().manual_seed(0)
+    mask = masks(network)["latent.0.attn"]
+    mask.register_forward_pre_hook(lambda _, args: (args[0] + 0.3 * torch.randn(args[0].shape, generator=noise),))
+    (agreement,) = verify(exported.output, network, [(64, 64)])
+    assert agreement.flips > 0
+    assert agreement.difference < TOLERANCE < agreement.free_difference
+
+
+@pytest.mark.parametrize(
+    ("pattern", "io", "operators"), [("scatter", "image", {"TopK", "ScatterElements"}), ("rank", "tensor", set())]
+)
+def test_patterns_at_fixed_size(tmp_path, pattern, io, operators):
+    weights = save(tmp_path, small(feed_forward="fn"))
+    exported = export(weights, topk=pattern, io=io, height=40, width=24)
+    assert exported.output == tmp_path / "weights.onnx"
+    assert exported.agreements[0].selections == 2 * 5 * (2 + 3 + 3 + 4)
+    assert exported.operators.keys() & {"TopK", "ScatterElements", "NonZero"} == operators
+    assert metadata(exported.output)["topk"] == pattern
+    assert [(a.height, a.width) for a in exported.agreements] == [(40, 24)]
+    with pytest.raises(InputError, match="24x40"):
+        OrtSession(exported.output, "cpu").run(to_batch(random_image(24, 24)))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_ties_in_onnx_runtime(tmp_path, pattern):
+    """In ONNX, scatter and rank keep exactly k, of equal scores the first; the threshold keeps all that are equal."""
+    ks = (3, 5, 6)
+    scores = torch.randint(4, (1, 2, 8, 8), generator=torch.Generator().manual_seed(0)).float()
+    scores[0, 0, 0] = 1  # a flat row
+    mask = PATTERNS[pattern](ks).eval()
+    torch.onnx.export(mask, (scores,), tmp_path / "mask.onnx", input_names=["scores"], verbose=False)
+    found = onnxruntime.InferenceSession(tmp_path / "mask.onnx").run(None, {"scores": scores.numpy()})
+    ordered = scores.sort(dim=-1, descending=True, stable=True)
+    for k, mask in zip(ks, found, strict=True):
+        if pattern == "threshold":
+            expected = scores >= ordered.values[..., k - 1, None]
+        else:
+            expected = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, ordered.indices[..., :k], True)
+        np.testing.assert_array_equal(mask, expected.numpy())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 30), (3, 5), (4, 12), (5, 8), (8, 8), (33, 47)])
+def test_graph_of_images_keeps_the_contract(photographic, size):
+    """Padding by reflection or, for few pixels, repetition; clamping, cropping, rounding."""
+    weights, exported = photographic
+    network = with_pattern(checkpoint.load(weights).model, "threshold")
+    (agreement,) = verify(exported.output, network, [size])
+    assert agreement.difference < TOLERANCE  # beyond rounding
+    image = random_image(*size)
+    restored = Derainer(exported.output, "cpu")(image)
+    assert restored.shape == image.shape
+    assert 0 < np.abs(restored.astype(int) - image).mean() < 100
+
+
+def test_graph_of_images_begins_and_ends_with_a_cast(photographic):
+    """TensorRT for RTX takes uint8 nowhere else."""
+    graph = onnx.load(photographic[1].output).graph
+    readers = [node.op_type for node in graph.node if "input" in node.input]
+    (writer,) = (node.op_type for node in graph.node if "output" in node.output)
+    assert set(readers) <= {"Cast", "Shape"}
+    assert "Cast" in readers
+    assert writer == "Cast"
+    uint8 = onnx.TensorProto.UINT8
+    assert [v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)] == [uint8, uint8]
+    assert metadata(photographic[1].output)["size_multiple"] == "1"
+
+
+@pytest.mark.parametrize("difference", [2 * TOLERANCE, math.nan])
+def test_failed_proof_writes_nothing(everything, tmp_path, monkeypatch, difference):
+    weights, exported = everything
+    model = onnx.load(exported.output)
+    del model.metadata_props[:]
+    found = dataclasses.replace(exported.agreements[0], difference=difference)
+    monkeypatch.setattr(export_onnx, "to_onnx", lambda *_: model)
+    monkeypatch.setattr(export_onnx, "verify", lambda *_: iter([found]))
+    with pytest.raises(RuntimeError, match="not written"):
+        export(weights, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(output=Path("model.pth")), "expected a name ending in .onnx, found model.pth"),
+        (dict(opset=17), "expected 18 to 23, found 17"),
+        (dict(height=64), "found only one"),
+        (dict(height=64, width=60), "--width: expected a multiple of 8, found 60"),
+        (dict(height=0, width=64), "--height: expected at least 1, found 0"),
+        (dict(io="image", height=-1, width=64), "--height: expected at least 1, found -1"),
+        (dict(weights=Path("missing.pth")), "missing.pth"),
+    ],
+)
+def test_refuses_what_it_cannot_use(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        export(**{"weights": tmp_path / "weights.safetensors", **options})
+
+
+def test_command(tmp_path, monkeypatch, capfd):
+    weights, output = save(tmp_path, small(topk=(), feed_forward="fn")), tmp_path / "m.onnx"
+    command = ["onnx", "--weights", str(weights), "--output", str(output), "--height", "16", "--width", "24"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.delitem(sys.modules, "export.onnx", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("export.onnx", run_name="__main__")
+    printed = capfd.readouterr()
+    assert stopped.value.code == 0
+    assert printed.err == ""  # the exporter's remarks are not the user's
+    assert json.loads(printed.out.splitlines()[-1])["topk"] == 0  # dense attention
+    assert output.exists()

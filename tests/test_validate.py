@@ -1,0 +1,340 @@
+"""The proof: a candidate that keeps its budget passes, one that does not is caught, and the page shows why."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import runpy
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from drsformer import checkpoint
+from drsformer.config import BlockConfig, DRSformerConfig, LevelConfig
+from drsformer.evaluate import TorchSession
+from drsformer.metrics import psnr, psnr_rgb, ssim
+from drsformer.model import DRSformer
+from export.onnx import export
+from export.report import Comparison, Crop, Validation, render
+from export.validate import _crop, open_candidate, validate
+from runtime.cli import InputError
+from runtime.images import Photo, read_rgb
+from runtime.session import Derainer
+from tests.networks import fill
+
+
+def structure(*latent: BlockConfig, **parts) -> DRSformerConfig:
+    return DRSformerConfig(
+        encoder=(LevelConfig(6, (BlockConfig(1, 6, 5),)), LevelConfig(4, ()), LevelConfig(8, ())),
+        latent=LevelConfig(8, latent),
+        decoder=(LevelConfig(8, ()), LevelConfig(6, ()), LevelConfig(10, ())),
+        up=(4, 4, 4),
+        feed_forward="fn",
+        **parts,
+    )
+
+
+REFERENCE = structure(BlockConfig(2, 5, 7))
+LAYERS = {"encoder_level1.0.attn": 6 * (3 + 4 + 4 + 4), "latent.0.attn": 2 * 5 * (2 + 3 + 3 + 4)}
+
+
+def save(path: Path, config: DRSformerConfig = REFERENCE, damage: float = 0.0) -> Path:
+    network = DRSformer(config)
+    fill(network)
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1 + damage * torch.randn(parameter.shape, generator=noise))
+    checkpoint.save(path, network, {})
+    return path
+
+
+def random_image(height: int, width: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A reference, candidates, pairs whose targets the reference nearly reaches, and the inputs as plain images."""
+    folder = tmp_path_factory.mktemp("validate")
+    reference = save(folder / "reference.safetensors")
+    save(folder / "damaged.safetensors", damage=0.05)
+    export(reference, folder / "model.onnx", height=32, width=40)
+    restore = Derainer(TorchSession(checkpoint.load(reference).model, "cpu"))
+    for i, (H, W) in enumerate([(29, 37), (32, 40), (25, 33)]):
+        image = random_image(H, W, i)
+        noise = np.random.default_rng(i).integers(-9, 10, image.shape)
+        Photo(image).save(folder / "pairs" / "input" / f"{i}.png")
+        Photo(image).save(folder / "plain" / f"{i}.png")
+        Photo(np.clip(restore(image) + noise, 0, 255).astype(np.uint8)).save(folder / "pairs" / "target" / f"{i}.png")
+    return folder
+
+
+def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["validate", *map(str, arguments)])
+    monkeypatch.delitem(sys.modules, "export.validate", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("export.validate", run_name="__main__")
+    printed, error = capsys.readouterr()
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code, printed, error
+
+
+def test_the_same_network_loses_nothing(folder):
+    reference = folder / "reference.safetensors"
+    found = validate(reference, reference, folder / "pairs", max_drop_db=0, min_psnr=200)
+    assert found.passed
+    assert found.totals["drop_db"] == found.totals["max_difference"] == found.totals["flipped"] == 0
+    assert found.totals["psnr_between"] == math.inf
+    assert found.selections == LAYERS
+    assert not found.uncounted
+    assert not found.crops
+    summary = json.loads(json.dumps(found.summary(), allow_nan=False))
+    assert summary["psnr_between"] is None
+    assert "equal on every image" in render(found)
+
+
+def test_exported_network_stays_within_a_hair(folder):
+    found = validate(folder / "reference.safetensors", folder / "model.onnx", folder / "pairs", max_drop_db=0.001)
+    assert found.passed
+    assert abs(found.totals["drop_db"]) < 0.001
+    assert found.totals["max_difference"] <= 1
+    assert found.selections == LAYERS
+    assert not found.uncounted
+
+
+def test_measures_are_those_of_the_metrics_module(folder):
+    reference, candidate = folder / "reference.safetensors", folder / "damaged.safetensors"
+    found = validate(reference, candidate, folder / "pairs", protocol="did")
+    image = random_image(29, 37, 0)
+    ours, theirs = (
+        Derainer(TorchSession(checkpoint.load(path).model, "cpu"))(image) for path in (reference, candidate)
+    )
+    target = read_rgb(folder / "pairs" / "target" / "0.png")
+    first = found.images[0]
+    assert first.name == "0"
+    assert first.reference_psnr == psnr(ours, target, "did")
+    assert first.candidate_psnr == psnr(theirs, target, "did")
+    assert first.candidate_ssim == ssim(theirs, target, "did")
+    assert first.psnr_between == psnr_rgb(ours, theirs)
+    assert first.max_difference == np.abs(ours.astype(int) - theirs).max()
+    totals = found.totals
+    assert totals["drop_db"] == pytest.approx(totals["reference_psnr"] - totals["candidate_psnr"])
+    assert found.verdict == "Measured, without a budget"
+    assert found.passed
+
+
+def test_command_passes_fails_and_refuses(folder, tmp_path, monkeypatch, capsys):
+    reference, damaged = folder / "reference.safetensors", folder / "damaged.safetensors"
+    common = ["--reference", reference, "--data", folder / "pairs", "--max-drop-db", "0.05"]
+
+    status, printed, _ = run(monkeypatch, capsys, *common, "--candidate", folder / "model.onnx", "--limit", "2")
+    assert status == 0
+    assert "Within the budget" in printed
+    assert json.loads(printed.splitlines()[-1])["images"] == 2
+
+    status, printed, _ = run(monkeypatch, capsys, *common, "--candidate", damaged, "--report", tmp_path)
+    found = json.loads(printed.splitlines()[-1])
+    assert status == 1
+    assert "Outside the budget" in printed
+    assert found["drop_db"] > 0.05
+    assert found["flipped"] > 0
+    assert not found["passed"]
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+    status, printed, error = run(monkeypatch, capsys, *common, "--candidate", folder / "plain")
+    assert status == 2
+    assert printed == ""
+    assert error.count("\n") == 1
+
+
+def test_images_without_ground_truth(folder):
+    reference, damaged = folder / "reference.safetensors", folder / "damaged.safetensors"
+    found = validate(reference, folder / "model.onnx", folder / "plain", min_psnr=45)
+    assert found.passed
+    assert [image.name for image in found.images] == ["0.png", "1.png", "2.png"]
+    assert "drop_db" not in found.summary()
+    found = validate(reference, damaged, folder / "plain", min_psnr=45)
+    assert not found.passed
+    assert found.totals["psnr_between"] == min(image.psnr_between for image in found.images) < 45
+    assert found.worst.psnr_between == found.totals["psnr_between"]
+    assert next(iter(found.crops)) == found.worst.name
+
+
+@pytest.mark.parametrize(
+    ("config", "uncounted"),
+    [
+        (structure(), ["latent.0.attn"]),
+        (structure(BlockConfig(1, 5, 7)), ["latent.0.attn"]),
+        (structure(BlockConfig(2, 4, 7)), ["latent.0.attn"]),
+        (structure(BlockConfig(2, 5, 3)), []),
+        (structure(BlockConfig(2, 5, 7), topk=("1/2",)), list(LAYERS)),
+        (structure(BlockConfig(2, 5, 7), topk=()), list(LAYERS)),
+    ],
+)
+def test_flips_are_counted_where_layers_are_alike(folder, tmp_path, config, uncounted):
+    candidate = save(tmp_path / "other.safetensors", config)
+    found = validate(folder / "reference.safetensors", candidate, folder / "plain", limit=1)
+    assert found.uncounted == uncounted
+    assert found.selections == {layer: count for layer, count in LAYERS.items() if layer not in uncounted}
+    assert found.images[0].flips.keys() == found.selections.keys()
+    assert all(layer in render(found) for layer in uncounted)
+
+
+def test_model_from_elsewhere_has_no_flips(folder, tmp_path):
+    model = onnx.load(folder / "model.onnx")
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "foreign.onnx")
+    found = validate(folder / "reference.safetensors", tmp_path / "foreign.onnx", folder / "plain", limit=1)
+    assert found.uncounted == list(LAYERS)
+    assert "flipped" not in found.summary()
+
+
+def test_real_pair(folder, real_data):
+    found = validate(
+        folder / "reference.safetensors", folder / "damaged.safetensors", real_data / "rain100l/val", limit=1
+    )
+    assert found.images[0].drop_db is not None
+    (crop,) = found.crops.values()
+    assert crop.input.shape == crop.candidate.shape == (96, 96, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(limit=0), "--limit: expected at least 1, found 0"),
+        (dict(data="plain", max_drop_db=0.1), "no ground truth.*--min-psnr"),
+        (dict(data="missing"), "missing"),
+        (dict(data="empty"), "empty"),
+        (dict(data="broken"), "1.*counterpart"),
+        (dict(data="tiny"), "0: SSIM needs at least 11x11 pixels"),
+        (dict(candidate="model.engine"), "--candidate: expected a .onnx, .safetensors or .pth file"),
+        (dict(candidate="missing.onnx"), "missing.onnx"),
+        (dict(candidate="model.onnx", data="tiny"), "^0: .*takes only images of 40x32 pixels"),
+        (dict(reference="model.onnx"), "model.onnx"),
+    ],
+)
+def test_refuses_what_it_cannot_use(folder, options, message):
+    (folder / "empty").mkdir(exist_ok=True)
+    Photo(random_image(16, 16, 0)).save(folder / "broken" / "input" / "1.png")
+    Photo(random_image(16, 16, 0)).save(folder / "broken" / "target" / "2.png")
+    for kind in ("input", "target"):
+        Photo(random_image(10, 16, 0)).save(folder / "tiny" / kind / "0.png")
+    options = {"reference": "reference.safetensors", "candidate": "reference.safetensors", "data": "pairs", **options}
+    places = {key: folder / options.pop(key) for key in ("reference", "candidate", "data")}
+    with pytest.raises(InputError, match=message) as error:
+        validate(**places, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_candidate_without_file(tmp_path):
+    with pytest.raises(InputError, match=r"none\.pth"):
+        open_candidate(tmp_path / "none.pth")
+
+
+def test_drop_where_psnr_is_infinite():
+    def drop(reference: float, candidate: float) -> float | None:
+        return Comparison("", 0.0, 0, {}, reference, candidate).drop_db
+
+    assert drop(math.inf, math.inf) == 0
+    assert drop(math.inf, 40.0) == math.inf
+    assert drop(30.0, 30.5) == -0.5
+
+
+def test_budgets():
+    def passed(drop: float, between: float, **budgets: float) -> bool:
+        image = Comparison("", between, 1, {}, 30.0, 30.0 - drop, 0.9, 0.9)
+        return Validation({}, [image], {}, [], {}, **budgets).passed
+
+    assert passed(0.25, 40)
+    assert passed(0.25, 40, max_drop_db=0.25, min_psnr=40)
+    assert not passed(0.25, 40, max_drop_db=0.125)
+    assert not passed(0.25, 40, max_drop_db=0.5, min_psnr=41)
+    assert passed(-1, 20, max_drop_db=0)
+    assert not passed(math.inf, 20, max_drop_db=1000)
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 200), (96, 96), (5, 130)])
+def test_crop_is_where_the_outputs_differ(height, width):
+    image = random_image(height, width, 0)
+    candidate = image.copy()
+    candidate[-3:, -4:] ^= 16
+    crop = _crop(image, image, candidate)
+    h, w = min(96, height), min(96, width)
+    assert crop.input.shape == (h, w, 3)
+    assert crop.top + h >= height - 2
+    assert crop.left + w >= width - 3
+    np.testing.assert_array_equal(crop.candidate, candidate[crop.top : crop.top + h, crop.left : crop.left + w])
+
+
+@pytest.mark.parametrize(("difference", "factor"), [(0, 128), (1, 128), (2, 64), (3, 64), (100, 2), (127, 2), (255, 1)])
+def test_amplification_does_not_saturate(difference, factor):
+    black = np.zeros((2, 2, 3), np.uint8)
+    amplified, found = Crop(0, 0, black, black, black + np.uint8(difference)).amplified()
+    assert found == factor
+    assert (amplified == difference * factor).all()
+
+
+class Page(HTMLParser):
+    """Checks that every element is closed where it should be, and collects sources and text."""
+
+    VOID = ("meta", "img")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.sources += [str(value) for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.mark.parametrize("data", ["pairs", "plain"])
+def test_report_is_one_whole_page(folder, tmp_path, data):
+    path = tmp_path / "deep" / "page.html"
+    validate(folder / "reference.safetensors", folder / "damaged.safetensors", folder / data, min_psnr=45, report=path)
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert len(page.sources) == 3 * 4 + 2  # crops of three images, two plots
+    assert all(source.startswith(("data:image/png;base64,", "data:image/svg+xml;base64,")) for source in page.sources)
+    assert not re.search(r"https?:|url\(|@import|<script|<link", text)
+    assert "Outside the budget" in page.text
+    assert re.search(r"difference × \d+", page.text)
+    assert ("mean drop in PSNR" in page.text) == (data == "pairs")
+
+
+def test_report_survives_odd_names_and_infinite_numbers():
+    images = [
+        Comparison("<b>&\"'.png", math.inf, 0, {}, math.inf, math.inf, 1.0, 1.0),
+        Comparison("[red]", 50.0, 1, {}, math.inf, 40.0, 1.0, 0.9),
+    ]
+    found = Validation({"a<b": "c&d"}, images, {}, [], {}, max_drop_db=0.1)
+    page = Page(render(found))
+    assert "<b>&\"'.png" in page.text
+    assert "a<b" in page.text
+    assert not found.passed
+    assert json.loads(json.dumps(found.summary(), allow_nan=False))["drop_db"] is None
+    assert found.table().row_count == 3
+
+
+def test_table_of_many_images_is_cut():
+    images = [Comparison(f"{i}", 50.0, 1, {}) for i in range(60)]
+    table = Validation({}, images, {}, [], {}).table()
+    assert table.row_count == 50 + 2
