@@ -75,9 +75,10 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         config, state, provenance = _read_pickle(path)
     else:
         raise InputError(f"{path}: expected a checkpoint ending in .safetensors, .pth or .pt")
-    model = DRSformer(config)
+    with torch.device("meta"):  # nothing is allocated before the shapes are known to be those of the file
+        model = DRSformer(config)
     _check_strictly(path, model.state_dict(), state)
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    model.to_empty(device="cpu").load_state_dict(state)
     return Checkpoint(model.eval(), provenance, file_sha256(path))
 
 
@@ -113,7 +114,7 @@ def _read_safetensors(path: Path) -> tuple[DRSformerConfig, dict[str, Tensor], d
         description = json.loads(metadata[METADATA_KEY])
         if description["format"] != FORMAT:
             raise InputError(f"{path}: expected format {FORMAT}, found {description['format']!r}; update this program")
-        config, provenance = DRSformerConfig.from_dict(description["config"]), description["provenance"]
+        config, provenance = DRSformerConfig.from_dict(description["config"]), dict(description["provenance"])
     except InputError:
         raise
     except (KeyError, TypeError, ValueError) as error:
@@ -132,9 +133,11 @@ def _read_pickle(path: Path) -> tuple[DRSformerConfig, dict[str, Tensor], dict[s
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise InputError(f"{path}: expected a state dict, bare or under 'params', found something else")
     state = {_rename(str(name)): tensor for name, tensor in content.items()}
+    if len(state) < len(content):
+        raise InputError(f"{path}: expected every tensor once, found some under two names")
     try:
         config = config_from_shapes({name: tuple(tensor.shape) for name, tensor in state.items()})
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, ArithmeticError) as error:
         raise InputError(f"{path}: not the tensors of a DRSformer ({error})") from None
     return config, state, {"source": path.name}
 

@@ -54,10 +54,17 @@ class LevelConfig:
 @dataclass(frozen=True)
 class MEFCConfig:
     """A mixture-of-experts feature compensator: a gating MLP with `gate_hidden` channels, and for every step the
-    names of its experts, from `EXPERTS` or `NO_EXPERT`."""
+    names of its experts, from `EXPERTS` or `NO_EXPERT`. Raises ValueError for others, and for steps of unequal size."""
 
     gate_hidden: int
     steps: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        if unknown := {name for step in self.steps for name in step} - {*EXPERTS, NO_EXPERT}:
+            raise ValueError(f"unknown expert {sorted(unknown)[0]!r}; known: {', '.join((*EXPERTS, NO_EXPERT))}")
+        sizes = {len(step) for step in self.steps}
+        if not isinstance(self.gate_hidden, int) or self.gate_hidden < 1 or len(sizes) != 1 or 0 in sizes:
+            raise ValueError(f"expected a gate and at least one step, all with as many experts, found {self}")
 
     @classmethod
     def regular(cls, experts: int = len(EXPERTS), steps: int = 4) -> MEFCConfig:
@@ -113,12 +120,6 @@ class DRSformerConfig:
         fractions = [_fraction(f) for f in self.topk]
         if fractions != sorted(set(fractions)) or any(not 0 < f <= 1 for f in fractions):
             raise ValueError(f"expected ascending top-k fractions in (0, 1], found {', '.join(self.topk)}")
-        for mefc in (self.mefc_early, self.mefc_late):
-            names = {name for step in mefc.steps for name in step} if mefc else set()
-            if unknown := names - {*EXPERTS, NO_EXPERT}:
-                raise ValueError(f"unknown expert {sorted(unknown)[0]!r}; known: {', '.join((*EXPERTS, NO_EXPERT))}")
-            if mefc and (mefc.gate_hidden < 1 or len({len(step) for step in mefc.steps}) != 1 or not mefc.steps[0]):
-                raise ValueError(f"expected a gate and at least one step, all with as many experts, found {mefc}")
 
     @classmethod
     def regular(
@@ -195,6 +196,8 @@ class DRSformerConfig:
 
 def _fraction(text: str) -> Fraction:
     try:
+        if not isinstance(text, str):
+            raise TypeError
         return Fraction(text)
     except (ValueError, ZeroDivisionError, TypeError):
         raise ValueError(f"expected a top-k fraction such as '2/3', found {text!r}") from None

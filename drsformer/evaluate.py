@@ -169,7 +169,11 @@ def evaluate(
             scores = Scores(dict(rows), protocol)
             title = f"{weights} ({_origin(trained)}) on {data}"
         elif restored and target and not (weights or data or no_reference):
-            pairs = pair_folders(restored, target)[:limit]
+            pairs = pair_folders(restored, target)
+            left = len(list_images(target)) - len({pair.target for pair in pairs})
+            if left:
+                raise InputError(f"{restored}: expected an image for each of {target}, found none for {left} of them")
+            pairs = pairs[:limit]
             rows = bar.track(_score_pairs(pairs, protocol), len(pairs), description="Measuring")
             scores = Scores(dict(rows), protocol)
             title = f"{restored} against {target}"

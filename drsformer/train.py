@@ -7,11 +7,13 @@
 
 The defaults are the recipe of the released code (paper, section 4.1): L1 loss, AdamW, batches of 8 patches of
 128x128, flips, 92,000 iterations at a constant rate and 208,000 more on a cosine, gradients clipped at norm 0.01.
-The same command continues a run that was stopped, exactly where its last checkpoint was.
+The same command continues a run that was stopped from its last checkpoint, on a CPU bit for bit as if it had not been.
+OUTPUT gets `last.safetensors`, `best.safetensors` if there is validation, `log.jsonl`, TensorBoard's events, and
+`state.pt` to continue from. With several machines it has to be a folder that all of them see.
 
 Everything random in a patch depends on the seed and the patch's running number alone, so there is no generator state
-to save, and a run resumed on the same number of devices sees the same patches. Devices, processes, precision and
-gradient synchronisation are Lightning Fabric's.
+to save, and a run sees the same patches on any number of devices. Devices, processes, precision and gradient
+synchronisation are Lightning Fabric's, by --devices, torchrun or `fabric run`.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -31,6 +35,7 @@ import torch.nn.functional as F
 import tyro
 from lightning_fabric import Fabric
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -48,6 +53,7 @@ from drsformer.rain import (
     crop,
     draw_streaks,
     flip,
+    images_in,
     make_layer,
     rain_of_pair,
     read_streaks,
@@ -61,16 +67,17 @@ Loss = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; the defaults are the released code's.
+    """How to train; the defaults are the released code's. Raises InputError for values out of range.
 
     Args:
         iterations: Steps of the optimiser in all.
-        constant: Steps at the initial learning rate, before the cosine begins.
+        constant: Steps at the initial learning rate, before the cosine begins; as in the paper, 92 of every 300 if not
+            given.
         warmup: Steps over which the rate first rises from zero.
         lr: Initial learning rate. The released code has 3e-4, the paper 1e-4.
         lr_min: Learning rate at the end.
         weight_decay: Of AdamW.
-        batch: Patches in a step, on each device.
+        batch: Patches in a step, over all devices.
         patch: Height and width of a patch, a multiple of 8.
         clip: Largest norm of the gradient.
         ema: Decay of the running average of the weights, which is what is validated and saved; 0 for none.
@@ -78,7 +85,7 @@ class Recipe:
     """
 
     iterations: int = 300_000
-    constant: int = 92_000
+    constant: int | None = None
     warmup: int = 0
     lr: float = 3e-4
     lr_min: float = 1e-6
@@ -90,19 +97,33 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        expect("--iterations", self.iterations, 1)
+        expect("--constant", self.constant or 0, 0, self.iterations - 1)
+        expect("--warmup", self.warmup, 0, self.iterations - 1)
+        expect("--lr", self.lr, 0)
+        expect("--lr-min", self.lr_min, 0)
+        expect("--weight-decay", self.weight_decay, 0)
+        expect("--batch", self.batch, 1)
+        expect("--clip", self.clip, 0)
+        expect("--ema", self.ema, 0, 1)
+        expect("--seed", self.seed, 0)
         if self.patch < SIZE_MULTIPLE or self.patch % SIZE_MULTIPLE:
             raise InputError(f"--patch: expected a multiple of {SIZE_MULTIPLE}, found {self.patch}")
-        for name in ("iterations", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name}: expected at least 1, found {getattr(self, name)}")
 
     def learning_rate(self, iteration: int) -> float:
         """The rate of a step, counted from 0."""
         if iteration < self.warmup:
             return self.lr * (iteration + 1) / self.warmup
-        start = min(max(self.constant, self.warmup), self.iterations - 1)
+        start = max(self.iterations * 92 // 300 if self.constant is None else self.constant, self.warmup)
         turn = max(0, iteration - start) / (self.iterations - start)
         return self.lr_min + (self.lr - self.lr_min) * (1 + math.cos(math.pi * turn)) / 2
+
+
+def expect(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raise InputError unless low <= value <= high."""
+    if not low <= value <= high:
+        wanted = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+        raise InputError(f"{name}: expected {wanted}, found {value}")
 
 
 @dataclass(frozen=True)
@@ -110,31 +131,66 @@ class Hardware:
     """What to train on; as Lightning Fabric names it.
 
     Args:
-        accelerator: cpu, cuda, mps or auto.
-        devices: How many devices, or auto; on the CPU, how many processes.
-        num_nodes: How many machines.
-        precision: 32-true, bf16-mixed or 16-mixed.
+        accelerator: Kind of device; auto takes CUDA or MPS where there is one, else the CPU.
+        devices: How many devices of each machine, or auto; on the CPU, how many processes. torchrun decides itself.
+        num_nodes: How many machines. torchrun decides itself.
+        precision: bf16-mixed computes in bfloat16 and keeps the weights in float32.
         workers: Processes that cut patches, for each device; none means in the training process itself.
-        channels_last: Keep tensors in NHWC order, which tensor cores like.
+        channels_last: Keep tensors in NHWC order, which tensor cores and CPUs like.
         compile: Compile the network with torch.compile.
     """
 
-    accelerator: str = "auto"
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: str = "auto"
     num_nodes: int = 1
-    precision: str = "32-true"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
     workers: int = 0
     channels_last: bool = False
     compile: bool = False
 
+    def __post_init__(self) -> None:
+        expect("--workers", self.workers, 0)
+        expect("--num-nodes", self.num_nodes, 1)
+        if self.devices != "auto" and not (self.devices.isdecimal() and int(self.devices)):
+            raise InputError(f"--devices: expected a number or auto, found {self.devices}")
+
     def fabric(self, output: Path) -> Fabric:
-        devices = int(self.devices) if self.devices.isdigit() else self.devices
-        fabric = Fabric(
-            accelerator=self.accelerator, devices=devices, num_nodes=self.num_nodes, precision=self.precision,  # pyright: ignore[reportArgumentType] - a string of the user's
-            loggers=TensorBoardLogger(output, name=None, version=""),
-        )  # fmt: skip
+        """Fabric with its processes launched. Raises InputError where the devices are not there."""
+        logger = TensorBoardLogger(output, name=None, version="")
+        if "LT_CLI_USED" in os.environ:  # `fabric run` has decided and launched
+            return Fabric(loggers=logger)
+        devices = "auto" if self.devices == "auto" else int(self.devices)
+        nodes = self.num_nodes
+        if torch.distributed.is_torchelastic_launched():
+            devices = int(os.environ["LOCAL_WORLD_SIZE"])
+            nodes = int(os.environ["WORLD_SIZE"]) // devices
+        try:
+            fabric = Fabric(accelerator=self.accelerator, devices=devices, num_nodes=nodes, precision=self.precision,
+                            loggers=logger)  # fmt: skip
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"cannot train on this hardware: {error}") from None
         fabric.launch()
         return fabric
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How often things are done beside training.
+
+    Args:
+        validate_every: Iterations between validations.
+        log_every: Iterations between lines of the log.
+        save_minutes: Minutes between checkpoints; a run that is killed loses no more than that.
+    """
+
+    validate_every: int = 1000
+    log_every: int = 100
+    save_minutes: float = 3.0
+
+    def __post_init__(self) -> None:
+        expect("--validate-every", self.validate_every, 1)
+        expect("--log-every", self.log_every, 1)
+        expect("--save-minutes", self.save_minutes, 0)
 
 
 class Patches(Dataset[tuple[Tensor, Tensor]]):
@@ -143,7 +199,7 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
     A patch is cut out of a pair of one of the folders, each folder equally likely; or, with probability `rendered`, is
     a clean background (a target, or one of the further `clean` photographs) with rain from a pair of a folder, or from
     `streaks`, put on it; or, with probability `dry`, shows the same clean background twice. Decoded images
-    are kept in memory until they fill `cache_bytes`.
+    are kept in memory until they fill `cache_bytes`, in each process that cuts patches.
     """
 
     def __init__(
@@ -156,15 +212,18 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
         dry: float = 0.0,
         cache_bytes: int = 4 << 30,
     ) -> None:
+        expect("--rendered", rendered, 0, 1)
+        expect("--dry", dry, 0, 1 - rendered)
+        if clean and rendered + dry == 0:
+            raise InputError("--clean photographs are used for rendered and dry patches only: give --rendered or --dry")
+        if streaks and rendered == 0:
+            raise InputError("--streaks are used for rendered patches only: give --rendered")
+        if not folders and not (clean and rendered + dry >= 1):
+            raise InputError("nothing to train on: give --data, or --clean with --rendered and --dry that add up to 1")
         self.folders, self.recipe, self.rendered, self.dry = folders, recipe, rendered, dry
         self.backgrounds: list[Pair | Path] = [pair for folder in folders for pair in folder]
-        self.backgrounds += images.list_images(clean) if clean else []
-        if not self.backgrounds:
-            raise InputError("nothing to train on: give --data, or --clean with --rendered 1")
-        if not folders and rendered + dry < 1:
-            raise InputError(f"without --data all patches are rendered or dry: expected --rendered and --dry to add "
-                             f"up to 1, found {rendered + dry:g}")  # fmt: skip
-        self.layers: list[LayerSource] = [self._rain_of(folder) for folder in folders]
+        self.backgrounds += images_in(clean) if clean else []
+        self.layers: list[LayerSource] = [partial(self._rain_of, folder) for folder in folders]
         if streaks:
             self.layers.append(read_streaks(streaks))
         self.layers = self.layers or [draw_streaks]
@@ -209,12 +268,9 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
             self.cache[key] = image
         return image
 
-    def _rain_of(self, folder: Sequence[Pair]) -> LayerSource:
-        def source(rng: np.random.Generator, height: int, width: int) -> Layer:
-            rainy, clean = np.split(self._cut(rng, folder, height, width), 2, axis=-1)
-            return rain_of_pair(rainy, clean).astype(np.float32)
-
-        return source
+    def _rain_of(self, folder: Sequence[Pair], rng: np.random.Generator, height: int, width: int) -> Layer:
+        rainy, clean = np.split(self._cut(rng, folder, height, width), 2, axis=-1)
+        return rain_of_pair(rainy, clean).astype(np.float32)
 
 
 def l1_loss(model: nn.Module, rainy: Tensor, clean: Tensor) -> dict[str, Tensor]:
@@ -223,41 +279,50 @@ def l1_loss(model: nn.Module, rainy: Tensor, clean: Tensor) -> dict[str, Tensor]
 
 
 class Run:
-    """One training run in its folder.
+    """One training run in its folder: its checkpoint, its log and the networks it leaves.
 
-    `state.pt` (everything needed to continue), `log.jsonl` (one object a line), TensorBoard's event file,
-    `last.safetensors` (the averaged weights) and, where there is validation, `best.safetensors`.
+    options:    what the result depends on; a run is continued only with the same.
+    provenance: for the networks, see `drsformer.checkpoint`.
     """
 
-    def __init__(self, output: Path, options: dict[str, Any]) -> None:
-        self.output, self.options = output, options
+    def __init__(self, output: Path, options: dict[str, Any], provenance: dict[str, Any]) -> None:
+        self.output, self.options, self.provenance = output, options, provenance
         self.log_path, self.state_path = output / "log.jsonl", output / "state.pt"
 
-    def save(self, state: dict[str, Any]) -> None:
-        with writing(self.state_path) as temporary:
-            torch.save({**state, "options": json.dumps(self.options)}, temporary)
-
     def restore(self) -> dict[str, Any] | None:
-        """The state of the last checkpoint, or None at the start of a run; the log is cut back to it. Raises InputError
-        where the run was started with other options."""
+        """The state of the last checkpoint, or None at the start of a run. Raises InputError where the run was
+        started with other options, or where the folder holds something else."""
         if not self.state_path.exists():
-            self.log_path.unlink(missing_ok=True)
+            if (self.output / "last.safetensors").exists():
+                raise InputError(f"{self.output} holds a network but no state to continue from; give another --output")
             return None
         try:
             state = torch.load(self.state_path, map_location="cpu", weights_only=True)
             before = json.loads(state.pop("options"))
         except Exception as error:  # whatever a damaged file provokes
-            raise InputError(f"{self.state_path}: damaged ({error}); remove it to start again") from None
+            raise InputError(f"{self.state_path}: damaged ({error}); remove the folder to start again") from None
         changed = [name for name in self.options if self.options[name] != before.get(name)]
         if changed:
             name = changed[0]
             raise InputError(f"{self.output} holds a run with {name}={before.get(name)}, not {self.options[name]}; "
                              "give the same options to continue it, or another --output")  # fmt: skip
-        lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
-        kept = [line for line in lines if json.loads(line)["iteration"] <= state["iteration"]]
-        with writing(self.log_path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
         return state
+
+    def clean_up(self, iteration: int) -> None:
+        """Remove what a killed process left behind after the checkpoint of `iteration`."""
+        for leftover in self.output.glob(".state.*.pt"):
+            leftover.unlink()
+        lines = self.log_path.read_text().splitlines(keepends=True) if self.log_path.exists() else []
+        whole = [line for line in lines if line.endswith("}\n")]
+        with writing(self.log_path) as temporary:
+            temporary.write_text("".join(line for line in whole if json.loads(line)["iteration"] <= iteration))
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        with writing(self.state_path) as temporary:
+            torch.save({**state, "options": json.dumps(self.options)}, temporary)
+
+    def save_network(self, name: str, network: DRSformer, scores: dict[str, float]) -> None:
+        checkpoint.save(self.output / f"{name}.safetensors", network, {**self.provenance, "scores": scores})
 
     def log(self, fabric: Fabric, iteration: int, values: dict[str, float]) -> None:
         fabric.log_dict(values, step=iteration)
@@ -271,41 +336,48 @@ def fit(
     patches: Patches,
     recipe: Recipe,
     run: Run,
-    provenance: dict[str, Any],
     *,
     loss: Loss = l1_loss,
     validate: Sequence[tuple[str, Sequence[Pair]]] = (),
-    validate_every: int = 1000,
-    log_every: int = 100,
-    save_minutes: float = 3.0,
     hardware: Hardware = Hardware(),
+    cadence: Cadence = Cadence(),
 ) -> dict[str, float]:
     """The training loop, which every way of training here uses. Trains `model` in place until `recipe` is done,
-    continuing the run if it has begun, and returns the last validation scores.
+    continuing the run if it has begun, and returns the last validation scores, by "folder psnr" and "folder ssim".
 
-    Raises InputError when the loss is no longer a number; the last checkpoint is left as it was.
+    The first process validates, logs and saves; the logged loss is that of its own patches. Raises InputError when the
+    weights are no longer numbers; the last checkpoint is then left as it was.
     """
+    if recipe.batch % fabric.world_size:
+        raise InputError(f"--batch: expected a multiple of the {fabric.world_size} devices, found {recipe.batch}")
+    state = run.restore()
     if hardware.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)).to(fabric.device)
-    averaged = cast("DRSformer", average.module)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    state = run.restore()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
+    averaged = cast("DRSformer", average.module) if average else model
     if state:
         model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-    done, best = (state["iteration"], state["best"]) if state else (0, -math.inf)
+        if average:
+            average.load_state_dict(state["average"])
     if hardware.compile:
         model.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     trained, optimizer = fabric.setup(model, optimizer)
+    averaged.to(fabric.device)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])  # on the device only now that the parameters are
+    done, best, scores, scored = (
+        (state["iteration"], state["best"], state["scores"], state["scored"]) if state else (0, -math.inf, {}, 0)
+    )
+    if fabric.is_global_zero:
+        run.clean_up(done)
 
-    group = recipe.batch * fabric.world_size  # patches of one iteration over all devices
-    first = recipe.batch * fabric.global_rank
+    share = recipe.batch // fabric.world_size
+    first = fabric.global_rank * share
     loader = fabric.setup_dataloaders(
         DataLoader(
             patches,
-            batch_sampler=[range(i * group + first, i * group + first + recipe.batch)  # pyright: ignore[reportArgumentType]
+            batch_sampler=[range(i * recipe.batch + first, i * recipe.batch + first + share)  # pyright: ignore[reportArgumentType]
                            for i in range(done, recipe.iterations)],
             num_workers=hardware.workers,
             persistent_workers=hardware.workers > 0,
@@ -314,140 +386,151 @@ def fit(
         use_distributed_sampler=False,
     )  # fmt: skip
 
-    def save(iteration: int) -> None:
-        checkpoint.save(run.output / "last.safetensors", averaged, {**provenance, "scores": scores})
-        run.save({"iteration": iteration, "best": best, "model": model.state_dict(), "average": average.state_dict(),
-                  "optimizer": optimizer.state_dict()})  # fmt: skip
-
-    scores: dict[str, float] = {}
     sums: dict[str, Tensor] = {}
-    counted = 0
-    since, saved = time.monotonic(), time.monotonic()
-    with progress(loss="loss {task.fields[loss]:.4f}", speed="{task.fields[speed]:.1f} patches/s") as bar:
+    counted, seconds, saved = 0, 0.0, time.monotonic()
+    with progress(fabric.is_global_zero, loss="loss {task.fields[loss]:.4f}",
+                  speed="{task.fields[speed]:.1f} patches/s") as bar:  # fmt: skip
         task = bar.add_task("Training", total=recipe.iterations, completed=done, loss=math.nan, speed=0.0)
+        started = time.monotonic()
         for iteration, (rainy, clean) in enumerate(loader, done + 1):
             for parameters in optimizer.param_groups:
                 parameters["lr"] = recipe.learning_rate(iteration - 1)
             if hardware.channels_last:
                 rainy, clean = (x.contiguous(memory_format=torch.channels_last) for x in (rainy, clean))
             terms = loss(trained, rainy, clean)
-            total = torch.stack(list(terms.values())).sum()
-            fabric.backward(total)
+            fabric.backward(torch.stack(list(terms.values())).sum())
             fabric.clip_gradients(trained, optimizer, max_norm=recipe.clip, error_if_nonfinite=False)
             optimizer.step()
             optimizer.zero_grad()
-            average.update_parameters(model)
+            if average:
+                average.update_parameters(model)
             for name, term in terms.items():
                 sums[name] = sums.get(name, torch.zeros_like(term)) + term.detach()
             counted += 1
+            seconds += time.monotonic() - started
             bar.advance(task)
 
-            if iteration % log_every == 0 or iteration == recipe.iterations:
+            last = iteration == recipe.iterations
+            log = last or iteration % cadence.log_every == 0
+            score = bool(validate) and (last or iteration % cadence.validate_every == 0)
+            save = fabric.is_global_zero and (last or time.monotonic() - saved > 60 * cadence.save_minutes)
+            if (log or score or save) and not all(p.isfinite().all() for p in model.parameters()):
+                raise InputError(f"the weights are no longer numbers at iteration {iteration}: lower --lr or --clip, "
+                                 "and give another --output")  # fmt: skip
+            if log:
                 means = {name: term.item() / counted for name, term in sums.items()}
-                if not all(math.isfinite(mean) for mean in means.values()):
-                    raise InputError(f"the loss is not a number at iteration {iteration}; lower --lr or --clip, "
-                                     f"and start again from {run.output / 'last.safetensors'}")  # fmt: skip
-                speed = counted * group / (time.monotonic() - since)
-                since, sums, counted = time.monotonic(), {}, 0
+                speed = counted * recipe.batch / seconds
                 bar.update(task, loss=sum(means.values()), speed=speed)
                 if fabric.is_global_zero:
                     rate = optimizer.param_groups[0]["lr"]
                     run.log(fabric, iteration, {**means, "lr": rate, "patches_per_second": round(speed, 2)})
-            last = iteration == recipe.iterations
-            if fabric.is_global_zero and validate and (iteration % validate_every == 0 or last):
-                scores = {}
-                for name, pairs in validate:
-                    result = evaluate_model(averaged, pairs)
-                    scores |= {f"{name} psnr": result.psnr, f"{name} ssim": result.ssim}
+                sums, counted, seconds = {}, 0, 0.0
+            if score and fabric.is_global_zero:
+                scores, scored = _scores(averaged, validate), iteration
                 run.log(fabric, iteration, scores)
-                mean = float(np.mean([value for name, value in scores.items() if name.endswith("psnr")]))
+                mean = float(np.mean([value for name, value in scores.items() if name.endswith(" psnr")]))
                 if mean > best:
                     best = mean
-                    checkpoint.save(run.output / "best.safetensors", averaged, {**provenance, "scores": scores})
-            if fabric.is_global_zero and (last or time.monotonic() - saved > 60 * save_minutes):
-                save(iteration)
+                    run.save_network("best", averaged, scores)
+            if save:
+                run.save_network("last", averaged, scores if scored == iteration else {})
+                run.save_state({
+                    "iteration": iteration, "best": best, "scores": scores, "scored": scored,
+                    "model": model.state_dict(), "average": average.state_dict() if average else None,
+                    "optimizer": optimizer.state_dict(),
+                })  # fmt: skip
                 saved = time.monotonic()
-    fabric.barrier()
+            started = time.monotonic()
     model.load_state_dict(averaged.state_dict())
+    return fabric.broadcast(scores)
+
+
+def _scores(network: DRSformer, validate: Sequence[tuple[str, Sequence[Pair]]]) -> dict[str, float]:
+    """PSNR and SSIM on each folder; 100 dB stands for images restored without any error."""
+    scores = {}
+    for name, pairs in validate:
+        result = evaluate_model(network, pairs)
+        scores |= {f"{name} psnr": min(result.psnr, 100.0), f"{name} ssim": result.ssim}
     return scores
 
 
 def train(
     output: Path,
     data: list[Path] | None = None,
-    network: str = "drsformer",
+    network: str | None = None,
     init: Path | None = None,
     validate: list[Path] | None = None,
+    validate_limit: int = 20,
     clean: Path | None = None,
     streaks: Path | None = None,
     rendered: float = 0.0,
     dry: float = 0.0,
     recipe: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = Recipe(),
     hardware: Annotated[Hardware, tyro.conf.OmitArgPrefixes] = Hardware(),
-    validate_every: int = 1000,
-    validate_limit: int = 20,
-    log_every: int = 100,
-    save_minutes: float = 3.0,
+    cadence: Annotated[Cadence, tyro.conf.OmitArgPrefixes] = Cadence(),
 ) -> dict[str, float]:
     """Train a network, or continue its training; returns the last validation scores by folder.
 
     Args:
-        output: Folder of the run: checkpoints, log, TensorBoard events.
+        output: Folder of the run.
         data: Folders of pairs, in any layout that drsformer.evaluate reads; each is drawn from equally often.
-        network: Name of the network to start, see drsformer.config.PRESETS.
+        network: Name of the network to start, see drsformer.config.PRESETS; drsformer if neither this nor --init is
+            given.
         init: Checkpoint to start from, in place of a fresh network.
         validate: Folders of pairs to score the network on while it trains.
+        validate_limit: Images of each folder to validate on, the first ones.
         clean: Folder of further clean photographs to put rain on.
         streaks: Folder of streak images to put on photographs, besides the rain of the pairs.
         rendered: Fraction of the patches that have rain put on a clean background.
         dry: Fraction of the patches that show no rain at all, from which the network learns to leave dry images alone.
         recipe: How to train.
         hardware: What to train on.
-        validate_every: Iterations between validations.
-        validate_limit: Images of each folder to validate on.
-        log_every: Iterations between lines of the log.
-        save_minutes: Minutes between checkpoints; a run that is killed loses no more than that.
+        cadence: How often to validate, log and save.
     """
+    expect("--validate-limit", validate_limit, 1)
+    if init and network:
+        raise InputError("--init brings its own network: leave --network out")
     folders = [find_pairs(folder) for folder in data or []]
     validation = [(_short(folder), find_pairs(folder)[:validate_limit]) for folder in validate or []]
+    for pair in (pair for _, pairs in validation for pair in pairs):
+        pair.load()  # so that a bad image is told now and not after the first thousand iterations
     patches = Patches(folders, recipe, clean, streaks, rendered, dry)
     torch.manual_seed(recipe.seed)
     start = checkpoint.load(init) if init else None
     try:
-        model = start.model.train() if start else DRSformer(preset(network))
+        model = start.model.train() if start else DRSformer(preset(network or "drsformer"))
     except ValueError as error:
         raise InputError(f"--network: {error}") from None
+    sources = [_short(folder) for folder in (*(data or []), *(folder for folder in (clean, streaks) if folder))]
     options = {
-        "network": network if start is None else None,
+        "network": None if start else network or "drsformer",
         "parent": start.sha256 if start else None,
-        "data": [_short(folder) for folder in data or []],
-        "clean": _short(clean) if clean else None,
-        "streaks": _short(streaks) if streaks else None,
+        "data": sources,
         "rendered": rendered,
         "dry": dry,
         **dataclasses.asdict(recipe),
         "precision": hardware.precision,
+        "validate": [name for name, _ in validation],
+        "validate_limit": validate_limit,
     }
-    step = {"command": "drsformer.train", "options": options}
+    earlier = start.provenance.get("steps", []) if start else []
     provenance = {
-        "trained_on": options["data"] + [name for name in (options["clean"], options["streaks"]) if name],
+        "trained_on": sources,
         "parent": options["parent"],
-        "steps": [*(start.provenance.get("steps", []) if start else []), step],
+        "steps": [*earlier, {"command": "drsformer.train", "options": options}],
     }
     fabric = hardware.fabric(output)
     if fabric.is_global_zero:
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         console.print(f"{parameters:.2f} M parameters, {len(patches.backgrounds)} backgrounds, on {fabric.device}")
-    return fit(
-        fabric, model, patches, recipe, Run(output, options), provenance, validate=validation, hardware=hardware,
-        validate_every=validate_every, log_every=log_every, save_minutes=save_minutes,
-    )  # fmt: skip
+    return fit(fabric, model, patches, recipe, Run(output, options, provenance),
+               validate=validation, hardware=hardware, cadence=cadence)  # fmt: skip
 
 
 def _short(folder: Path) -> str:
-    """The last two parts of a path: they name a data set, and keep a machine's other folders out of the file."""
-    return "/".join(folder.resolve().parts[-2:])
+    """The last two parts of a path as it was given: they name a data set without telling where it lies."""
+    return "/".join(part for part in folder.parts[-2:] if part not in ("..", "/"))
 
 
 if __name__ == "__main__":
-    main(train, __doc__, summary=dict)
+    main(train, __doc__, summary=lambda scores: scores if getattr(rank_zero_only, "rank", 0) == 0 else None)

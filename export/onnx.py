@@ -46,7 +46,7 @@ from drsformer import checkpoint
 from drsformer.config import SIZE_MULTIPLE, DRSformerConfig
 from drsformer.evaluate import TorchSession
 from export.topk import Pattern, count_flips, masks, scores_of, with_pattern
-from runtime.cli import InputError, console, main, writing
+from runtime.cli import GateError, InputError, console, main, writing
 from runtime.ort import EXECUTION_PROVIDERS, OrtSession
 from runtime.session import Derainer, to_batch, to_image
 
@@ -265,7 +265,7 @@ def export(
 ) -> Exported:
     """Export a checkpoint, prove the result against PyTorch, and write it.
 
-    Raises InputError for arguments or a checkpoint that cannot be used, RuntimeError where the proof fails; nothing is
+    Raises InputError for arguments or a checkpoint that cannot be used, GateError where the proof fails; nothing is
     written then.
 
     Args:
@@ -306,7 +306,7 @@ def export(
             for agreement in verify(temporary, reference, sizes):
                 agreements.append(agreement)
                 if not agreement.difference <= TOLERANCE:
-                    raise RuntimeError(f"{output} is not written: the exported network differs from PyTorch by "
+                    raise GateError(f"{output} is not written: the exported network differs from PyTorch by "
                                        f"{agreement.difference:.1e} at {agreement.height}x{agreement.width}, "
                                        f"more than {TOLERANCE}")  # fmt: skip
     operators = collections.Counter(node.op_type for node in model.graph.node)

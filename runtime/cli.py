@@ -2,7 +2,7 @@
 
 A verb is a typed, documented function that a notebook can call too. `main` parses its arguments, prints the result's
 summary as the last line, and turns a user's mistake into one line instead of a traceback. Exit status: 0 done, 1 a
-gate failed, 2 bad usage or bad input.
+gate failed, 2 bad usage or bad input, 3 a fault of the program, with its traceback.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,31 +29,43 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The message is one line: expected, found, how to mend it."""
 
 
+class GateError(RuntimeError):
+    """What was made does not pass its test, through no fault of the user. One line; exit status 1."""
+
+
 def main(
     function: Callable[..., Any],
     description: str | None,
-    summary: Callable[[Any], dict[str, Any]] | None = None,
+    summary: Callable[[Any], dict[str, Any] | None] | None = None,
     status: Callable[[Any], int] = lambda result: 0,
 ) -> NoReturn:
     """Run `function` as a command and exit.
 
     description: what --help opens with; by convention the module's docstring, which begins with examples.
-    summary:     makes a JSON object of the result, printed as the last line of standard output.
+    summary:     makes a JSON object of the result, printed as the last line of standard output; None prints nothing.
     status:      makes the exit status of the result.
     """
     try:
         spec = sys.modules["__main__"].__spec__  # None for a script; tyro would show the module's path
         prog = f"python -m {spec.name}" if spec else None
         result = tyro.cli(function, prog=prog, description=description, config=(tyro.conf.DisallowNone,))
-        if summary is not None:
-            print(json.dumps(summary(result)), flush=True)
+        line = summary(result) if summary else None
+        if line is not None:
+            print(json.dumps(line), flush=True)
         sys.exit(status(result))
     except InputError as error:
         fail(str(error))
     except OSError as error:
         if error.strerror is None:
-            raise
+            traceback.print_exc()
+            sys.exit(3)
         fail(": ".join([*([str(error.filename)] if error.filename else []), error.strerror]))
+    except GateError as error:
+        print("failed: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        sys.exit(1)
+    except Exception:  # a fault of ours, which is not a gate that failed
+        traceback.print_exc()
+        sys.exit(3)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -64,13 +77,13 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def progress(**columns: Any) -> Progress:
+def progress(shown: bool = True, **columns: Any) -> Progress:
     """A progress bar on standard error: what, how many of how many, time left, then `columns` by name as
-    templates over the task's fields. Silent where standard error is not a terminal."""
+    templates over the task's fields. Silent where it is not to be shown and where standard error is no terminal."""
     extra = [TextColumn(template) for template in columns.values()]
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), *extra,
-        console=console, disable=not console.is_terminal,
+        console=console, disable=not (shown and console.is_terminal),
     )  # fmt: skip
 
 

@@ -227,6 +227,22 @@ def test_config_that_does_not_fit_its_tensors_is_refused(tmp_path):
         checkpoint.load(tmp_path / "m.safetensors")
 
 
+def test_hostile_shapes_are_told_in_one_line(tmp_path):
+    """Sizes that would divide by zero or fill the memory, and a parameter under two names."""
+    state = ReleasedDRSformer(**SMALL).state_dict()
+    torch.save({**state, "latent.0.attn.temperature": torch.zeros(0, 1, 1)}, tmp_path / "a.pth")
+    torch.save({**state, "module.latent.0.attn.temperature": torch.zeros(4, 1, 1)}, tmp_path / "b.pth")
+    model = DRSformer(preset("drsformer-tiny"))
+    huge = model.config.to_dict()
+    huge["latent"]["width"] = 4 * 10**12
+    save_described(tmp_path / "c.safetensors", model, config=huge)
+    save_described(tmp_path / "d.safetensors", model, provenance=[1])
+    for name in ("a.pth", "b.pth", "c.safetensors", "d.safetensors"):
+        with pytest.raises(InputError, match=name) as error:
+            checkpoint.load(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
 def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "m.safetensors"
     checkpoint.save(path, DRSformer(preset("drsformer-tiny")), {})

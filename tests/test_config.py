@@ -37,8 +37,6 @@ def test_dictionary_round_trip_is_exact_for_irregular_networks():
         ({"up": (192, 96, 40)}, "decoder level 1"),
         ({"up": (192, 96)}, "three"),
         ({"up": (192, 96, 48.0)}, "whole numbers"),
-        ({"mefc_late": MEFCConfig(64, (("sep_conv_9x9",),))}, "sep_conv_9x9"),
-        ({"mefc_late": MEFCConfig(64, (("avg_pool_3x3",), ()))}, "as many experts"),
     ],
 )
 def test_impossible_networks_are_refused(change, message):
@@ -57,9 +55,26 @@ def test_widths_that_cannot_be_downsampled_or_split_are_refused():
         MEFCConfig.regular(9)
 
 
-@pytest.mark.parametrize("damage", [{"encoder": 3}, {"extra": 1}, {"latent": {"width": 8}}, {"topk": None}])
+@pytest.mark.parametrize(
+    ("gate_hidden", "steps", "message"),
+    [
+        (64, (("sep_conv_9x9",),), "sep_conv_9x9"),
+        (64, (("avg_pool_3x3",), ()), "as many experts"),
+        (64, (), "at least one step"),
+        (0, (("avg_pool_3x3",),), "gate"),
+        (2.5, (("avg_pool_3x3",),), "gate"),
+    ],
+)
+def test_impossible_compensators_are_refused(gate_hidden, steps, message):
+    with pytest.raises(ValueError, match=message):
+        MEFCConfig(gate_hidden, steps)
+
+
+@pytest.mark.parametrize(
+    "damage", [{"topk": [0.5]}, {"encoder": 3}, {"extra": 1}, {"latent": {"width": 8}}, {"topk": None}]
+)
 def test_damaged_dictionaries_are_refused(damage):
-    with pytest.raises(ValueError, match=r"config|level|topk"):
+    with pytest.raises(ValueError, match=r"config|level|top-?k"):
         DRSformerConfig.from_dict({**preset("drsformer-tiny").to_dict(), **damage})
     with pytest.raises(ValueError, match="config"):
         DRSformerConfig.from_dict({})

@@ -151,6 +151,13 @@ def test_restored_images_score_as_the_network_that_made_them(data, weights, tmp_
     assert again.summary().keys() == {"psnr", "ssim", "images", "identical", "protocol"}
 
 
+def test_missing_restored_images_are_told(data, weights, tmp_path):
+    evaluate(weights, data, save=tmp_path / "restored")
+    next((tmp_path / "restored").iterdir()).unlink()
+    with pytest.raises(InputError, match="found none for 1 of them"):
+        evaluate(restored=tmp_path / "restored", target=data / "target")
+
+
 def test_save_keeps_names_below_folders(weights, tmp_path):
     rng = np.random.default_rng(0)
     for density in ("Heavy", "Light"):

@@ -12,7 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.released import ReleasedDRSformer
 from drsformer import checkpoint
 from drsformer.config import EXPERTS, FEED_FORWARDS, NO_EXPERT, PRESETS, DRSformerConfig, MEFCConfig, preset
-from drsformer.model import DRSformer, MixtureOfExpertsCompensator, TopKMask
+from drsformer.model import (
+    DepthwiseFeedForward,
+    DRSformer,
+    FeedForward,
+    GatedFeedForward,
+    MixtureOfExpertsCompensator,
+    TopKMask,
+)
 from tests.networks import SMALL, fill, image
 
 
@@ -92,6 +99,20 @@ def test_ablations_of_the_paper_run(variant):
     x = image(16, 16)
     assert model(x).isfinite().all()
     assert (model(x) - x).abs().mean() > 1e-3
+
+
+@torch.no_grad()
+def test_feed_forwards_of_table_3_are_what_their_papers_say():
+    gdfn, dfn, fn = (fill(kind(6, 10)) for kind in (GatedFeedForward, DepthwiseFeedForward, FeedForward))
+    x = torch.randn(2, 6, 9, 7)
+
+    def gelu(z):
+        return z * (1 + torch.erf(z / 2**0.5)) / 2
+
+    gate, value = gdfn.dwconv(gdfn.project_in(x)).split(10, dim=1)
+    assert (gdfn(x) - gdfn.project_out(gelu(gate) * value)).abs().max() < 1e-6
+    assert (dfn(x) - dfn.project_out(gelu(dfn.dwconv(gelu(dfn.project_in(x)))))).abs().max() < 1e-6
+    assert (fn(x) - fn.project_out(gelu(fn.project_in(x)))).abs().max() < 1e-6
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from drsformer.model import DRSformer
 from export import onnx as export_onnx
 from export.onnx import SIZES, TOLERANCE, Exported, ScoreProbe, export, verify
 from export.topk import PATTERNS, masks, scores_of, with_pattern
-from runtime.cli import InputError
+from runtime.cli import GateError, InputError
 from runtime.ort import OrtSession
 from runtime.session import Derainer, to_batch
 from tests.networks import fill
@@ -247,7 +247,7 @@ def test_failed_proof_writes_nothing(everything, tmp_path, monkeypatch, differen
     found = dataclasses.replace(exported.agreements[0], difference=difference)
     monkeypatch.setattr(export_onnx, "to_onnx", lambda *_: model)
     monkeypatch.setattr(export_onnx, "verify", lambda *_: iter([found]))
-    with pytest.raises(RuntimeError, match="not written"):
+    with pytest.raises(GateError, match="not written"):
         export(weights, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 

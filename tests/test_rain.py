@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from drsformer.data import find_pairs
-from drsformer.rain import BRIGHTEST, add_rain, crop_streaks, draw_streaks, make_layer, rain, rain_of_pair
+from drsformer.rain import BRIGHTEST, add_rain, cut_streaks, draw_streaks, make_layer, rain, rain_of_pair
 from runtime.cli import InputError
 
 
@@ -22,6 +24,29 @@ def test_drawn_streaks_are_a_layer(size):
     assert layer.dtype == np.float32
     assert layer.min() > -1e-3
     assert layer.max() <= 220.001
+
+
+def test_drawn_streaks_differ_in_direction_and_amount():
+    """The direction in which a layer changes least is that of its streaks."""
+    angles, covered = [], []
+    for seed in range(30):
+        dy, dx = np.gradient(draw_streaks(generator(seed), 96, 96))
+        angles.append(0.5 * np.arctan2(2 * (dx * dy).mean(), (dx**2 - dy**2).mean()))
+        covered.append((np.hypot(dx, dy) > 1).mean())
+    assert np.std(angles) > 0.1
+    assert min(covered) > 0
+    assert max(covered) > 3 * min(covered)
+
+
+def test_rain_is_rounded_and_cut_off_at_white():
+    clean = np.array([[[10, 100, 250]]], np.uint8)
+    assert add_rain(clean, np.array([[5.6]], np.float32)).tolist() == [[[16, 106, 255]]]
+
+
+def test_streaks_are_flipped_both_ways():
+    source = np.arange(4, dtype=np.uint8).reshape(2, 2)
+    corners = {cut_streaks([source], generator(seed), 2, 2)[0, 0] for seed in range(40)}
+    assert corners == {0, 1, 2, 3}
 
 
 def test_drawn_streaks_are_longer_than_they_are_wide():
@@ -45,7 +70,7 @@ def test_strength_goes_from_light_to_heavy_and_leaves_something_to_see():
         np.mean([make_layer(generator(i), 64, 64, [draw_streaks], s).mean() for i in range(40)]) for s in (0, 0.5, 1)
     ]
     assert means[0] * 1.5 < means[1] < means[2] / 1.3
-    flood = crop_streaks([np.full((9, 9), 255, np.uint8)])
+    flood = partial(cut_streaks, [np.full((9, 9), 255, np.uint8)])
     assert make_layer(generator(), 20, 20, [flood], 1.0).mean() == pytest.approx(BRIGHTEST, rel=1e-4)
 
 
@@ -58,8 +83,7 @@ def test_rain_of_a_pair_is_what_was_added_where_white_did_not_cut_it_off():
 
 
 def test_small_layers_are_repeated():
-    source = crop_streaks([np.arange(6, dtype=np.uint8).reshape(2, 3)])
-    layer = source(generator(), 5, 11)
+    layer = cut_streaks([np.arange(6, dtype=np.uint8).reshape(2, 3)], generator(), 5, 11)
     assert layer.shape == (5, 11)
     assert set(np.unique(layer)) == set(range(6))
 
@@ -81,6 +105,9 @@ def test_folder_is_rendered_into_a_data_set(tmp_path):
     assert np.array_equal(rainy, again)
     with pytest.raises(InputError, match="0 to 1"):
         rain(tmp_path / "clean", tmp_path / "c", strength=1.5)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "clean" / "0.jpg")
+    with pytest.raises(InputError, match="suffix"):
+        rain(tmp_path / "clean", tmp_path / "c")
     (tmp_path / "empty").mkdir()
     for folders in ({"clean": tmp_path / "empty"}, {"clean": tmp_path / "clean", "streaks": tmp_path / "empty"}):
         with pytest.raises(InputError, match="found none"):

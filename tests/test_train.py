@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +18,11 @@ import torch
 from PIL import Image
 
 from drsformer import checkpoint
+from drsformer import train as training
 from drsformer.config import preset
 from drsformer.data import find_pairs
 from drsformer.model import DRSformer
-from drsformer.train import Hardware, Patches, Recipe, l1_loss, train
+from drsformer.train import Cadence, Hardware, Patches, Recipe, l1_loss, train
 from runtime.cli import InputError
 
 CPU = Hardware(accelerator="cpu", devices="1")
@@ -52,7 +55,9 @@ def test_warmup_and_short_schedules():
     rates = [recipe.learning_rate(i) for i in range(10)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[4:] == sorted(rates[4:], reverse=True)
-    assert Recipe(iterations=1).learning_rate(0) == 3e-4  # the constant part may be longer than all
+    short = Recipe(iterations=300)  # keeps the paper's proportion of constant to falling rates
+    assert [short.learning_rate(i) for i in (0, 91, 92)] == [3e-4] * 3
+    assert short.learning_rate(299) < 1.1e-6
 
 
 def test_patches_depend_on_seed_and_number_alone(data):
@@ -65,6 +70,8 @@ def test_patches_depend_on_seed_and_number_alone(data):
     assert not torch.equal(one[0][1], one[1][1])
     assert not torch.equal(one[0][1], Patches(folders, Recipe(patch=16, seed=1), rendered=0.5, dry=0.1)[0][1])
     assert two.cache == {}
+    flipped = {tuple(one[number][1].diff(dim=1).sign().unique().tolist()) for number in range(20)}
+    assert len(flipped) > 1  # the gradient runs down in some, up in others
 
 
 def test_patches_are_pairs_rendered_or_dry_as_asked(data):
@@ -86,7 +93,7 @@ def run(data: Path, output: Path, **changes) -> dict[str, float]:
     recipe = Recipe(**{"iterations": 4, **QUICK, **changes})
     every = recipe.iterations // 2
     return train(output, [data], "drsformer-tiny", validate=[data], recipe=recipe, hardware=CPU,
-                 validate_every=every, log_every=every // 2, save_minutes=0)  # fmt: skip
+                 cadence=Cadence(every, every // 2, 0))  # fmt: skip
 
 
 def test_training_learns_and_leaves_a_checkpoint_that_says_what_it_is(data, tmp_path):
@@ -130,7 +137,8 @@ def test_killed_run_continues_exactly(data, tmp_path):
     assert 0 < interrupted < 40
     recipe = Recipe(iterations=40, **QUICK)
     for name in ("killed", "whole"):
-        train(tmp_path / name, [data], "drsformer-tiny", recipe=recipe, hardware=CPU, log_every=1, save_minutes=1e9)
+        train(tmp_path / name, [data], "drsformer-tiny", recipe=recipe, hardware=CPU,
+              cadence=Cadence(log_every=1, save_minutes=1e9))  # fmt: skip
     killed, whole = (
         checkpoint.load(tmp_path / name / "last.safetensors").model.state_dict() for name in ("killed", "whole")
     )
@@ -140,19 +148,86 @@ def test_killed_run_continues_exactly(data, tmp_path):
     assert iterations == list(range(1, 41))
 
 
-def test_two_processes_train_on_what_one_would(data, tmp_path):
-    """Two gloo processes with batches of two see the patches of one with batches of four, and take the same steps."""
+@pytest.mark.parametrize("launcher", ["devices", "torchrun"])
+def test_two_processes_train_on_what_one_would(data, tmp_path, launcher):
+    """Two gloo processes see the patches of one and take the same steps; one of them reports."""
     recipe = Recipe(iterations=3, **{**QUICK, "batch": 4})
     train(tmp_path / "one", [data], "drsformer-tiny", recipe=recipe, hardware=CPU)
-    result = subprocess.run(command(data, tmp_path / "two", "--devices", "2", "--iterations", "3"), env=ENVIRONMENT,
-                            capture_output=True, text=True, timeout=300)  # fmt: skip
+    words = command(data, tmp_path / "two", "--batch", "4", "--iterations", "3", "--validate", str(data))
+    if launcher == "torchrun":
+        words[1:2] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    else:
+        words += ["--devices", "2"]
+    result = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+    assert list(json.loads(result.stdout)) == [f"{data.parent.name}/data {metric}" for metric in ("psnr", "ssim")]
     one, two = (checkpoint.load(tmp_path / name / "last.safetensors").model.state_dict() for name in ("one", "two"))
     torch.manual_seed(0)
     start = DRSformer(preset("drsformer-tiny")).state_dict()
     moved = max((one[name] - start[name]).abs().max().item() for name in one)
     apart = max((one[name] - two[name]).abs().max().item() for name in one)
     assert apart < 0.05 * moved
+
+
+def test_batch_that_cannot_be_shared_out_is_refused(data, tmp_path):
+    words = command(data, tmp_path / "run", "--batch", "3", "--devices", "2")
+    result = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2
+    assert "--batch: expected a multiple of the 2 devices, found 3" in result.stderr
+
+
+def test_workers_cut_the_same_patches(data, tmp_path):
+    for workers in (0, 2):
+        hardware = Hardware(accelerator="cpu", devices="1", workers=workers)
+        train(tmp_path / str(workers), [data], "drsformer-tiny", rendered=0.5,
+              recipe=Recipe(iterations=2, **QUICK), hardware=hardware)  # fmt: skip
+    assert (tmp_path / "0/last.safetensors").read_bytes() == (tmp_path / "2/last.safetensors").read_bytes()
+    pickle.dumps(Patches([find_pairs(data)], Recipe()))  # for systems that do not fork
+
+
+def test_bfloat16_and_channels_last_train_the_same_network_but_for_rounding(data, tmp_path):
+    variants = {"plain": {}, "bf16": {"precision": "bf16-mixed"}, "nhwc": {"channels_last": True}}
+    states = {}
+    for name, options in variants.items():
+        hardware = Hardware(accelerator="cpu", devices="1", **options)
+        train(tmp_path / name, [data], "drsformer-tiny", recipe=Recipe(iterations=2, **QUICK), hardware=hardware)
+        model = checkpoint.load(tmp_path / name / "last.safetensors").model
+        states[name] = torch.cat([tensor.flatten() for tensor in model.parameters()])
+    assert states["plain"].dtype == states["bf16"].dtype == torch.float32
+    assert (states["plain"] - states["nhwc"]).abs().mean() < 1e-4
+    assert 0 < (states["plain"] - states["bf16"]).abs().mean() < 1e-3
+
+
+def test_best_network_is_the_averaged_one_with_the_highest_score(data, tmp_path, monkeypatch):
+    """Through a restart: the scores are 10, 30, then the run is stopped, then, resumed, 20 and 25 dB."""
+    answers, seen = iter([10.0, 30.0, None, 20.0, 25.0]), []
+
+    def evaluate(network, pairs):
+        psnr = next(answers)
+        if psnr is None:
+            raise KeyboardInterrupt
+        seen.append((network.patch_embed.weight.clone(), len(pairs)))
+        return SimpleNamespace(psnr=psnr, ssim=0.5)
+
+    def go():
+        recipe = Recipe(iterations=4, **{**QUICK, "ema": 0.9})
+        return train(tmp_path / "run", [data], "drsformer-tiny", validate=[data], validate_limit=3, recipe=recipe,
+                     hardware=CPU, cadence=Cadence(1, 1, 0))  # fmt: skip
+
+    monkeypatch.setattr(training, "evaluate_model", evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    scores = go()
+    assert go() == scores  # finished: nothing to do, the same answer
+    name = f"{data.parent.name}/data psnr"
+    assert scores[name] == 25.0
+    best, last = (checkpoint.load(tmp_path / "run" / f"{which}.safetensors") for which in ("best", "last"))
+    assert (best.provenance["scores"][name], last.provenance["scores"][name]) == (30.0, 25.0)
+    assert torch.equal(best.model.patch_embed.weight, seen[1][0])
+    assert torch.equal(last.model.patch_embed.weight, seen[3][0])
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert not torch.equal(state["model"]["patch_embed.weight"], seen[3][0])
+    assert {count for _, count in seen} == {3}
 
 
 def test_run_with_other_options_is_not_continued(data, tmp_path):
@@ -168,11 +243,29 @@ def test_damaged_state_is_told(data, tmp_path):
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(InputError, match="damaged"):
         run(data, tmp_path / "run")
+    state.unlink()
+    with pytest.raises(InputError, match="no state to continue from"):
+        run(data, tmp_path / "run")
 
 
-def test_loss_that_is_not_a_number_stops_the_run(data, tmp_path):
-    with pytest.raises(InputError, match="not a number at iteration"):
+def test_log_is_cut_back_to_the_checkpoint(data, tmp_path):
+    run(data, tmp_path / "run")
+    log = tmp_path / "run" / "log.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"iteration": 9}\n{"iteration": 10, "l')
+    (tmp_path / "run" / ".state.abc.pt").touch()
+    run(data, tmp_path / "run")
+    assert log.read_text() == whole
+    assert not (tmp_path / "run" / ".state.abc.pt").exists()
+
+
+def test_weights_that_are_not_numbers_stop_the_run_and_are_not_saved(data, tmp_path):
+    with pytest.raises(InputError, match="no longer numbers at iteration"):
         run(data, tmp_path / "run", lr=1e30, clip=1e30, iterations=20)
+    for path in (tmp_path / "run").glob("*.safetensors"):
+        checkpoint.load(path)  # which refuses what is not a number
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True) if (tmp_path / "run/state.pt").exists() else {}
+    assert all(tensor.isfinite().all() for tensor in state.get("model", {}).values())
 
 
 def test_training_continues_from_a_checkpoint(data, tmp_path):
@@ -188,6 +281,11 @@ def test_training_continues_from_a_checkpoint(data, tmp_path):
     ("options", "message"),
     [
         ({"network": "drsformer-xxl"}, "drsformer-tiny"),
+        ({"network": "drsformer-tiny", "init": "absent.safetensors"}, "leave --network out"),
+        ({"rendered": 0.8, "dry": 0.8}, r"--dry: expected 0 to 0\.2"),
+        ({"clean": "data/target"}, "--clean"),
+        ({"streaks": "data/target"}, "--streaks"),
+        ({"validate_limit": 0}, "--validate-limit"),
         ({"data": []}, "nothing to train on"),
         ({"data": ["nowhere"]}, "nowhere"),
         ({"init": "absent.safetensors"}, "no such checkpoint"),
@@ -195,15 +293,42 @@ def test_training_continues_from_a_checkpoint(data, tmp_path):
 )
 def test_mistakes_are_told_in_one_line(data, tmp_path, options, message):
     folders = [tmp_path / folder for folder in options.pop("data", [data])]
-    options = {name: Path(value) if name == "init" else value for name, value in options.items()}
+    paths = {"init", "clean", "streaks"}
+    options = {name: tmp_path / value if name in paths else value for name, value in options.items()}
     with pytest.raises(InputError, match=message) as error:
         train(tmp_path / "run", folders, recipe=Recipe(iterations=1, **QUICK), hardware=CPU, **options)
     assert "\n" not in str(error.value)
 
 
-def test_patch_that_does_not_fit_the_network_is_refused():
-    with pytest.raises(InputError, match="multiple of 8, found 20"):
-        Recipe(patch=20)
+@pytest.mark.parametrize(
+    ("part", "options", "message"),
+    [
+        (Recipe, {"patch": 20}, "multiple of 8, found 20"),
+        (Recipe, {"seed": -1}, "--seed: expected at least 0, found -1"),
+        (Recipe, {"ema": 1.5}, "--ema: expected 0 to 1, found 1.5"),
+        (Recipe, {"lr": float("nan")}, "--lr"),
+        (Recipe, {"iterations": 10, "constant": 10}, "--constant: expected 0 to 9, found 10"),
+        (Cadence, {"log_every": 0}, "--log-every"),
+        (Hardware, {"workers": -1}, "--workers"),
+        (Hardware, {"devices": "0"}, "--devices"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(part, options, message):
+    with pytest.raises(InputError, match=message):
+        part(**options)
+
+
+def test_rain_and_backgrounds_come_from_everywhere_they_are_said_to(data, tmp_path):
+    """Clean photographs are red here, streaks 200 bright; the pairs have neither."""
+    for name, colour in (("red", (90, 0, 0)), ("bright", (200, 200, 200))):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.full((40, 40, 3), colour, np.uint8)).save(tmp_path / name / "0.png")
+    patches = Patches([find_pairs(data)], Recipe(patch=16), tmp_path / "red", tmp_path / "bright", rendered=1.0)
+    shown = [patches[i] for i in range(60)]
+    red = [clean[0].mean() > 2 * clean[1].mean() + 0.1 for _, clean in shown]
+    flooded = [(rainy - clean).min() > 0.2 for rainy, clean in shown]
+    assert 0 < sum(red) < 60
+    assert 0 < sum(flooded) < 60
 
 
 def test_l1_loss_is_the_mean_absolute_error():
