@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,6 @@ import pytest
 
 from drsformer.metrics import luma, psnr, psnr_rgb, ssim
 from runtime.images import read_rgb
-
-DATA = Path(os.environ.get("DRSFORMER_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 # `input` against `target`, by the authors' own scripts under Octave: pair, then PSNR and SSIM of each protocol.
 KNOWN = [
@@ -36,10 +33,8 @@ def flat(*colour: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("name", "psnr_a", "ssim_a", "psnr_b", "ssim_b"), KNOWN)
-def test_authors_scripts(name, psnr_a, ssim_a, psnr_b, ssim_b):
-    folder, stem = (DATA / name).parent, Path(name).name
-    if not folder.is_dir():
-        pytest.skip(f"needs real rain data in DRSFORMER_DATA ({folder} is not there)")
+def test_authors_scripts(real_data, name, psnr_a, ssim_a, psnr_b, ssim_b):
+    folder, stem = (real_data / name).parent, Path(name).name
     rainy, clean = (read_rgb(folder / kind / f"{stem}.png") for kind in ("input", "target"))
     found = [metric(rainy, clean, protocol) for protocol in PROTOCOLS for metric in (psnr, ssim)]
     assert [f"{value:.{digits}f}" for value, digits in zip(found, (4, 6, 4, 6), strict=True)] == [
