@@ -1,0 +1,32 @@
+# `make demo` and `make test` need Python 3.11 or later and nothing else; both work in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := demo
+
+.PHONY: demo test clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# From the shipped checkpoint to a proven ONNX model and derained images, without a GPU.
+demo: .venv/installed
+	$(BIN)/python -m export.onnx --weights weights/drsformer-xs.safetensors --output $(DEMO)/drsformer-xs.onnx
+	$(BIN)/python -m drsformer.rain docs/photographs $(DEMO)/rain --strength 0.4 --seed 2
+	$(BIN)/python -m export.validate --reference weights/drsformer-xs.safetensors \
+		--candidate $(DEMO)/drsformer-xs.onnx --data $(DEMO)/rain --max-drop-db 0.01 --min-psnr 50 --report $(DEMO)/report.html
+	$(BIN)/python -m runtime.derain $(DEMO)/rain/input $(DEMO)/derained --model $(DEMO)/drsformer-xs.onnx
+	@echo
+	@echo "The proof:  $(DEMO)/report.html"
+	@echo "The images: $(DEMO)/rain/input (rainy)  $(DEMO)/derained (restored)  $(DEMO)/rain/target (clean)"
+	@echo "The model:  $(DEMO)/drsformer-xs.onnx"
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/pytest
+
+clean:
+	rm -rf .venv $(DEMO)
