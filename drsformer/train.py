@@ -197,9 +197,9 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
     """Rainy and clean patches, (3, P, P) float32 RGB in [0, 1] each, as a function of a running number.
 
     A patch is cut out of a pair of one of the folders, each folder equally likely; or, with probability `rendered`, is
-    a clean background (a target, or one of the further `clean` photographs) with rain from a pair of a folder, or from
-    `streaks`, put on it; or, with probability `dry`, shows the same clean background twice. Decoded images
-    are kept in memory until they fill `cache_bytes`, in each process that cuts patches.
+    a clean background (a target, or one of the further `clean` photographs) with rain put on it, equally likely drawn,
+    that of a pair of one of the folders, or from `streaks`; or, with probability `dry`, shows the same clean background
+    twice. Decoded images are kept in memory until they fill `cache_bytes`, in each process that cuts patches.
     """
 
     def __init__(
@@ -223,10 +223,9 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
         self.folders, self.recipe, self.rendered, self.dry = folders, recipe, rendered, dry
         self.backgrounds: list[Pair | Path] = [pair for folder in folders for pair in folder]
         self.backgrounds += images_in(clean) if clean else []
-        self.layers: list[LayerSource] = [partial(self._rain_of, folder) for folder in folders]
+        self.layers: list[LayerSource] = [draw_streaks, *(partial(self._rain_of, folder) for folder in folders)]
         if streaks:
             self.layers.append(read_streaks(streaks))
-        self.layers = self.layers or [draw_streaks]
         self.cache: dict[Path, NDArray[np.uint8]] = {}
         self.cache_left = cache_bytes
 
@@ -480,7 +479,7 @@ def train(
         validate: Folders of pairs to score the network on while it trains.
         validate_limit: Images of each folder to validate on, the first ones.
         clean: Folder of further clean photographs to put rain on.
-        streaks: Folder of streak images to put on photographs, besides the rain of the pairs.
+        streaks: Folder of streak images to put on photographs, besides drawn ones and the rain of the pairs.
         rendered: Fraction of the patches that have rain put on a clean background.
         dry: Fraction of the patches that show no rain at all, from which the network learns to leave dry images alone.
         recipe: How to train.
