@@ -43,19 +43,20 @@ class LayerNorm(nn.Module):
 class TopKMask(nn.Module):
     """Marks the k largest scores of every row, for several k at once (the operator T_k of Eq. 6).
 
-    (B, n, d, d) scores -> one bool mask of that shape for each k. Exactly k entries of a row are marked, also among
-    equal scores, as the index-scatter of the released code does. The marked sets are nested, so one top-k serves all.
+    (B, n, d, d) scores -> (B, n, d, masks, d) bool: for every row one mask for each k. Exactly k entries of a row are
+    marked, also among equal scores, as the index-scatter of the released code does. The marked sets are nested, so
+    one top-k serves all.
     """
 
     def __init__(self, ks: tuple[int, ...]) -> None:
         super().__init__()
         self.ks = ks
 
-    def forward(self, scores: Tensor) -> list[Tensor]:
+    def forward(self, scores: Tensor) -> Tensor:
         largest = scores.topk(self.ks[-1], dim=-1).indices
         place = torch.arange(self.ks[-1], device=scores.device).expand(largest.shape)
         rank = torch.full_like(scores, self.ks[-1], dtype=torch.long).scatter(-1, largest, place)
-        return [rank < k for k in self.ks]
+        return torch.stack([rank < k for k in self.ks], dim=-2)
 
 
 class TopKSparseAttention(nn.Module):
@@ -83,7 +84,7 @@ class TopKSparseAttention(nn.Module):
             out = scores.softmax(-1) @ v
         else:
             out = torch.zeros_like(v)
-            for weight, mask in zip(self.mix, self.topk(scores), strict=True):
+            for weight, mask in zip(self.mix, self.topk(scores).unbind(-2), strict=True):
                 out = out + weight * (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v)
         return self.project_out(out.view(B, -1, H, W))
 
@@ -163,10 +164,10 @@ class SparseTransformerBlock(nn.Module):
 
     def __init__(self, width: int, block: BlockConfig, config: DRSformerConfig) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(width)
-        self.attn = TopKSparseAttention(width, block, config.kept(block.head_width))
-        self.norm2 = LayerNorm(width)
-        self.ffn = FEED_FORWARD_CLASSES[config.feed_forward](width, block.hidden)
+        self.norm1: nn.Module = LayerNorm(width)
+        self.attn: nn.Module = TopKSparseAttention(width, block, config.kept(block.head_width))
+        self.norm2: nn.Module = LayerNorm(width)
+        self.ffn: nn.Module = FEED_FORWARD_CLASSES[config.feed_forward](width, block.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -214,7 +215,8 @@ class MixtureOfExpertsCompensator(nn.Module):
         self.steps = nn.ModuleList(ExpertLayer(width, step) for step in config.steps)
 
     def forward(self, x: Tensor) -> Tensor:
-        gates = self.gate(x.mean((2, 3))).unflatten(1, (len(self.steps), -1)).softmax(-1)  # B, steps, experts
+        means = x.mean((2, 3), dtype=next(self.gate.parameters()).dtype)  # float16 cannot add up so many pixels
+        gates = self.gate(means).unflatten(1, (len(self.steps), -1)).softmax(-1)  # B, steps, experts
         x = F.relu(self.preprocess(x))
         for i, step in enumerate(self.steps):
             x = step(x, gates[:, i])
@@ -261,7 +263,7 @@ class DRSformer(nn.Module):
         def mefc(part: MEFCConfig | None, width: int) -> nn.Module:
             return MixtureOfExpertsCompensator(width, part) if part else nn.Identity()
 
-        self.patch_embed = conv3x3(3, e1.width)
+        self.patch_embed: nn.Module = conv3x3(3, e1.width)
         self.mefc_early = mefc(config.mefc_early, e1.width)
         self.encoder_level1 = blocks(e1)
         self.down1_2 = Downsample(e1.width, e2.width)
@@ -279,7 +281,7 @@ class DRSformer(nn.Module):
         self.up2_1 = Upsample(d2.width, config.up[2])
         self.decoder_level1 = blocks(d1)
         self.mefc_late = mefc(config.mefc_late, d1.width)
-        self.output = conv3x3(d1.width, 3)
+        self.output: nn.Module = conv3x3(d1.width, 3)
 
     def forward(self, image: Tensor) -> Tensor:
         if image.dim() != 4 or image.shape[1] != 3 or image.shape[2] % SIZE_MULTIPLE or image.shape[3] % SIZE_MULTIPLE:

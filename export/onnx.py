@@ -3,6 +3,7 @@
     python -m export.onnx --weights weights/drsformer-xs.safetensors --output model.onnx
     python -m export.onnx --weights deraining_rain200H.pth --output rain200h.onnx --topk rank
     python -m export.onnx --weights W --output camera.onnx --io image --height 480 --width 640
+    python -m export.onnx --weights W --output half.onnx --precision fp16
 
 The file takes and returns `input` and `output`: float32 (1, 3, H, W) RGB in [0, 1], H and W any multiples of 8, or with
 --io image uint8 (1, H, W, 3) of any size. Only standard operators, no control flow. It is written once it has passed
@@ -45,6 +46,8 @@ from torch import Tensor, nn
 from drsformer import checkpoint
 from drsformer.config import SIZE_MULTIPLE, DRSformerConfig
 from drsformer.evaluate import TorchSession
+from export import folding
+from export.folding import Precision
 from export.topk import Pattern, count_flips, masks, scores_of, with_pattern
 from runtime.cli import GateError, InputError, console, main, writing
 from runtime.ort import EXECUTION_PROVIDERS, OrtSession
@@ -259,6 +262,8 @@ def export(
     output: Path | None = None,
     topk: Pattern = "threshold",
     io: IO = "tensor",
+    precision: Precision = "fp32",
+    fold: bool = True,
     height: int | None = None,
     width: int | None = None,
     opset: int = 20,
@@ -274,6 +279,8 @@ def export(
         topk: How the attention keeps its k largest scores, see export/topk.py: threshold is the simplest, scatter keeps
             exactly k, rank needs no TopK operator.
         io: tensor for float32 (1, 3, H, W) in [0, 1], H and W multiples of 8; image for uint8 (1, H, W, 3) of any size.
+        precision: What the network computes in; its input and output are float32 in any case, see export/folding.py.
+        fold: Export the folded network, which is exactly equal and faster; otherwise the readable one.
         height: Fix the height of the input, together with its width.
         width: Fix the width of the input, together with its height.
         opset: Version of ONNX's operators, 18 to 23.
@@ -288,10 +295,10 @@ def export(
     trained = checkpoint.load(weights)
     with console.status("Exporting") as status:
         network = with_pattern(trained.model.requires_grad_(False), topk)
-        model = to_onnx(network, io, size, opset)
+        model = to_onnx(folding.fold(network, precision) if fold else network, io, size, opset)
         packages = ("torch", "onnx", "onnxscript", "drsformer-deploy")
         _describe(
-            model, topk=topk, config=trained.model.config.to_dict(), weights_sha256=trained.sha256,
+            model, topk=topk, precision=precision, config=trained.model.config.to_dict(), weights_sha256=trained.sha256,
             provenance=trained.provenance, versions={name: _version(name) for name in packages},
         )  # fmt: skip
         onnx.checker.check_model(model, full_check=True)

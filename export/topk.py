@@ -35,21 +35,28 @@ Network = TypeVar("Network", bound=nn.Module)
 class ThresholdMask(TopKMask):
     """Marks the scores that reach the k-th largest of their row: at least k, more where scores equal it."""
 
-    def forward(self, scores: Tensor) -> list[Tensor]:
+    last: Tensor
+
+    def __init__(self, ks: tuple[int, ...]) -> None:
+        super().__init__(ks)
+        self.register_buffer("last", torch.tensor(ks) - 1, persistent=False)
+
+    def forward(self, scores: Tensor) -> Tensor:
         largest = scores.topk(self.ks[-1], dim=-1).values
-        return [scores >= largest[..., k - 1 : k] for k in self.ks]
+        least = largest.index_select(-1, self.last)  # B, n, d, masks
+        return scores.unsqueeze(-2) >= least.unsqueeze(-1)
 
 
 class RankMask(TopKMask):
     """Marks the scores that fewer than k of their row beat: exactly k, of equal scores the first."""
 
-    def forward(self, scores: Tensor) -> list[Tensor]:
+    def forward(self, scores: Tensor) -> Tensor:
         place = torch.arange(scores.shape[-1], device=scores.device)
         earlier = place < place.unsqueeze(-1)  # d, d: the column comes before the row
         score, rival = scores.unsqueeze(-1), scores.unsqueeze(-2)
         beaten = (rival > score) | ((rival == score) & earlier)  # B, n, d, d, d
         rank = beaten.float().sum(-1)  # exact, and a sum of floats is what every runtime has
-        return [rank < k for k in self.ks]
+        return torch.stack([rank < k for k in self.ks], dim=-2)
 
 
 PATTERNS: dict[Pattern, type[TopKMask]] = {"threshold": ThresholdMask, "scatter": TopKMask, "rank": RankMask}
@@ -62,11 +69,16 @@ def masks(network: nn.Module) -> dict[str, TopKMask]:
 
 def with_pattern(network: Network, pattern: Pattern) -> Network:
     """The same network with another form of mask. The weights are shared; `network` itself stays as it is."""
-    weights = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    twin = copy.deepcopy(network, weights)
+    twin = shared_copy(network)
+    device = next(network.parameters()).device
     for layer, mask in masks(twin).items():
-        twin.get_submodule(layer).topk = PATTERNS[pattern](mask.ks)
+        twin.get_submodule(layer).topk = PATTERNS[pattern](mask.ks).to(device)
     return twin
+
+
+def shared_copy(network: Network) -> Network:
+    """A copy of the modules over the same parameters and buffers."""
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())})
 
 
 @contextmanager
@@ -97,4 +109,4 @@ def count_flips(scores: Tensor, others: Tensor, ks: tuple[int, ...]) -> int:
     """How many selections of two score matrices of equal shape differ: entries that a mask keeps by the first and
     not by the second, summed over masks. Ties are broken by index, so equal scores never differ."""
     rank = RankMask(ks)
-    return sum(int((kept & ~other).sum()) for kept, other in zip(rank(scores), rank(others), strict=True))
+    return int((rank(scores) & ~rank(others)).sum())

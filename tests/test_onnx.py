@@ -203,9 +203,9 @@ def test_ties_in_onnx_runtime(tmp_path, pattern):
     scores[0, 0, 0] = 1  # a flat row
     mask = PATTERNS[pattern](ks).eval()
     torch.onnx.export(mask, (scores,), tmp_path / "mask.onnx", input_names=["scores"], verbose=False)
-    found = onnxruntime.InferenceSession(tmp_path / "mask.onnx").run(None, {"scores": scores.numpy()})
+    found = onnxruntime.InferenceSession(tmp_path / "mask.onnx").run(None, {"scores": scores.numpy()})[0]
     ordered = scores.sort(dim=-1, descending=True, stable=True)
-    for k, mask in zip(ks, found, strict=True):
+    for k, mask in zip(ks, np.moveaxis(found, -2, 0), strict=True):
         if pattern == "threshold":
             expected = scores >= ordered.values[..., k - 1, None]
         else:

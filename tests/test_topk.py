@@ -17,17 +17,17 @@ def random_scores(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def by_definition(scores: torch.Tensor, ks: tuple[int, ...]) -> list[torch.Tensor]:
+def by_definition(scores: torch.Tensor, ks: tuple[int, ...]) -> torch.Tensor:
     """Exactly k of each row, of equal scores the first."""
     order = scores.argsort(dim=-1, descending=True, stable=True)
-    return [torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., :k], True) for k in ks]
+    masks = [torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[..., :k], True) for k in ks]
+    return torch.stack(masks, dim=-2)
 
 
-def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    assert len(found) == len(expected)
-    for mask, other in zip(found, expected, strict=True):
-        assert mask.dtype == torch.bool
-        assert torch.equal(mask, other), f"{int((mask != other).sum())} of {mask.numel()} entries differ"
+def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.dtype == torch.bool
+    assert found.shape == expected.shape
+    assert torch.equal(found, expected), f"{int((found != expected).sum())} of {found.numel()} entries differ"
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -39,13 +39,13 @@ def test_patterns_agree_without_ties(pattern, seed):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_width_of_one_keeps_its_only_score(pattern):
-    (mask,) = PATTERNS[pattern]((1,))(random_scores(1, 5, 1, 1))
+    mask = PATTERNS[pattern]((1,))(random_scores(1, 5, 1, 1))
     assert mask.all()
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_k_of_all_keeps_all(pattern):
-    half, everything = PATTERNS[pattern]((6, 12))(random_scores(1, 2, 12, 12))
+    half, everything = PATTERNS[pattern]((6, 12))(random_scores(1, 2, 12, 12)).unbind(-2)
     assert (half.sum(-1) == 6).all()
     assert everything.all()
 
@@ -54,8 +54,8 @@ def test_k_of_all_keeps_all(pattern):
 def test_constant_rows(dtype):
     """A flat image: the threshold keeps all, scatter exactly k, rank the first k."""
     scores = torch.full((1, 2, 12, 12), 0.25, dtype=dtype)
-    assert all(mask.all() for mask in ThresholdMask(KS)(scores))
-    for k, mask, first in zip(KS, TopKMask(KS)(scores), RankMask(KS)(scores), strict=True):
+    assert ThresholdMask(KS)(scores).all()
+    for k, mask, first in zip(KS, TopKMask(KS)(scores).unbind(-2), RankMask(KS)(scores).unbind(-2), strict=True):
         assert (mask.sum(-1) == k).all()
         assert first[..., :k].all()
         assert not first[..., k:].any()
@@ -66,8 +66,8 @@ def test_ties_of_float16(seed):
     """Scores that float16 makes equal. What is above the k-th largest is kept by all three, nothing below it by any."""
     scores = (0.01 * random_scores(1, 4, 48, 48, seed=seed) + 1).half()
     ks = (24, 32, 36, 38)
-    threshold, scatter, rank = (PATTERNS[p](ks)(scores) for p in ("threshold", "scatter", "rank"))
-    assert_equal(rank, by_definition(scores, ks))
+    assert_equal(RankMask(ks)(scores), by_definition(scores, ks))
+    threshold, scatter, rank = (PATTERNS[p](ks)(scores).unbind(-2) for p in ("threshold", "scatter", "rank"))
     assert any((t.sum(-1) > k).any() for t, k in zip(threshold, ks, strict=True)), "no ties to speak of"
     for k, t, s, r in zip(ks, threshold, scatter, rank, strict=True):
         kth = scores.sort(-1, descending=True).values[..., k - 1, None]
@@ -80,7 +80,7 @@ def test_ties_of_float16(seed):
 
 def test_known_tie():
     scores = torch.tensor([0.5, 0.9, 0.5, 0.1, 0.5])
-    (threshold,), (rank,) = ThresholdMask((2,))(scores), RankMask((2,))(scores)
+    threshold, rank = (mask((2,))(scores).squeeze(-2) for mask in (ThresholdMask, RankMask))
     assert threshold.tolist() == [True, True, True, False, True]
     assert rank.tolist() == [True, True, False, False, False]
 

@@ -1,0 +1,398 @@
+"""Rewrite a DRSformer into an exactly equal network that takes fewer and faster operations.
+
+A function of the readable network, pruned ones included, so there is no second definition to keep in step: every
+folded tensor is computed from the readable network's parameters. What is rewritten, all of it exact:
+
+- LayerNorm's scale and shift go into the 1x1 convolution that follows.
+- Attention takes one product with V. Its masks are stacked, so one top-k and one softmax serve all of them, and a
+  constant product adds them up. That constant holds the output projection too, since W (A V) = (W A) V. Q and K are
+  not normalised at full resolution; the norms divide the small d x d product.
+- The MSFN's convolutions with two inputs a group are sums of two depthwise convolutions, over the even and the odd
+  channels. The hidden channels are ordered so that no gather is left, and padded with zeros to whole vectors.
+- An expert's last 1x1 convolution, its gate and its slice of the convolution that joins the experts are one C x C
+  matrix.
+
+In float16 and bfloat16 the sums over H x W, the statistics of LayerNorm, the d x d products, the softmax and the gates
+stay float32: these are where such networks turn black. In float16, whose range ends at 65504, LayerNorm also bounds
+what can come out of every layer up to the residual connection, so the weights in between are scaled by powers of two,
+exactly, to keep those bounds in range whatever the image.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from drsformer.model import (
+    DRSformer,
+    ExpertLayer,
+    LayerNorm,
+    MixedScaleFeedForward,
+    MixtureOfExpertsCompensator,
+    SparseTransformerBlock,
+    TopKSparseAttention,
+)
+from export.topk import with_pattern
+from runtime.cli import InputError
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+ALIGNMENT = 8
+"""Parts of the hidden layer are padded to multiples of this: the vectors of tensor cores and of AVX."""
+
+IN_PARTS_BELOW = 384
+"""Hidden layers narrower than this are computed in four parts, which never need cutting; wider ones, whose maps are
+small, in one piece and cut afterwards, which takes fewer operations."""
+
+LARGEST = 2.0**14
+"""Bound on what a layer of a float16 network may put out, with room for rounding below 65504."""
+
+
+class Folded(nn.Module):
+    """A part of the network as a function of tensors, which `fold` computes from a readable part.
+
+    They are constants; or, where `live`, computed anew in every pass, so that gradients reach the readable part.
+    `islands` names those that stay in float32 whatever the rest computes in. Where `bounded`, weights are scaled so
+    that nothing between a normalisation and the residual connection exceeds `LARGEST`.
+    """
+
+    islands: frozenset[str] = frozenset()
+
+    def __init__(self, live: bool, bounded: bool) -> None:
+        super().__init__()
+        self.live, self.bounded = live, bounded
+
+    def take(self, *readable: nn.Module) -> None:
+        """Fold a readable part. Called at the end of a subclass's constructor."""
+        self.readable = nn.ModuleList(readable if self.live else [])
+        if not self.live:
+            for name, tensor in self.fold(*readable).items():
+                self.register_buffer(name, tensor.clone(memory_format=torch.contiguous_format))
+
+    def fold(self, *readable: Any) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def compute(self, x: Tensor, **tensors: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensors = self.fold(*self.readable) if self.live else cast("dict[str, Tensor]", self._buffers)
+        return self.compute(x, **tensors)
+
+
+class Normalise(nn.Module):
+    """LayerNorm without scale and shift. (B, C, H, W) -> the same; statistics in `dtype`."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x.permute(0, 2, 3, 1).to(self.dtype)  # B, H, W, C
+        return F.layer_norm(pixels, pixels.shape[-1:], eps=1e-5).permute(0, 3, 1, 2).to(x.dtype)
+
+
+def with_norm(norm: LayerNorm, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (outputs, C, 1, 1) and bias (outputs) of a 1x1 convolution that has taken in the scale and shift of the
+    LayerNorm before it."""
+    return weight * norm.weight[:, None, None], weight.flatten(1) @ norm.bias
+
+
+class FoldedAttention(Folded):
+    """`TopKSparseAttention` behind a `Normalise`. (B, C, H, W) -> the same."""
+
+    islands = frozenset({"temperature", "out"})
+
+    def __init__(self, norm: LayerNorm, attention: TopKSparseAttention, live: bool, bounded: bool) -> None:
+        super().__init__(live, bounded)
+        self.heads, self.topk = attention.heads, attention.topk
+        self.take(norm, attention)
+
+    def fold(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, norm: LayerNorm, attention: TopKSparseAttention
+    ) -> dict[str, Tensor]:
+        qkv, bias = with_norm(norm, attention.qkv.weight)
+        dwconv = attention.qkv_dwconv.weight
+        out = attention.project_out.weight.flatten(1).unflatten(1, (self.heads, -1)).movedim(1, 0)  # n, C, d
+        if self.topk:
+            out = (out.unsqueeze(-1) * torch.cat(list(attention.mix))).flatten(2)  # n, C, d * masks
+        if self.bounded:  # Q and K are normalised, so their scale is free; the output projection makes up for that of V
+            scale = _scale(_depthwise_bound(dwconv, _normalised_bound(qkv, bias))).view(3 * self.heads, -1)
+            scale = scale.amin(1, keepdim=True).expand_as(scale)  # one for each head
+            qkv, bias = qkv * _column(scale.flatten()), bias * scale.flatten()
+            out = out / scale[2 * self.heads :, :1, None]
+        return {"qkv": qkv, "bias": bias, "dwconv": dwconv, "temperature": attention.temperature, "out": out}
+
+    def compute(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, qkv: Tensor, bias: Tensor, dwconv: Tensor, temperature: Tensor, out: Tensor
+    ) -> Tensor:
+        B, _, H, W = x.shape
+        x = F.conv2d(F.conv2d(x, qkv, bias), dwconv, padding=1, groups=dwconv.shape[0])
+        q, k, v = x.reshape(B, 3 * self.heads, -1, H * W).split(self.heads, dim=1)  # each B, n, d, H*W
+        matrix = self.matrix(q, k, temperature, out)
+        return (matrix.to(v.dtype) @ v.flatten(1, 2)).view(B, -1, H, W)
+
+    def matrix(self, q: Tensor, k: Tensor, temperature: Tensor, out: Tensor) -> Tensor:
+        """What V (B, n*d, H*W) is multiplied with: the attention of all masks and the output projection. (B, C, n*d)"""
+        with torch.autocast(q.device.type, enabled=False) if self.live else nullcontext():
+            q, k = q.to(temperature.dtype), k.to(temperature.dtype)
+            length_q = torch.linalg.vector_norm(q, dim=-1, keepdim=True).clamp_min(1e-12)
+            length_k = torch.linalg.vector_norm(k, dim=-1).clamp_min(1e-12).unsqueeze(-2)
+            scores = q @ k.transpose(-2, -1) / (length_q * length_k) * temperature  # B, n, d, d
+            if self.topk:
+                kept = torch.where(self.topk(scores), scores.unsqueeze(-2), float("-inf"))  # B, n, d, masks, d
+                attention = kept.softmax(-1).flatten(2, 3)
+            else:
+                attention = scores.softmax(-1)
+            return (out @ attention).transpose(1, 2).flatten(2)
+
+
+class Arrange(nn.Module):
+    """Puts the channels of a weight, its first axis, in the given order; None gives a channel of zeros."""
+
+    index: Tensor
+
+    def __init__(self, order: Iterable[int | None]) -> None:
+        super().__init__()
+        self.register_buffer("index", torch.tensor([-1 if i is None else i for i in order]), persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        padded = torch.cat([weight, torch.zeros_like(weight[:1])])
+        return padded.index_select(0, self.index % padded.shape[0])
+
+
+class FoldedFeedForward(Folded):
+    """`MixedScaleFeedForward` behind a `Normalise`. (B, C, H, W) -> the same.
+
+    The channels of each half of the hidden layer are ordered even ones first, so it lies in four parts: even and odd of
+    the first half, even and odd of the second. The second pair of convolutions sees, for each half, the concatenation
+    [p, s] of what the 3x3 and the 5x5 kernels made of it; its group j has channels 2j and 2j + 1 of that as its first
+    and second. With an even number of hidden channels the first ones of all groups are [p even, s even], and the second
+    ones [p odd, s odd]. With an odd number one group joins the last of p with the first of s, and in those after it
+    even and odd change places: [p even, s odd] and [p odd, s even].
+    """
+
+    def __init__(self, norm: LayerNorm, ffn: MixedScaleFeedForward, live: bool, bounded: bool) -> None:
+        super().__init__(live, bounded)
+        h = ffn.dwconv3x3_1.out_channels
+        first = (h + 1) // 2  # groups whose first channel is in p
+        part = -(-first // ALIGNMENT) * ALIGNMENT
+        self.odd, self.convolutions = h % 2, 4 if h < IN_PARTS_BELOW else 1
+        # Where s begins in the first and in the second channels.
+        self.starts = (first, h - first) if self.odd else (part, part)
+        rows = [range(half * h + parity, (half + 1) * h, 2) for half in (0, 1) for parity in (0, 1)]
+        self.hidden = Arrange(i for row in rows for i in _fill(row, part))
+        self.groups = Arrange(_fill([*_fill(range(first), self.starts[0]), *range(first, h)], 2 * part))
+        self.take(norm, ffn)
+
+    def fold(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, norm: LayerNorm, ffn: MixedScaleFeedForward
+    ) -> dict[str, Tensor]:
+        h = ffn.dwconv3x3_1.out_channels
+        weight, bias = (self.hidden(tensor) for tensor in with_norm(norm, ffn.project_in.weight))
+        dw3, dw5 = self.hidden(ffn.dwconv3x3.weight), self.hidden(ffn.dwconv5x5.weight)
+        # For each half, the kernels of the first and of the second channels.
+        pairs = [
+            [self.groups(convolution.weight[:, i : i + 1]) for i in (0, 1)]
+            for convolution in (ffn.dwconv3x3_1, ffn.dwconv5x5_1)
+        ]
+        outputs = ffn.project_out.weight.transpose(0, 1)
+        outputs = torch.cat([self.groups(outputs[:h]), self.groups(outputs[h:])])
+        if self.bounded:  # a ReLU lets positive factors pass: what one layer is scaled by, the next one takes back
+            inner = _normalised_bound(weight, bias)
+            scale = _scale(
+                torch.maximum(inner, torch.maximum(_depthwise_bound(dw3, inner), _depthwise_bound(dw5, inner)))
+            )
+            weight, bias, inner = weight * _column(scale), bias * scale, inner * scale
+            parts, p, s = (
+                [part.unsqueeze(0) for part in whole.chunk(4)]
+                for whole in (scale, _depthwise_bound(dw3, inner), _depthwise_bound(dw5, inner))
+            )
+            factors = []
+            for half, (scales, largest) in enumerate(zip(self.joined(parts, parts), self.joined(p, s), strict=True)):
+                kernels = [kernel / _column(x[0]) for kernel, x in zip(pairs[half], scales, strict=True)]
+                first, second = (_depthwise_bound(kernel, x[0]) for kernel, x in zip(kernels, largest, strict=True))
+                factors.append(_scale(first + second))
+                pairs[half] = [kernel * _column(factors[half]) for kernel in kernels]
+            outputs = outputs / _column(torch.cat(factors))
+        tensors = {
+            f"{name}_{i}": piece
+            for name, whole in (("weight", weight), ("bias", bias), ("dw3", dw3), ("dw5", dw5))
+            for i, piece in enumerate(whole.chunk(self.convolutions))
+        }
+        tensors |= {f"pair_{half}_{i}": pairs[half][i] for half in (0, 1) for i in (0, 1)}
+        return {**tensors, "out": outputs.transpose(0, 1)}
+
+    def compute(self, x: Tensor, **tensors: Tensor) -> Tensor:
+        p, s = [], []
+        for i in range(self.convolutions):
+            y = F.conv2d(x, tensors[f"weight_{i}"], tensors[f"bias_{i}"])
+            p.append(F.relu(_depthwise(y, tensors[f"dw3_{i}"])))
+            s.append(F.relu(_depthwise(y, tensors[f"dw5_{i}"])))
+        if self.convolutions == 1:
+            p, s = p[0].chunk(4, dim=1), s[0].chunk(4, dim=1)
+        joined = [
+            F.relu(_depthwise(first, tensors[f"pair_{half}_0"]) + _depthwise(second, tensors[f"pair_{half}_1"]))
+            for half, (first, second) in enumerate(self.joined(p, s))
+        ]
+        return F.conv2d(torch.cat(joined, dim=1), tensors["out"])
+
+    def joined(self, p: Sequence[Tensor], s: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """First and second channels of all groups for both halves, from four parts (B, part, ...) of p and of s."""
+
+        def join(first: Tensor, second: Tensor, start: int) -> Tensor:
+            if start == first.shape[1]:
+                return torch.cat([first, second], dim=1)
+            before, after = first.split([start, first.shape[1] - start], dim=1)
+            return torch.cat([before, second, after], dim=1)
+
+        return [
+            (join(p[i], s[i + self.odd], self.starts[0]), join(p[i + 1], s[i + 1 - self.odd], self.starts[1]))
+            for i in (0, 2)
+        ]
+
+
+class FoldedExperts(nn.Module):
+    """`ExpertLayer`, with experts that end before their last 1x1 convolution. (B, C, H, W), gates -> the same."""
+
+    islands = frozenset({"out"})
+    present: Tensor
+    out: Tensor
+
+    def __init__(self, layer: ExpertLayer) -> None:
+        super().__init__()
+        assert layer.out is not None
+        self.experts, matrices = nn.ModuleList(), []
+        for expert, matrix in zip(layer.experts, layer.out.weight.flatten(1).chunk(len(layer.present), 1), strict=True):
+            if isinstance(expert, nn.Sequential):
+                *layers, last = expert
+                matrix = matrix @ _weight(last).flatten(1)
+                if _weight(layers[0]).shape[-1] == 1:  # a depthwise 1x1 convolution is a factor for each channel
+                    first, pointwise, relu, second = layers
+                    _weight(pointwise).mul_(_weight(first).view(1, -1, 1, 1))
+                    matrix = matrix * _weight(second).flatten()
+                    layers = [pointwise, relu]
+                expert = nn.Sequential(*layers)
+            self.experts.append(expert)
+            matrices.append(matrix)
+        self.register_buffer("out", torch.stack(matrices, dim=1))  # C, experts, C
+        self.register_buffer("present", torch.tensor(layer.present), persistent=False)
+
+    def forward(self, x: Tensor, gates: Tensor) -> Tensor:
+        matrix = (self.out * gates.index_select(1, self.present)[:, None, :, None]).flatten(2)  # B, C, experts * C
+        features = torch.cat([expert(x) for expert in self.experts], dim=1).flatten(2)
+        return F.relu(x + F.relu((matrix.to(x.dtype) @ features).view(x.shape)))
+
+
+class Cast(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
+
+
+def fold(network: DRSformer, precision: Precision = "fp32") -> DRSformer:
+    """An exactly equal network, constant and for inference, that computes in the given precision.
+
+    It takes and returns float32 (B, 3, H, W) like `network`, with the masks that `network` has (`export.topk`); float64
+    stays float64 in place of float32. Raises InputError where a weight is beyond the range of float16.
+    """
+    base = next(network.parameters()).dtype
+    dtype = base if precision == "fp32" else DTYPES[precision]
+    twin = copy.deepcopy(network).double().requires_grad_(False).eval()
+    for block in _blocks(twin):
+        _fold_block(block, base, live=False, bounded=precision == "fp16")
+    islands: list[Tensor] = []
+    for compensator in (twin.mefc_early, twin.mefc_late):
+        if isinstance(compensator, MixtureOfExpertsCompensator):
+            islands += compensator.gate.parameters()
+            for i, step in enumerate(compensator.steps):
+                if isinstance(step, ExpertLayer) and step.out is not None:
+                    compensator.steps[i] = FoldedExperts(step)
+    for module in twin.modules():
+        islands += [module.get_buffer(name) for name in getattr(module, "islands", ())]
+    kept = {id(tensor) for tensor in islands}
+    for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(base if id(tensor) in kept else dtype)
+            if not tensor.isfinite().all():
+                raise InputError(f"{name}: expected weights in the range of {precision}, found larger ones; use bf16")
+    if dtype != base:
+        twin.patch_embed = nn.Sequential(Cast(dtype), twin.patch_embed)
+        twin.output = nn.Sequential(twin.output, Cast(base))
+    return twin
+
+
+def live(network: DRSformer) -> DRSformer:
+    """The network in its folded form over the same parameters, for training: it computes the same function, faster on
+    GPUs, and gradients reach the parameters of `network`. Masks are those of the threshold pattern; compensators stay
+    as they are."""
+    twin = with_pattern(network, "threshold")
+    for block in _blocks(twin):
+        _fold_block(block, torch.float32, live=True, bounded=False)
+    return twin
+
+
+def _blocks(network: DRSformer) -> Iterator[SparseTransformerBlock]:
+    return (module for module in network.modules() if isinstance(module, SparseTransformerBlock))
+
+
+def _fold_block(block: SparseTransformerBlock, base: torch.dtype, live: bool, bounded: bool) -> None:
+    norm1, attention, norm2 = block.norm1, block.attn, block.norm2
+    assert isinstance(norm1, LayerNorm)
+    assert isinstance(attention, TopKSparseAttention)
+    assert isinstance(norm2, LayerNorm)
+    block.norm1, block.attn = Normalise(base), FoldedAttention(norm1, attention, live, bounded)
+    if isinstance(block.ffn, MixedScaleFeedForward):
+        block.norm2, block.ffn = Normalise(base), FoldedFeedForward(norm2, block.ffn, live, bounded)
+    elif not live:  # the other kinds of Table 3 begin with a 1x1 convolution too
+        project_in = cast("nn.Conv2d", block.ffn.project_in)
+        weight, bias = with_norm(norm2, project_in.weight)
+        project_in.weight, project_in.bias = nn.Parameter(weight), nn.Parameter(bias)
+        block.norm2 = Normalise(base)
+
+
+def _fill(channels: Iterable[int | None], length: int) -> list[int | None]:
+    """The channels and as many zeros as `length` needs."""
+    channels = list(channels)
+    return [*channels, *[None] * (length - len(channels))]
+
+
+def _weight(convolution: nn.Module) -> Tensor:
+    assert isinstance(convolution, nn.Conv2d)
+    return convolution.weight
+
+
+def _column(x: Tensor) -> Tensor:
+    """(C,) as a factor for the output channels of a convolution's weight."""
+    return x.view(-1, 1, 1, 1)
+
+
+def _depthwise(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+
+
+def _normalised_bound(weight: Tensor, bias: Tensor) -> Tensor:
+    """What a 1x1 convolution behind a normalisation can put out at most, by channel: a normalised pixel of C channels
+    is no longer than sqrt(C)."""
+    return weight.flatten(1).norm(dim=1) * weight.shape[1] ** 0.5 + bias.abs()
+
+
+def _depthwise_bound(weight: Tensor, largest: Tensor) -> Tensor:
+    """What a depthwise convolution can put out at most, by channel, if its input is bounded by `largest`."""
+    return weight.abs().flatten(1).sum(1) * largest
+
+
+def _scale(largest: Tensor) -> Tensor:
+    """The power of two, at most 1, that brings each value below `LARGEST`."""
+    return 0.5 ** (largest / LARGEST).clamp_min(1).log2().ceil()
