@@ -7,7 +7,8 @@
 
 The defaults are the recipe of the released code (paper, section 4.1): L1 loss, AdamW, batches of 8 patches of
 128x128, flips, 92,000 iterations at a constant rate and 208,000 more on a cosine, gradients clipped at norm 0.01.
-The same command continues a run that was stopped from its last checkpoint, on a CPU bit for bit as if it had not been.
+The same command continues a run that was stopped from its last checkpoint, on a CPU bit for bit as if it had not been;
+a job of limited time stops itself with --minutes.
 OUTPUT gets `last.safetensors`, `best.safetensors` if there is validation, `log.jsonl`, TensorBoard's events, and
 `state.pt` to continue from. With several machines it has to be a folder that all of them see.
 
@@ -24,6 +25,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,7 +47,7 @@ from drsformer import checkpoint
 from drsformer.config import SIZE_MULTIPLE, preset
 from drsformer.data import Pair, find_pairs
 from drsformer.evaluate import evaluate_model
-from drsformer.model import DRSformer
+from drsformer.model import DRSformer, MixtureOfExpertsCompensator, SparseTransformerBlock
 from drsformer.rain import (
     Layer,
     LayerSource,
@@ -62,7 +64,11 @@ from runtime import images
 from runtime.cli import InputError, console, main, progress, writing
 
 Loss = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
-"""Named terms whose sum is minimised, from the network and a batch of rainy and clean patches (B, 3, P, P)."""
+"""Named terms whose sum is minimised, from the network and a batch of rainy and clean patches (B, 3, P, P). One that is
+itself a module has its parameters trained and kept in the run's state, never in the networks that are saved."""
+
+Form = Callable[[DRSformer], DRSformer]
+"""Makes of a network another one that computes the same function from the same parameters, such as a faster one."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,9 @@ class Hardware:
         precision: bf16-mixed computes in bfloat16 and keeps the weights in float32.
         workers: Processes that cut patches, for each device; none means in the training process itself.
         channels_last: Keep tensors in NHWC order, which tensor cores and CPUs like.
-        compile: Compile the network with torch.compile.
+        compile: Compile the network block by block with torch.compile; equal blocks share their code.
+        cuda_graph: Record the passes of a step once and replay them, so that launching some thousand small kernels
+            takes no time. On one CUDA device.
     """
 
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -147,6 +155,7 @@ class Hardware:
     workers: int = 0
     channels_last: bool = False
     compile: bool = False
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         expect("--workers", self.workers, 0)
@@ -181,16 +190,19 @@ class Cadence:
         validate_every: Iterations between validations.
         log_every: Iterations between lines of the log.
         save_minutes: Minutes between checkpoints; a run that is killed loses no more than that.
+        minutes: Save and stop after so many minutes, finished or not; the same command goes on from there.
     """
 
     validate_every: int = 1000
     log_every: int = 100
     save_minutes: float = 3.0
+    minutes: float | None = None
 
     def __post_init__(self) -> None:
         expect("--validate-every", self.validate_every, 1)
         expect("--log-every", self.log_every, 1)
         expect("--save-minutes", self.save_minutes, 0)
+        expect("--minutes", self.minutes or 0, 0)
 
 
 class Patches(Dataset[tuple[Tensor, Tensor]]):
@@ -199,7 +211,8 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
     A patch is cut out of a pair of one of the folders, each folder equally likely; or, with probability `rendered`, is
     a clean background (a target, or one of the further `clean` photographs) with rain put on it, equally likely drawn,
     that of a pair of one of the folders, or from `streaks`; or, with probability `dry`, shows the same clean background
-    twice. Decoded images are kept in memory until they fill `cache_bytes`, in each process that cuts patches.
+    twice. Decoded images are kept in memory until they fill `cache_bytes`, in each process that cuts patches; those of
+    `warm_up` are shared by all processes that are forked after it.
     """
 
     def __init__(
@@ -226,11 +239,27 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
         self.layers: list[LayerSource] = [draw_streaks, *(partial(self._rain_of, folder) for folder in folders)]
         if streaks:
             self.layers.append(read_streaks(streaks))
-        self.cache: dict[Path, NDArray[np.uint8]] = {}
+        self.cache: dict[Pair | Path, NDArray[np.uint8]] = {}
         self.cache_left = cache_bytes
 
     def __len__(self) -> int:
         return 1 << 62
+
+    @property
+    def items(self) -> Sequence[Pair | Path]:
+        """All that patches are cut out of."""
+        return self.backgrounds
+
+    def warm_up(self, shown: bool = True) -> None:
+        """Decode images, with a progress bar if `shown`, until all are in the cache or one finds no room there. Raises
+        InputError for one that cannot be read."""
+        pool = ThreadPoolExecutor()
+        with progress(shown) as bar:
+            images_read = zip(self.items, pool.map(self._read, self.items), strict=True)
+            for item, _ in bar.track(images_read, len(self.items), description="Reading images"):
+                if item not in self.cache:
+                    break
+        pool.shutdown(cancel_futures=True)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng((self.recipe.seed, number))
@@ -243,8 +272,7 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
         else:
             folder = self.folders[int(rng.integers(len(self.folders)))]
             rainy, clean = np.split(self._cut(rng, folder, size, size), 2, axis=-1)
-        as_tensor = lambda patch: torch.from_numpy(patch.transpose(2, 0, 1) / np.float32(255))  # noqa: E731
-        return as_tensor(rainy), as_tensor(clean)
+        return to_tensor(rainy), to_tensor(clean)
 
     def _cut(
         self, rng: np.random.Generator, items: Sequence[Pair | Path], height: int, width: int
@@ -258,18 +286,22 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
         return flip(rng, crop(rng, image, height, width))
 
     def _read(self, item: Pair | Path) -> NDArray[np.uint8]:
-        key = item if isinstance(item, Path) else item.input
-        if key in self.cache:
-            return self.cache[key]
+        if item in self.cache:
+            return self.cache[item]
         image = images.read_rgb(item) if isinstance(item, Path) else np.concatenate(item.load(), axis=-1)
         if image.nbytes <= self.cache_left:
             self.cache_left -= image.nbytes
-            self.cache[key] = image
+            self.cache[item] = image
         return image
 
     def _rain_of(self, folder: Sequence[Pair], rng: np.random.Generator, height: int, width: int) -> Layer:
         rainy, clean = np.split(self._cut(rng, folder, height, width), 2, axis=-1)
         return rain_of_pair(rainy, clean).astype(np.float32)
+
+
+def to_tensor(patch: NDArray[np.uint8]) -> Tensor:
+    """uint8 (H, W, 3) -> float32 (3, H, W) in [0, 1]."""
+    return torch.from_numpy(patch.transpose(2, 0, 1) / np.float32(255))
 
 
 def l1_loss(model: nn.Module, rainy: Tensor, clean: Tensor) -> dict[str, Tensor]:
@@ -329,6 +361,39 @@ class Run:
             file.write(json.dumps({"iteration": iteration, **values}) + "\n")
 
 
+class Objective(nn.Module):
+    """What a step differentiates, and what Fabric wraps: the loss of a network, with the parameters of both."""
+
+    def __init__(self, network: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.network, self.loss = network, loss
+
+    def forward(self, rainy: Tensor, clean: Tensor) -> dict[str, Tensor]:
+        return self.loss(self.network, rainy, clean)
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Have the blocks and compensators compiled, each when it first runs; equal ones share their code. The whole
+    network in one piece would take many times as long."""
+    torch._dynamo.config.recompile_limit = 64  # kinds of blocks, each with and without gradients
+    for part in network.modules():
+        if isinstance(part, (SparseTransformerBlock, MixtureOfExpertsCompensator)):
+            part.compile(dynamic=False)
+
+
+def record(objective: Objective, recipe: Recipe, hardware: Hardware, fabric: Fabric) -> None:
+    """Have the forward and the backward pass of an objective replayed from a CUDA graph. Raises InputError where there
+    is not exactly one CUDA device."""
+    if fabric.device.type != "cuda" or fabric.world_size > 1:
+        raise InputError(f"--cuda-graph: expected one CUDA device, found {fabric.world_size} x {fabric.device.type}")
+    layout = torch.channels_last if hardware.channels_last else torch.contiguous_format
+    shape = recipe.batch, 3, recipe.patch, recipe.patch
+    patches = tuple(torch.rand(shape, device=fabric.device).contiguous(memory_format=layout) for _ in range(2))
+    half = hardware.precision == "bf16-mixed"
+    with torch.autocast("cuda", torch.bfloat16, enabled=half, cache_enabled=False):
+        torch.cuda.make_graphed_callables(objective, patches, allow_unused_input=True)
+
+
 def fit(
     fabric: Fabric,
     model: DRSformer,
@@ -337,39 +402,52 @@ def fit(
     run: Run,
     *,
     loss: Loss = l1_loss,
+    form: Form = lambda model: model,
     validate: Sequence[tuple[str, Sequence[Pair]]] = (),
     hardware: Hardware = Hardware(),
     cadence: Cadence = Cadence(),
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """The training loop, which every way of training here uses. Trains `model` in place until `recipe` is done,
-    continuing the run if it has begun, and returns the last validation scores, by "folder psnr" and "folder ssim".
+    continuing the run if it has begun, and returns the last validation scores, by "folder psnr" and "folder ssim"; if
+    `cadence.minutes` ended it before, also the "iteration" reached and "finished": False.
 
-    The first process validates, logs and saves; the logged loss is that of its own patches. Raises InputError when the
-    weights are no longer numbers; the last checkpoint is then left as it was.
+    Steps run through the `form` of the model; everything that is validated and saved is the model itself. The first
+    process validates, logs and saves; the logged loss is that of its own patches. Raises InputError when the weights
+    are no longer numbers; the last checkpoint is then left as it was.
     """
+    begun = time.monotonic()
     if recipe.batch % fabric.world_size:
         raise InputError(f"--batch: expected a multiple of the {fabric.world_size} devices, found {recipe.batch}")
     state = run.restore()
+    model = model.to(fabric.device)
     if hardware.channels_last:
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
     averaged = cast("DRSformer", average.module) if average else model
+    objective = Objective(form(model), loss).to(fabric.device)
+    learned = loss if isinstance(loss, nn.Module) else nn.Module()  # what the loss itself learns
+    parameters = [*model.parameters(), *learned.parameters()]
+    optimizer = torch.optim.AdamW(parameters, recipe.lr, weight_decay=recipe.weight_decay,
+                                  fused=fabric.device.type == "cuda")  # fmt: skip
     if state:
         model.load_state_dict(state["model"])
+        learned.load_state_dict(state["loss"])
+        optimizer.load_state_dict(state["optimizer"])
         if average:
             average.load_state_dict(state["average"])
     if hardware.compile:
-        model.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    trained, optimizer = fabric.setup(model, optimizer)
-    averaged.to(fabric.device)
-    if state:
-        optimizer.load_state_dict(state["optimizer"])  # on the device only now that the parameters are
+        compile_blocks(objective.network)
+    torch.backends.cudnn.benchmark = True  # all patches have one size
+    if hardware.cuda_graph:
+        record(objective, recipe, hardware, fabric)
+    trained, optimizer = fabric.setup(objective, optimizer)
     done, best, scores, scored = (
         (state["iteration"], state["best"], state["scores"], state["scored"]) if state else (0, -math.inf, {}, 0)
     )
     if fabric.is_global_zero:
         run.clean_up(done)
+    if hardware.workers:
+        patches.warm_up(fabric.is_global_zero)
 
     share = recipe.batch // fabric.world_size
     first = fabric.global_rank * share
@@ -386,17 +464,17 @@ def fit(
     )  # fmt: skip
 
     sums: dict[str, Tensor] = {}
-    counted, seconds, saved = 0, 0.0, time.monotonic()
+    iteration, counted, seconds, saved = done, 0, 0.0, time.monotonic()
     with progress(fabric.is_global_zero, loss="loss {task.fields[loss]:.4f}",
                   speed="{task.fields[speed]:.1f} patches/s") as bar:  # fmt: skip
         task = bar.add_task("Training", total=recipe.iterations, completed=done, loss=math.nan, speed=0.0)
         started = time.monotonic()
         for iteration, (rainy, clean) in enumerate(loader, done + 1):
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = recipe.learning_rate(iteration - 1)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate(iteration - 1)
             if hardware.channels_last:
                 rainy, clean = (x.contiguous(memory_format=torch.channels_last) for x in (rainy, clean))
-            terms = loss(trained, rainy, clean)
+            terms = trained(rainy, clean)
             fabric.backward(torch.stack(list(terms.values())).sum())
             fabric.clip_gradients(trained, optimizer, max_norm=recipe.clip, error_if_nonfinite=False)
             optimizer.step()
@@ -406,16 +484,18 @@ def fit(
             for name, term in terms.items():
                 sums[name] = sums.get(name, torch.zeros_like(term)) + term.detach()
             counted += 1
-            seconds += time.monotonic() - started
             bar.advance(task)
 
             last = iteration == recipe.iterations
+            stop = cadence.minutes is not None and fabric.broadcast(time.monotonic() - begun > 60 * cadence.minutes)
             log = last or iteration % cadence.log_every == 0
             score = bool(validate) and (last or iteration % cadence.validate_every == 0)
-            save = fabric.is_global_zero and (last or time.monotonic() - saved > 60 * cadence.save_minutes)
-            if (log or score or save) and not all(p.isfinite().all() for p in model.parameters()):
+            save = fabric.is_global_zero and (last or stop or time.monotonic() - saved > 60 * cadence.save_minutes)
+            # The device runs behind this loop, which waits for it here and nowhere else.
+            if (log or score or save) and not torch.stack([p.isfinite().all() for p in parameters]).all():
                 raise InputError(f"the weights are no longer numbers at iteration {iteration}: lower --lr or --clip, "
                                  "and give another --output")  # fmt: skip
+            seconds += time.monotonic() - started
             if log:
                 means = {name: term.item() / counted for name, term in sums.items()}
                 speed = counted * recipe.batch / seconds
@@ -436,21 +516,76 @@ def fit(
                 run.save_state({
                     "iteration": iteration, "best": best, "scores": scores, "scored": scored,
                     "model": model.state_dict(), "average": average.state_dict() if average else None,
-                    "optimizer": optimizer.state_dict(),
+                    "loss": learned.state_dict(), "optimizer": optimizer.state_dict(),
                 })  # fmt: skip
                 saved = time.monotonic()
+            if stop:
+                break
             started = time.monotonic()
     model.load_state_dict(averaged.state_dict())
-    return fabric.broadcast(scores)
+    scores = fabric.broadcast(scores)
+    if iteration == recipe.iterations:
+        return scores
+    if fabric.is_global_zero:
+        console.print(f"Not finished: stopped by --minutes at iteration {iteration} of {recipe.iterations}. "
+                      "The same command goes on from there.")  # fmt: skip
+    return {**scores, "iteration": iteration, "finished": False}
 
 
 def _scores(network: DRSformer, validate: Sequence[tuple[str, Sequence[Pair]]]) -> dict[str, float]:
-    """PSNR and SSIM on each folder; 100 dB stands for images restored without any error."""
+    """PSNR and SSIM on each folder; 100 dB stands for images restored without any error. Nothing is compiled or tuned
+    for the many sizes of whole images."""
     scores = {}
     for name, pairs in validate:
-        result = evaluate_model(network, pairs)
+        with torch.compiler.set_stance("force_eager"), torch.backends.cudnn.flags(enabled=True, benchmark=False):
+            result = evaluate_model(network, pairs)
         scores |= {f"{name} psnr": min(result.psnr, 100.0), f"{name} ssim": result.ssim}
     return scores
+
+
+@dataclass(frozen=True)
+class Material:
+    """What to learn from besides pairs, and what to validate on.
+
+    Args:
+        validate: Folders of pairs to score the network on while it trains.
+        validate_limit: Images of each folder to validate on, the first ones.
+        clean: Folder of further clean photographs to put rain on.
+        streaks: Folder of streak images to put on photographs, besides drawn ones and the rain of the pairs.
+        rendered: Fraction of the patches that have rain put on a clean background.
+        dry: Fraction of the patches that show no rain at all, from which the network learns to leave dry images alone.
+    """
+
+    validate: list[Path] | None = None
+    validate_limit: int = 20
+    clean: Path | None = None
+    streaks: Path | None = None
+    rendered: float = 0.0
+    dry: float = 0.0
+
+    def __post_init__(self) -> None:
+        expect("--validate-limit", self.validate_limit, 1)
+
+    def validation(self) -> list[tuple[str, list[Pair]]]:
+        """Name and pairs of each folder to validate on. Raises InputError for an image that cannot be read, now and
+        not after the first thousand iterations."""
+        validation = [(short(folder), find_pairs(folder)[: self.validate_limit]) for folder in self.validate or []]
+        for pair in (pair for _, pairs in validation for pair in pairs):
+            pair.load()
+        return validation
+
+    def sources(self, *folders: Path) -> list[str]:
+        """The names of `folders` and of the further ones that patches come from."""
+        return [short(folder) for folder in (*folders, self.clean, self.streaks) if folder]
+
+    def options(self) -> dict[str, Any]:
+        """What the result of a run depends on besides the sources."""
+        return {
+            "rendered": self.rendered,
+            "dry": self.dry,
+            "validate": [short(folder) for folder in self.validate or []],
+            "validate_limit": self.validate_limit,
+        }
 
 
 def train(
@@ -458,17 +593,12 @@ def train(
     data: list[Path] | None = None,
     network: str | None = None,
     init: Path | None = None,
-    validate: list[Path] | None = None,
-    validate_limit: int = 20,
-    clean: Path | None = None,
-    streaks: Path | None = None,
-    rendered: float = 0.0,
-    dry: float = 0.0,
+    material: Annotated[Material, tyro.conf.OmitArgPrefixes] = Material(),
     recipe: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = Recipe(),
     hardware: Annotated[Hardware, tyro.conf.OmitArgPrefixes] = Hardware(),
     cadence: Annotated[Cadence, tyro.conf.OmitArgPrefixes] = Cadence(),
-) -> dict[str, float]:
-    """Train a network, or continue its training; returns the last validation scores by folder.
+) -> dict[str, Any]:
+    """Train a network, or continue its training; returns what `fit` does.
 
     Args:
         output: Folder of the run.
@@ -476,45 +606,30 @@ def train(
         network: Name of the network to start, see drsformer.config.PRESETS; drsformer if neither this nor --init is
             given.
         init: Checkpoint to start from, in place of a fresh network.
-        validate: Folders of pairs to score the network on while it trains.
-        validate_limit: Images of each folder to validate on, the first ones.
-        clean: Folder of further clean photographs to put rain on.
-        streaks: Folder of streak images to put on photographs, besides drawn ones and the rain of the pairs.
-        rendered: Fraction of the patches that have rain put on a clean background.
-        dry: Fraction of the patches that show no rain at all, from which the network learns to leave dry images alone.
+        material: What else to learn from, and what to validate on.
         recipe: How to train.
         hardware: What to train on.
-        cadence: How often to validate, log and save.
+        cadence: How often to validate, log and save, and when to stop.
     """
-    expect("--validate-limit", validate_limit, 1)
     if init and network:
         raise InputError("--init brings its own network: leave --network out")
     folders = [find_pairs(folder) for folder in data or []]
-    validation = [(_short(folder), find_pairs(folder)[:validate_limit]) for folder in validate or []]
-    for pair in (pair for _, pairs in validation for pair in pairs):
-        pair.load()  # so that a bad image is told now and not after the first thousand iterations
-    patches = Patches(folders, recipe, clean, streaks, rendered, dry)
+    validation = material.validation()
+    patches = Patches(folders, recipe, material.clean, material.streaks, material.rendered, material.dry)
     torch.manual_seed(recipe.seed)
     start = checkpoint.load(init) if init else None
-    try:
-        model = start.model.train() if start else DRSformer(preset(network or "drsformer"))
-    except ValueError as error:
-        raise InputError(f"--network: {error}") from None
-    sources = [_short(folder) for folder in (*(data or []), *(folder for folder in (clean, streaks) if folder))]
+    model = start.model.train() if start else fresh(network or "drsformer")
     options = {
         "network": None if start else network or "drsformer",
         "parent": start.sha256 if start else None,
-        "data": sources,
-        "rendered": rendered,
-        "dry": dry,
+        "data": material.sources(*(data or [])),
+        **material.options(),
         **dataclasses.asdict(recipe),
         "precision": hardware.precision,
-        "validate": [name for name, _ in validation],
-        "validate_limit": validate_limit,
     }
     earlier = start.provenance.get("steps", []) if start else []
     provenance = {
-        "trained_on": sources,
+        "trained_on": options["data"],
         "parent": options["parent"],
         "steps": [*earlier, {"command": "drsformer.train", "options": options}],
     }
@@ -526,10 +641,23 @@ def train(
                validate=validation, hardware=hardware, cadence=cadence)  # fmt: skip
 
 
-def _short(folder: Path) -> str:
+def fresh(network: str) -> DRSformer:
+    """A network by its name in `PRESETS`, with random weights. Raises InputError for an unknown one."""
+    try:
+        return DRSformer(preset(network))
+    except ValueError as error:
+        raise InputError(f"--network: {error}") from None
+
+
+def short(folder: Path) -> str:
     """The last two parts of a path as it was given: they name a data set without telling where it lies."""
     return "/".join(part for part in folder.parts[-2:] if part not in ("..", "/"))
 
 
+def first_process_only(scores: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of a run for the last line of its command, which one process prints for all."""
+    return scores if getattr(rank_zero_only, "rank", 0) == 0 else None
+
+
 if __name__ == "__main__":
-    main(train, __doc__, summary=lambda scores: scores if getattr(rank_zero_only, "rank", 0) == 0 else None)
+    main(train, __doc__, summary=first_process_only)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from drsformer.data import find_pairs
-from drsformer.rain import BRIGHTEST, add_rain, cut_streaks, draw_streaks, make_layer, rain, rain_of_pair
+from drsformer.rain import BRIGHTEST, add_rain, cut_streaks, draw_streaks, make_layer, rain, rain_of_pair, turn
 from runtime.cli import InputError
 
 
@@ -72,6 +72,29 @@ def test_strength_goes_from_light_to_heavy_and_leaves_something_to_see():
     assert means[0] * 1.5 < means[1] < means[2] / 1.3
     flood = partial(cut_streaks, [np.full((9, 9), 255, np.uint8)])
     assert make_layer(generator(), 20, 20, [flood], 1.0).mean() == pytest.approx(BRIGHTEST, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 33), (64, 64)])
+def test_turned_layers_reach_the_corners(size):
+    flood = partial(cut_streaks, [np.full((9, 9), 200, np.uint8)])
+    for seed in range(20):
+        layer = turn(generator(seed), flood, *size)
+        assert (layer.shape, layer.dtype) == (size, np.float32)
+        assert np.allclose(layer, 200, atol=1e-3)
+
+
+def test_some_layers_of_upright_streaks_are_slanted():
+    """The streaks here are vertical bars; they keep their brightness and lean to both sides."""
+    bars = partial(cut_streaks, [np.tile(np.uint8([200, 200, 0, 0, 0, 0, 0, 0]), (8, 1))])
+    angles = []
+    for seed in range(200):
+        layer = make_layer(generator(seed), 48, 48, [bars], 0.0)
+        dy, dx = np.gradient(layer)
+        angles.append(np.degrees(0.5 * np.arctan2(2 * (dx * dy).mean(), (dx**2 - dy**2).mean())))
+    slanted = np.abs(angles) > 5
+    assert 0.15 < slanted.mean() < 0.35
+    assert min(angles) < -35
+    assert max(angles) > 35
 
 
 def test_rain_of_a_pair_is_what_was_added_where_white_did_not_cut_it_off():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,13 +18,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from drsformer import checkpoint
 from drsformer import train as training
-from drsformer.config import preset
+from drsformer.config import DRSformerConfig, preset
 from drsformer.data import find_pairs
 from drsformer.model import DRSformer
-from drsformer.train import Cadence, Hardware, Patches, Recipe, l1_loss, train
+from drsformer.train import Cadence, Hardware, Material, Patches, Recipe, Run, fit, l1_loss, train
 from runtime.cli import InputError
 
 CPU = Hardware(accelerator="cpu", devices="1")
@@ -92,7 +95,7 @@ def test_images_smaller_than_a_patch_are_mirrored(data):
 def run(data: Path, output: Path, **changes) -> dict[str, float]:
     recipe = Recipe(**{"iterations": 4, **QUICK, **changes})
     every = recipe.iterations // 2
-    return train(output, [data], "drsformer-tiny", validate=[data], recipe=recipe, hardware=CPU,
+    return train(output, [data], "drsformer-tiny", material=Material([data]), recipe=recipe, hardware=CPU,
                  cadence=Cadence(every, every // 2, 0))  # fmt: skip
 
 
@@ -179,7 +182,7 @@ def test_batch_that_cannot_be_shared_out_is_refused(data, tmp_path):
 def test_workers_cut_the_same_patches(data, tmp_path):
     for workers in (0, 2):
         hardware = Hardware(accelerator="cpu", devices="1", workers=workers)
-        train(tmp_path / str(workers), [data], "drsformer-tiny", rendered=0.5,
+        train(tmp_path / str(workers), [data], "drsformer-tiny", material=Material(rendered=0.5),
               recipe=Recipe(iterations=2, **QUICK), hardware=hardware)  # fmt: skip
     assert (tmp_path / "0/last.safetensors").read_bytes() == (tmp_path / "2/last.safetensors").read_bytes()
     pickle.dumps(Patches([find_pairs(data)], Recipe()))  # for systems that do not fork
@@ -211,7 +214,7 @@ def test_best_network_is_the_averaged_one_with_the_highest_score(data, tmp_path,
 
     def go():
         recipe = Recipe(iterations=4, **{**QUICK, "ema": 0.9})
-        return train(tmp_path / "run", [data], "drsformer-tiny", validate=[data], validate_limit=3, recipe=recipe,
+        return train(tmp_path / "run", [data], "drsformer-tiny", material=Material([data], 3), recipe=recipe,
                      hardware=CPU, cadence=Cadence(1, 1, 0))  # fmt: skip
 
     monkeypatch.setattr(training, "evaluate_model", evaluate)
@@ -295,8 +298,16 @@ def test_mistakes_are_told_in_one_line(data, tmp_path, options, message):
     folders = [tmp_path / folder for folder in options.pop("data", [data])]
     paths = {"init", "clean", "streaks"}
     options = {name: tmp_path / value if name in paths else value for name, value in options.items()}
+    material = {name: options.pop(name) for name in (field.name for field in fields(Material)) if name in options}
     with pytest.raises(InputError, match=message) as error:
-        train(tmp_path / "run", folders, recipe=Recipe(iterations=1, **QUICK), hardware=CPU, **options)
+        train(
+            tmp_path / "run",
+            folders,
+            material=Material(**material),
+            recipe=Recipe(iterations=1, **QUICK),
+            hardware=CPU,
+            **options,
+        )
     assert "\n" not in str(error.value)
 
 
@@ -334,3 +345,82 @@ def test_rain_and_backgrounds_come_from_everywhere_they_are_said_to(data, tmp_pa
 def test_l1_loss_is_the_mean_absolute_error():
     terms = l1_loss(lambda rainy: rainy * 0.5, torch.ones(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
     assert terms["l1"].item() == 0.5
+
+
+def test_run_that_stops_by_the_clock_goes_on_as_if_it_had_not(data, tmp_path):
+    recipe = Recipe(iterations=6, **QUICK)
+    train(tmp_path / "whole", [data], "drsformer-tiny", recipe=recipe, hardware=CPU)
+    stopped = [
+        train(tmp_path / "parts", [data], "drsformer-tiny", recipe=recipe, hardware=CPU,
+              cadence=Cadence(log_every=2, minutes=minutes)) for minutes in (0, 0, 60)
+    ]  # fmt: skip
+    assert stopped == [{"iteration": 1, "finished": False}, {"iteration": 2, "finished": False}, {}]
+    whole, parts = ((tmp_path / name / "last.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+
+
+class Counting(nn.Module):
+    """A loss with a parameter of its own, which counts the steps that it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.asked = nn.Parameter(torch.ones(())), []
+
+    def forward(self, network, rainy, clean):
+        self.asked.append(network)
+        return {"l1": (self.scale * network(rainy) - clean).abs().mean()}
+
+
+def test_loss_learns_and_resumes_beside_the_network_which_runs_in_its_form(data, tmp_path):
+    recipe, states = Recipe(iterations=4, **QUICK), []
+    for name, pauses in (("whole", (None,)), ("parts", (0, None))):
+        for minutes in pauses:
+            torch.manual_seed(0)
+            model, loss = DRSformer(preset("drsformer-tiny")), Counting()
+            twins = []
+
+            def form(model, twins=twins):
+                twins.append(copy.deepcopy(model, {id(p): p for p in model.parameters()}))
+                return twins[0]
+
+            output = tmp_path / name
+            fit(CPU.fabric(output), model, Patches([find_pairs(data)], recipe), recipe, Run(output, {}, {}), loss=loss,
+                form=form, hardware=CPU, cadence=Cadence(minutes=minutes))  # fmt: skip
+            assert set(loss.asked) == set(twins)
+        states.append(torch.load(output / "state.pt", weights_only=True))
+    whole, parts = states
+    assert whole["loss"]["scale"] != 1
+    assert torch.equal(whole["loss"]["scale"], parts["loss"]["scale"])
+    assert all(torch.equal(tensor, parts["model"][name]) for name, tensor in whole["model"].items())
+    saved = checkpoint.load(tmp_path / "whole" / "last.safetensors").model.state_dict()
+    assert saved.keys() == DRSformer(preset("drsformer-tiny")).state_dict().keys()
+
+
+def test_equal_blocks_are_compiled_once_and_validation_never(data, tmp_path, monkeypatch):
+    graphs, compile_block = [], nn.Module.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_block(self, backend=backend, **options))
+    torch.manual_seed(0)
+    config = DRSformerConfig.regular(width=8, depths=(0, 0, 0, 3), heads=(1, 1, 1, 2), expansion=1.0, mefc="none")
+    recipe, output = Recipe(iterations=2, **{**QUICK, "ema": 0.0}), tmp_path / "run"
+    hardware = Hardware(accelerator="cpu", devices="1", compile=True)
+    fit(CPU.fabric(output), DRSformer(config), Patches([find_pairs(data)], recipe), recipe, Run(output, {}, {}),
+        validate=[("data", find_pairs(data)[:1])], hardware=hardware)  # fmt: skip
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+def test_images_are_read_before_there_are_workers_until_the_cache_is_full(data):
+    pairs = find_pairs(data)
+    patches = Patches([pairs], Recipe(patch=16))
+    patches.warm_up()
+    assert set(patches.cache) == set(pairs)
+    room = 2 * 40 * 30 * 6
+    small = Patches([pairs], Recipe(patch=16), cache_bytes=room)
+    small.warm_up()
+    assert len(small.cache) == 2
+    assert torch.equal(small[5][0], patches[5][0])

@@ -1,0 +1,256 @@
+"""Distillation: what each term compares, exact resumption with what the loss learns, and mistakes told in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from compress.distill import Distillation, PatchesOfPhotographs, Terms, distill
+from drsformer import checkpoint
+from drsformer.config import DRSformerConfig
+from drsformer.data import find_pairs
+from drsformer.model import DRSformer
+from drsformer.train import Cadence, Hardware, Material, Recipe, compile_blocks
+from export.folding import live
+from runtime.cli import InputError, main
+from tests.networks import fill, image
+
+CPU = Hardware(accelerator="cpu", devices="1")
+ALL = Terms(1.0, 1.0, 0.1, 0.1, 0.1)
+ROOT = Path(__file__).parents[1]
+
+
+def network(width: int = 8, **changes) -> DRSformer:
+    """Heads of `width` channels; `fill` gives all of one width the same weights."""
+    options = {"depths": (1, 1, 1, 1), "heads": (1, 2, 2, 4), "expansion": 1.0, "mefc": "none", **changes}
+    return fill(DRSformer(DRSformerConfig.regular(width=width, **options)))
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Three pairs of a grey gradient with white bars on it."""
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        clean = np.broadcast_to(np.linspace(0, 150, 24)[:, None, None], (24, 20, 3)).astype(np.uint8)
+        rainy = clean + (rng.random((1, 20, 1)) < 0.2) * np.uint8(80)
+        for kind, picture in (("input", rainy), ("target", clean)):
+            (tmp_path / "data" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(tmp_path / "data" / kind / f"{i}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def teacher(tmp_path) -> Path:
+    checkpoint.save(tmp_path / "teacher.safetensors", network(), {"trained_on": ["x"]})
+    return tmp_path / "teacher.safetensors"
+
+
+def terms_of(terms: Terms, student: DRSformer, clean: Tensor, teacher: DRSformer | None = None) -> dict[str, float]:
+    loss = Distillation(live(teacher or network()), student, terms)
+    return {name: term.item() for name, term in loss(live(student), image(16, 16), clean).items()}
+
+
+def test_a_copy_of_the_teacher_differs_from_it_in_nothing():
+    clean = image(16, 16, seed=1)
+    terms = terms_of(ALL, network(), clean)
+    assert terms.pop("l1") == pytest.approx((network()(image(16, 16)) - clean).abs().mean().item(), rel=1e-5)
+    assert terms == {"l1_teacher": 0, "features": 0, "attention": 0, "frequency": 0}
+
+
+def test_terms_are_what_their_sources_say():
+    """Against the readable networks, and with every weight 2."""
+    teacher, student, rainy = network(), network(), image(16, 16)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.1)
+    seen = {}
+    for name, model in (("teacher", teacher), ("student", student)):
+        model.latent.register_forward_hook(lambda m, i, out, name=name: seen.update({(name, "f"): out}))
+        model.decoder_level2[-1].attn.topk.register_forward_pre_hook(lambda m, i, n=name: seen.update({(n, "a"): i[0]}))
+        seen[name] = model(rainy)
+    difference = seen["student"] - seen["teacher"]
+    own, theirs = seen["student", "f"], seen["teacher", "f"]
+    spectrum = np.fft.rfft2(difference.detach().double().numpy(), norm="ortho")
+    expected = {
+        "l1_teacher": difference.abs().mean().item(),
+        "features": (((own - theirs) ** 2).mean() / (theirs**2).mean()).item(),
+        "attention": ((seen["student", "a"] - seen["teacher", "a"]) ** 2).mean().item(),
+        "frequency": (np.abs(spectrum.real).mean() + np.abs(spectrum.imag).mean()) / 2,
+    }
+    terms = terms_of(Terms(0, 2, 2, 2, 2, ["decoder_level2"]), student, rainy, teacher)
+    assert terms == pytest.approx({name: 2 * value for name, value in expected.items()}, rel=1e-3)
+    assert min(terms.values()) > 1e-6
+
+
+def test_patches_without_a_clean_version_count_in_all_terms_but_l1():
+    student, clean = network(4), torch.full((1, 3, 16, 16), torch.nan)
+    terms = terms_of(Terms(1.0, 1.0, 0.0, 0.0, 0.1), student, clean)
+    assert terms["l1"] == 0
+    assert terms["l1_teacher"] > 0
+    assert terms["frequency"] > 0
+    loss = Distillation(live(network()), student, Terms())
+    pair = torch.cat([image(16, 16), image(16, 16, seed=1)])
+    loss(live(student), pair, torch.cat([image(16, 16, seed=2), clean]))["l1"].backward()
+    alone, half = network(4), student.output.weight.grad
+    (0.5 * (alone(image(16, 16)) - image(16, 16, seed=2)).abs().mean()).backward()
+    assert torch.allclose(half, alone.output.weight.grad, atol=1e-5)
+
+
+def test_loss_holds_only_what_it_learns():
+    """The adapter where widths differ at the bottleneck; never the teacher, which gets no gradients either."""
+    teacher, narrow = live(network()), network(4)
+    loss = Distillation(teacher, narrow, Terms(features=1.0))
+    assert {name: tuple(p.shape) for name, p in loss.named_parameters()} == {"adapter.weight": (64, 32, 1, 1)}
+    sum(loss(live(narrow), image(16, 16), image(16, 16)).values()).backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(parameter.grad is not None for parameter in (*narrow.parameters(), *loss.parameters()))
+    for student, terms in ((narrow, Terms()), (network(), Terms(features=1.0))):
+        assert not list(Distillation(live(network()), student, terms).parameters())
+
+
+@pytest.mark.parametrize(
+    ("student", "levels", "found"),
+    [
+        (dict(width=4), ["latent"], r"4 of 8 channels in the student and 4 of 16 channels in the teacher"),
+        (dict(heads=(1, 2, 4, 4)), ["latent", "encoder_level3"], r"in encoder_level3, found 4 of 8 .* and 2 of 16"),
+        (dict(topk=()), ["latent"], r"none in the student"),
+        (dict(depths=(1, 1, 1, 0)), ["latent"], r"none in the student"),
+    ],
+)
+def test_attention_of_other_heads_is_refused(student, levels, found):
+    with pytest.raises(InputError, match=found) as error:
+        Distillation(live(network()), network(**student), dataclasses.replace(ALL, attention_levels=levels))
+    assert "\n" not in str(error.value)
+
+
+def go(output: Path, teacher: Path, student: str, data: Path, iterations: int = 6, **changes):
+    recipe = Recipe(iterations=iterations, batch=2, patch=16, ema=0.5, constant=0, **changes.pop("recipe", {}))
+    options = {"cadence": Cadence(100, 1, 0), "hardware": CPU, "terms": Terms(1, 1, 0.1, 0, 0.1), **changes}
+    return distill(output, teacher, student, [data], recipe=recipe, **options)
+
+
+def test_student_comes_closer_and_says_where_it_comes_from(data, teacher, tmp_path):
+    scores = go(tmp_path / "run", teacher, "drsformer-tiny", data, 30, recipe={"lr": 3e-3, "clip": 1.0},
+                material=Material([data]), terms=Terms(0.1, 1, 0.1, 0, 0.1))  # fmt: skip
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    for name in ("l1_teacher", "features", "frequency"):
+        values = [line[name] for line in log if name in line]
+        assert np.mean(values[-5:]) < 0.8 * np.mean(values[:3]), name
+    student = checkpoint.load(tmp_path / "run" / "last.safetensors")
+    assert student.provenance["scores"] == scores
+    (step,) = student.provenance["steps"]
+    assert step["command"] == "compress.distill"
+    assert step["options"]["teacher"] == checkpoint.file_sha256(teacher)
+    assert (step["options"]["l1"], step["options"]["attention_levels"]) == (0.1, ["latent"])
+    assert not any("adapter" in name for name in student.model.state_dict())
+
+
+def test_stopped_run_continues_exactly_with_its_adapter(data, tmp_path):
+    """And the student may be a checkpoint, whose history goes on."""
+    for name, width in (("teacher", 8), ("student", 4)):
+        checkpoint.save(tmp_path / f"{name}.safetensors", network(width), {"steps": [{"command": name}]})
+    files = tmp_path / "teacher.safetensors", str(tmp_path / "student.safetensors"), data
+    go(tmp_path / "whole", *files)
+    result = go(tmp_path / "parts", *files, cadence=Cadence(minutes=0))
+    assert (result["iteration"], result["finished"]) == (1, False)
+    assert go(tmp_path / "parts", *files) == {}
+    whole, parts = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts"))
+    assert list(whole["loss"]) == ["adapter.weight"]
+    assert torch.equal(whole["loss"]["adapter.weight"], parts["loss"]["adapter.weight"])
+    fresh = torch.load(tmp_path / "whole" / "state.pt", weights_only=True)["optimizer"]["param_groups"][0]["params"]
+    assert len(fresh) == len(list(network(4).parameters())) + 1
+    files = [(tmp_path / name / "last.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert files[0] == files[1]
+    student = checkpoint.load(tmp_path / "whole" / "last.safetensors")
+    assert [step["command"] for step in student.provenance["steps"]] == ["student", "compress.distill"]
+    assert student.provenance["parent"] == checkpoint.file_sha256(tmp_path / "student.safetensors")
+
+
+def test_run_is_not_continued_with_another_teacher_or_other_terms(data, teacher, tmp_path):
+    go(tmp_path / "run", teacher, "drsformer-tiny", data, 1)
+    with pytest.raises(InputError, match=r"l1_teacher=1, not 2"):
+        go(tmp_path / "run", teacher, "drsformer-tiny", data, 1, terms=Terms(1, 2, 0.1, 0, 0.1))
+    checkpoint.save(teacher, network(expansion=2.0), {})
+    with pytest.raises(InputError, match=r"teacher="):
+        go(tmp_path / "run", teacher, "drsformer-tiny", data, 1)
+
+
+def test_rainy_photographs_are_some_of_the_patches(data, teacher, tmp_path):
+    patches = PatchesOfPhotographs([find_pairs(data)], Recipe(patch=16))
+    plain = [patches[i] for i in range(40)]
+    patches.photographs, patches.unlabelled = sorted((data / "input").iterdir()), 0.25
+    mixed = [patches[i] for i in range(40)]
+    photographs = [bool(clean.isnan().all()) for _, clean in mixed]
+    assert 3 < sum(photographs) < 20
+    assert all(rainy.isfinite().all() for rainy, _ in mixed)
+    assert all(torch.equal(a[1], b[1]) for a, b, p in zip(plain, mixed, photographs, strict=True) if not p)
+    patches.warm_up()
+    assert set(patches.cache) >= set(patches.photographs)
+    go(tmp_path / "run", teacher, "drsformer-tiny", data, 3, rainy=data / "input", unlabelled=0.5)
+    made = checkpoint.load(tmp_path / "run" / "last.safetensors").provenance
+    assert made["trained_on"][1:] == ["data/input"]
+    assert made["steps"][0]["options"]["unlabelled"] == 0.5
+
+
+def test_compiled_student_and_teacher_are_tapped_too(monkeypatch):
+    """Compiled block by block, with the tracing of torch.compile but without its code generation."""
+    compile_block = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **k: compile_block(self, backend="eager", **k))
+    options = {"depths": (0, 0, 0, 1)}
+    readable, teacher = network(expansion=2.0, **options), live(network(**options))
+    plain = Distillation(live(network(**options)), readable, ALL)(live(readable), image(16, 16), image(16, 16, 1))
+    student = live(readable)
+    loss = Distillation(teacher, student, ALL)
+    for part in (student, teacher):
+        compile_blocks(part)
+    for _ in range(2):
+        terms = loss(student, image(16, 16), image(16, 16, 1))
+        sum(terms.values()).backward()
+        assert {k: v.item() for k, v in terms.items()} == pytest.approx(
+            {k: v.item() for k, v in plain.items()}, rel=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--student", "drsformer-xxl"], "--student: expected a checkpoint or one of drsformer, "),
+        (["--l1", "0", "--l1-teacher", "0"], "expected --l1, --l1-teacher or --frequency above 0"),
+        (["--frequency", "-1"], "--frequency: expected at least 0, found -1"),
+        (["--teacher", "absent.pth"], "absent.pth: no such checkpoint"),
+        (["--rainy", "absent"], "absent"),
+        (["--rainy", "data/input", "--unlabelled", "2"], "--unlabelled: expected 0 to 1"),
+        (["--attention", "1", "--student", "drsformer-xs"], "the same heads in latent"),
+    ],
+)
+def test_mistakes_end_with_status_2(data, teacher, tmp_path, options, message, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["--teacher", "teacher.safetensors", "--student", "drsformer-tiny", "--data", "data", "--output", "run",
+             "--accelerator", "cpu", "--devices", "1", "--iterations", "1", "--patch", "16"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["distill", *words, *options])
+    with pytest.raises(SystemExit) as error:
+        main(distill, distill.__doc__)
+    assert error.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_command_on_two_processes_prints_its_result_once(data, teacher, tmp_path):
+    words = ["--teacher", str(teacher), "--student", "drsformer-tiny", "--data", str(data), "--output",
+             str(tmp_path / "run"), "--accelerator", "cpu", "--devices", "2", "--iterations", "2", "--patch", "16",
+             "--batch", "2", "--features", "1", "--attention", "1", "--minutes", "0"]  # fmt: skip
+    command = [sys.executable, "-m", "compress.distill", *words]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == {"iteration": 1, "finished": False}
+    assert "Not finished" in result.stderr
