@@ -6,7 +6,8 @@ folded tensor is computed from the readable network's parameters. What is rewrit
 - LayerNorm's scale and shift go into the 1x1 convolution that follows.
 - Attention takes one product with V. Its masks are stacked, so one top-k and one softmax serve all of them, and a
   constant product adds them up. That constant holds the output projection too, since W (A V) = (W A) V. Q and K are
-  not normalised at full resolution; the norms divide the small d x d product.
+  not normalised at full resolution; the norms divide the small d x d product. That product is taken for every row of
+  the image and added up: as one product over H x W, it would keep few of a GPU's multiprocessors busy.
 - The MSFN's convolutions with two inputs a group are sums of two depthwise convolutions, over the even and the odd
   channels. The hidden channels are ordered so that no gather is left, and padded with zeros to whole vectors.
 - An expert's last 1x1 convolution, its gate and its slice of the convolution that joins the experts are one C x C
@@ -136,17 +137,18 @@ class FoldedAttention(Folded):
     ) -> Tensor:
         B, _, H, W = x.shape
         x = F.conv2d(F.conv2d(x, qkv, bias), dwconv, padding=1, groups=dwconv.shape[0])
-        q, k, v = x.reshape(B, 3 * self.heads, -1, H * W).split(self.heads, dim=1)  # each B, n, d, H*W
+        q, k, v = x.reshape(B, 3 * self.heads, -1, H, W).split(self.heads, dim=1)  # each B, n, d, H, W
         matrix = self.matrix(q, k, temperature, out)
-        return (matrix.to(v.dtype) @ v.flatten(1, 2)).view(B, -1, H, W)
+        return (matrix.to(v.dtype) @ v.reshape(B, -1, H * W)).view(B, -1, H, W)
 
     def matrix(self, q: Tensor, k: Tensor, temperature: Tensor, out: Tensor) -> Tensor:
         """What V (B, n*d, H*W) is multiplied with: the attention of all masks and the output projection. (B, C, n*d)"""
         with torch.autocast(q.device.type, enabled=False) if self.live else nullcontext():
             q, k = q.to(temperature.dtype), k.to(temperature.dtype)
-            length_q = torch.linalg.vector_norm(q, dim=-1, keepdim=True).clamp_min(1e-12)
-            length_k = torch.linalg.vector_norm(k, dim=-1).clamp_min(1e-12).unsqueeze(-2)
-            scores = q @ k.transpose(-2, -1) / (length_q * length_k) * temperature  # B, n, d, d
+            length_q = torch.linalg.vector_norm(q, dim=(-2, -1)).clamp_min(1e-12).unsqueeze(-1)
+            length_k = torch.linalg.vector_norm(k, dim=(-2, -1)).clamp_min(1e-12).unsqueeze(-2)
+            product = (q.transpose(2, 3) @ k.permute(0, 1, 3, 4, 2)).sum(2)  # row by row of the image
+            scores = product / (length_q * length_k) * temperature  # B, n, d, d
             if self.topk:
                 kept = torch.where(self.topk(scores), scores.unsqueeze(-2), float("-inf"))  # B, n, d, masks, d
                 attention = kept.softmax(-1).flatten(2, 3)
@@ -340,6 +342,15 @@ def live(network: DRSformer) -> DRSformer:
     twin = with_pattern(network, "threshold")
     for block in _blocks(twin):
         _fold_block(block, torch.float32, live=True, bounded=False)
+    return twin
+
+
+def widened(folded: DRSformer) -> DRSformer:
+    """A network folded in half precision, with its rounded weights, that computes in float32."""
+    twin = copy.deepcopy(folded).float()
+    for module in twin.modules():
+        if isinstance(module, Cast):
+            module.dtype = torch.float32
     return twin
 
 

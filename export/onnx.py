@@ -23,6 +23,7 @@ in the file (`ScoreProbe` reads them).
 from __future__ import annotations
 
 import collections
+import copy
 import importlib.metadata
 import json
 import logging
@@ -134,6 +135,33 @@ def to_onnx(
     model.graph.value_info.extend(model.graph.output[1:])
     del model.graph.output[1:]  # the scores stay, as inner tensors
     _describe(model, io=io, size_multiple=1 if io == "image" else SIZE_MULTIPLE, scores=scores)
+    return model
+
+
+def widened(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph with float32 in place of float16 and bfloat16, and the weights as they were rounded.
+
+    It has the same nodes and must give what PyTorch gives to `TOLERANCE`, where the graph itself could only be compared
+    to the precision of its type, and bfloat16 not at all in ONNX Runtime on a CPU.
+    """
+    model = copy.deepcopy(model)
+    half = onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
+
+    def widen(tensor: onnx.TensorProto) -> None:
+        if tensor.data_type in half:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+
+    for tensor in model.graph.initializer:
+        widen(tensor)
+    for value in model.graph.value_info:
+        if value.type.tensor_type.elem_type in half:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            widen(attribute.t)
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i in half:
+                attribute.i = onnx.TensorProto.FLOAT
     return model
 
 
@@ -266,7 +294,7 @@ def export(
     fold: bool = True,
     height: int | None = None,
     width: int | None = None,
-    opset: int = 20,
+    opset: int | None = None,
 ) -> Exported:
     """Export a checkpoint, prove the result against PyTorch, and write it.
 
@@ -283,43 +311,47 @@ def export(
         fold: Export the folded network, which is exactly equal and faster; otherwise the readable one.
         height: Fix the height of the input, together with its width.
         width: Fix the width of the input, together with its height.
-        opset: Version of ONNX's operators, 18 to 23.
+        opset: Version of ONNX's operators, 18 to 23; if not given 20, or for bf16 22.
     """
     started = time.monotonic()
     output = output or weights.with_suffix(".onnx")
     if output.suffix != ".onnx":
         raise InputError(f"--output: expected a name ending in .onnx, found {output}")
+    opset = opset or (22 if precision == "bf16" else 20)
     if opset not in OPSETS:
         raise InputError(f"--opset: expected {OPSETS[0]} to {OPSETS[-1]}, found {opset}")
     size = _fixed_size(height, width, io)
     trained = checkpoint.load(weights)
     with console.status("Exporting") as status:
         network = with_pattern(trained.model.requires_grad_(False), topk)
-        model = to_onnx(folding.fold(network, precision) if fold else network, io, size, opset)
+        exported = folding.fold(network, precision) if fold else network
+        model = to_onnx(exported, io, size, opset)
         packages = ("torch", "onnx", "onnxscript", "drsformer-deploy")
         _describe(
             model, topk=topk, precision=precision, config=trained.model.config.to_dict(), weights_sha256=trained.sha256,
             provenance=trained.provenance, versions={name: _version(name) for name in packages},
         )  # fmt: skip
         onnx.checker.check_model(model, full_check=True)
-        # Of equal scores ONNX's TopK names the first; in PyTorch only the rank pattern does so.
-        reference = with_pattern(network, "rank") if topk == "scatter" else network
+        reference = network if precision == "fp32" else folding.widened(exported)
+        if topk == "scatter":  # of equal scores ONNX's TopK names the first; in PyTorch only the rank pattern does so
+            reference = with_pattern(reference, "rank")
         # An image may have any size, so odd ones are what has to be seen.
         sizes = [size] if size else [(H - 3, W - 1) if io == "image" else (H, W) for H, W in SIZES]
         status.update("Comparing with PyTorch")
         with writing(output) as temporary:
-            onnx.save(model, temporary)
             agreements = []
+            onnx.save(widened(model), temporary)
             for agreement in verify(temporary, reference, sizes):
                 agreements.append(agreement)
                 if not agreement.difference <= TOLERANCE:
                     raise GateError(f"{output} is not written: the exported network differs from PyTorch by "
                                        f"{agreement.difference:.1e} at {agreement.height}x{agreement.width}, "
                                        f"more than {TOLERANCE}")  # fmt: skip
+            onnx.save(model, temporary)
     operators = collections.Counter(node.op_type for node in model.graph.node)
-    exported = Exported(output, dict(operators), tuple(agreements), time.monotonic() - started)
-    Console().print(exported.table())
-    return exported
+    done = Exported(output, dict(operators), tuple(agreements), time.monotonic() - started)
+    Console().print(done.table())
+    return done
 
 
 def _fixed_size(height: int | None, width: int | None, io: IO) -> tuple[int, int] | None:
