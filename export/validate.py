@@ -4,8 +4,9 @@
     python -m export.validate --reference W --candidate pruned.safetensors --data DIR --max-drop-db 0.3 --report out/
     python -m export.validate --reference W --candidate model.onnx --data photos/ --min-psnr 50
 
-The reference is a checkpoint and runs in PyTorch in float32; the candidate, a .onnx file or another checkpoint, runs in
-its own runtime. Both get and give uint8 images by the one contract of `runtime.session.Derainer`, as users do.
+The reference is a checkpoint and runs in PyTorch in float32; the candidate, a .onnx file, a bundle with one or another
+checkpoint, runs in its own runtime. Both get and give uint8 images by the one contract of `runtime.session.Derainer`,
+as users do.
 
 With ground truth (DATA in any layout of `drsformer.data`) the drop is the reference's PSNR minus the candidate's, and
 --max-drop-db bounds its mean over the images. It says nothing about how alike two networks are that are both bad.
@@ -47,8 +48,10 @@ from export.report import Comparison, Crop, Validation, render
 from export.topk import count_flips, masks, scores_of
 from runtime.cli import InputError, main, progress, writing
 from runtime.images import list_images, read_rgb
-from runtime.ort import OrtSession, Provider
-from runtime.session import Derainer, Session
+from runtime.manifest import Bundle, load
+from runtime.ort import OrtSession
+from runtime.session import Derainer, Provider, Session
+from runtime.trt import TrtSession
 
 CROP = 96
 """Height and width of the parts of images in the report."""
@@ -71,11 +74,11 @@ class Engine(Session, Protocol):
 
 
 class TorchEngine(TorchSession):
-    """A checkpoint in PyTorch; an `Engine`."""
+    """A checkpoint in PyTorch, which for tensorrt takes the device that it finds; an `Engine`."""
 
-    def __init__(self, path: Path, device: str) -> None:
+    def __init__(self, path: Path, provider: Provider) -> None:
         trained = checkpoint.load(path)
-        super().__init__(trained.model, device)
+        super().__init__(trained.model, provider if provider in ("cpu", "cuda") else "auto")
         self.ks = {layer: mask.ks for layer, mask in masks(trained.model).items()}
         self.description = f"{path}, PyTorch on {self.device}, weights {trained.sha256[:12]}"
 
@@ -87,14 +90,14 @@ class TorchEngine(TorchSession):
 
 
 class OnnxEngine(OrtSession):
-    """A .onnx file in ONNX Runtime; an `Engine`."""
+    """A .onnx file, or that of a bundle, in ONNX Runtime; an `Engine`."""
 
-    def __init__(self, path: Path, provider: Provider) -> None:
-        super().__init__(path, provider)
-        self._probe = ScoreProbe(path, self.provider)
+    def __init__(self, model: Path | Bundle, provider: Provider) -> None:
+        super().__init__(model, provider)
+        self._probe = ScoreProbe(self.path, self.provider)
         self.ks = self._probe.ks
         weights, pattern = (self.metadata.get(key, "unknown") for key in ("weights_sha256", "topk"))
-        self.description = f"{path}, ONNX Runtime on {self.provider}, weights {weights[:12]}, top-k by {pattern}"
+        self.description = f"{self.path}, ONNX Runtime on {self.provider}, weights {weights[:12]}, top-k by {pattern}"
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         output = super().run(batch)
@@ -102,13 +105,30 @@ class OnnxEngine(OrtSession):
         return output
 
 
+class PlanEngine(TrtSession):
+    """What a bundle has for TensorRT, which does not tell its scores; an `Engine`."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle)
+        self.ks: dict[str, tuple[int, ...]] = {}
+        self.scores: dict[str, Tensor] = {}
+        weights = bundle.manifest.model.weights_sha256 or "unknown"
+        self.description = f"{self.path}, {self.entry.flavor} {self.entry.version}, weights {weights[:12]}"
+
+
 def open_candidate(path: Path, provider: Provider = "auto") -> Engine:
-    """Whatever can be held against the full model, ready to run. Raises InputError for any other file."""
+    """Whatever can be held against the full model, ready to run; of a bundle the engine if the provider is tensorrt,
+    else the ONNX file. Raises InputError for anything else."""
+    if path.is_dir():
+        bundle = load(path)
+        if provider == "tensorrt" and bundle.manifest.engines:
+            return PlanEngine(bundle)
+        return OnnxEngine(bundle, provider)
     if path.suffix == ".onnx":
         return OnnxEngine(path, provider)
     if path.suffix in (".safetensors", ".pth", ".pt"):
         return TorchEngine(path, provider)
-    raise InputError(f"--candidate: expected a .onnx, .safetensors or .pth file, found {path}")
+    raise InputError(f"--candidate: expected a bundle or a .onnx, .safetensors or .pth file, found {path}")
 
 
 class Runner(BaseRunner):
@@ -146,14 +166,15 @@ def validate(
 
     Args:
         reference: Checkpoint of the full model.
-        candidate: What is to be judged: a .onnx file, or another checkpoint.
+        candidate: What is to be judged: a .onnx file, a bundle, or another checkpoint.
         data: Folder of rainy and clean images, or of any images.
         max_drop_db: Budget for the drop in PSNR, mean over the images; needs clean images.
         min_psnr: Budget for the PSNR between the two outputs, on every image.
         protocol: How to measure; rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
         report: The .html file to write, or the folder for a report.html.
         limit: Use only so many images, the first ones.
-        provider: Where both run; auto is CUDA where there is one, else the CPU.
+        provider: Where both run; auto is CUDA where there is one, else the CPU. With tensorrt the engine of a bundle is
+            judged.
     """
     if limit is not None and limit < 1:
         raise InputError(f"--limit: expected at least 1, found {limit}")

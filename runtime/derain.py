@@ -3,6 +3,7 @@
     python -m runtime.derain rainy.jpg clean.jpg
     python -m runtime.derain photos/ restored/
     python -m runtime.derain photos/ restored/ --model model.onnx --provider cuda
+    python -m runtime.derain photos/ restored/ --model bundle/ --public-key public.pem
 
 A folder is not searched below its first level, and its images keep their file names. PNG, JPEG, WebP, BMP and TIFF;
 EXIF data, ICC profile and transparency are kept. Files that are already at OUTPUT are replaced. Images of a folder that
@@ -23,8 +24,7 @@ import tyro
 
 from runtime.cli import InputError, main, progress
 from runtime.images import SUFFIXES, list_images, load
-from runtime.ort import OrtSession, Provider
-from runtime.session import Derainer
+from runtime.session import Derainer, Provider, open_session
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ def derain(
     model: Path | None = None,
     provider: Provider = "auto",
     threads: int = 0,
+    public_key: Path | None = None,
 ) -> Report:
     """Restore INPUT into OUTPUT and print how many images that were.
 
@@ -50,12 +51,14 @@ def derain(
     Args:
         input: an image file, or a folder of them.
         output: the file to write, or the folder to write into.
-        model: a .onnx file; the network that ships with the project if not given.
-        provider: where it runs; auto is CUDA where there is one, else the CPU.
+        model: a bundle or a .onnx file; the network that ships with the project if not given.
+        provider: where it runs; auto is a GPU where there is one, with an engine of the bundle if one fits, else the
+            CPU.
         threads: CPU threads; 0 is one for each core.
+        public_key: refuse the bundle unless this key's owner signed it; see runtime/manifest.py.
     """
     files = _plan(input, output)
-    session = OrtSession(model, provider, threads)
+    session = open_session(model, provider, threads, public_key)
     derainer = Derainer(session)
     report = Report([], [])
     with progress() as bar:

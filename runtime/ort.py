@@ -1,7 +1,8 @@
-"""A network in ONNX Runtime, from a .onnx file made by `export.onnx`.
+"""A network in ONNX Runtime, from a .onnx file made by `export.onnx` or a bundle with one.
 
 ONNX Runtime runs the same file on a CPU and on an NVIDIA GPU and installs from one wheel, so it is the engine that
-everyone has. It is not the fastest on a GPU, and it compiles nothing ahead of time.
+everyone has. It is not the fastest on a GPU, and it compiles nothing ahead of time; its TensorRT provider compiles at
+the first image.
 """
 
 from __future__ import annotations
@@ -10,21 +11,26 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from runtime.cli import InputError
+from runtime.manifest import Bundle, Tensor, contract
 from runtime.session import to_batch, to_image
 
-Provider = Literal["auto", "cpu", "cuda"]
+EXECUTION_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
 
-EXECUTION_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+FALLBACKS = {"auto": ["cuda", "cpu"], "cpu": ["cpu"], "cuda": ["cuda", "cpu"], "tensorrt": ["tensorrt", "cuda", "cpu"]}
+"""What runs the nodes that a provider cannot, in this order."""
 
-DEFAULT_MULTIPLE = 8
-"""Size multiple of a graph whose metadata does not name one: that of the released network."""
+DTYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
+"""As NumPy names what ONNX Runtime does."""
 
 SHIPPED = "drsformer-xs.onnx"
 
@@ -32,27 +38,36 @@ SHIPPED = "drsformer-xs.onnx"
 class OrtSession:
     """A `runtime.session.Session` on ONNX Runtime.
 
-    model:    path of the .onnx file; None is the network that ships with the project.
-    provider: "auto" takes CUDA where it works, else the CPU; "cpu"; "cuda".
+    model:    path of the .onnx file, or a bundle that has one; None is the network that ships with the project.
+    provider: "auto" takes CUDA where it works, else the CPU; "cpu"; "cuda"; "tensorrt".
     threads:  how many CPU threads one run uses; 0 is one for each core.
 
     The graph has one input `input` and one output `output`, either both float32 (1, 3, H, W) or, exported with
     `--io image`, both uint8 (1, H, W, 3) of any size. `run` is the same for both: to a graph of images it hands an
     image, which loses nothing where the batch came from one, and its answer is then in steps of 1/255.
 
-    Attributes besides `multiple`: `metadata`, the strings that export wrote into the file, and `provider`, the one
-    that runs. Raises InputError for a file that is missing, broken or another network, and for a provider that is not
-    there.
+    Attributes besides `multiple`: `path`, of the file; `metadata`, the strings that export wrote into it; `input` and
+    `output`; and `provider`, the one that runs. Raises InputError for a file that is missing, broken, another network
+    or other than its bundle says, and for a provider that is not there.
     """
 
     multiple: int
+    path: Path
     metadata: dict[str, str]
+    input: Tensor
+    output: Tensor
     provider: str
 
-    def __init__(self, model: str | os.PathLike[str] | None = None, provider: str = "auto", threads: int = 0) -> None:
-        self.path = Path(model) if model is not None else shipped_model()
-        if not self.path.is_file():
-            raise InputError(f"expected an ONNX file, found no file at {self.path}")
+    def __init__(
+        self, model: str | os.PathLike[str] | Bundle | None = None, provider: str = "auto", threads: int = 0
+    ) -> None:
+        if isinstance(model, Bundle):
+            name = model.manifest.model.file
+            self.path, content = model.folder / name, model.read(name)
+        else:
+            self.path = content = Path(model) if model is not None else shipped_model()
+            if not self.path.is_file():
+                raise InputError(f"expected an ONNX file, found no file at {self.path}")
         if threads < 0:
             raise InputError(f"expected 0 (all cores) or more threads, found {threads}")
         options = ort.SessionOptions()
@@ -60,16 +75,22 @@ class OrtSession:
         options.log_severity_level = 3  # errors; the warnings are about the graph's inner names
         wanted = _choose(provider)
         try:
-            self._engine = ort.InferenceSession(self.path, options, providers=[EXECUTION_PROVIDERS[p] for p in wanted])
+            self._engine = ort.InferenceSession(content, options, providers=[EXECUTION_PROVIDERS[p] for p in wanted])
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
             raise InputError(f"{self.path} is not an ONNX model that ONNX Runtime can load: {_line(error)}") from error
         running = self._engine.get_providers()
         self.provider = next(name for name in wanted if EXECUTION_PROVIDERS[name] in running)
-        if provider == "cuda" and self.provider != "cuda":
-            raise InputError("CUDA does not start: see the lines above for what it misses, or use the provider cpu")
+        if provider not in ("auto", self.provider):
+            raise InputError(f"the provider {provider} does not start: see the lines above for what it misses, or use "
+                             f"the provider {self.provider}")  # fmt: skip
         self.metadata = self._engine.get_modelmeta().custom_metadata_map
-        self._takes_images, self._size = self._check_signature()
-        self.multiple = 1 if self._takes_images else self._read_multiple()
+        tensors = [_describe(node) for node in (*self._engine.get_inputs(), *self._engine.get_outputs())]
+        try:
+            io, self.multiple = contract(tensors, self.metadata)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from error
+        self.input, self.output = tensors
+        self._takes_images = io == "image"
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """float32 (1, 3, H, W) RGB in [0, 1], H and W multiples of `multiple` -> the same shape, not clamped.
@@ -78,8 +99,8 @@ class OrtSession:
         memory. Safe to call from several threads.
         """
         H, W = batch.shape[2:]
-        height, width = self._size
-        if (isinstance(height, int) and height != H) or (isinstance(width, int) and width != W):
+        height, width = self.input.shape[1:3] if self._takes_images else self.input.shape[2:]
+        if height not in (-1, H) or width not in (-1, W):
             raise InputError(f"{self.path} takes only images of {width}x{height} pixels, found {W}x{H} after padding "
                              f"to a multiple of {self.multiple}; export it without --height and --width")  # fmt: skip
         try:
@@ -91,24 +112,6 @@ class OrtSession:
 
     def _call(self, array: np.ndarray) -> np.ndarray:
         return np.asarray(self._engine.run(["output"], {"input": array})[0])
-
-    def _check_signature(self) -> tuple[bool, tuple[int | str | None, int | str | None]]:
-        """Whether the graph takes uint8 images, and its height and width: numbers where they are fixed."""
-        values = [(v.name, v.type, v.shape) for v in (*self._engine.get_inputs(), *self._engine.get_outputs())]
-        match values:
-            case [("input", "tensor(float)", [_, 3, height, width]), ("output", "tensor(float)", _)]:
-                return False, (height, width)
-            case [("input", "tensor(uint8)", [_, height, width, 3]), ("output", "tensor(uint8)", _)]:
-                return True, (height, width)
-        found = "; ".join(f"{name} {kind} {shape}" for name, kind, shape in values)
-        raise InputError(f"{self.path} is another kind of network: expected one input named input and one output named "
-                         f"output, both float32 (1, 3, H, W) or both uint8 (1, H, W, 3), found {found}")  # fmt: skip
-
-    def _read_multiple(self) -> int:
-        text = self.metadata.get("size_multiple", str(DEFAULT_MULTIPLE))
-        if not text.isdecimal() or int(text) < 1:
-            raise InputError(f"{self.path}: expected a whole number as size_multiple in its metadata, found {text!r}")
-        return int(text)
 
 
 def shipped_model() -> Path:
@@ -124,17 +127,23 @@ def shipped_model() -> Path:
 
 def _choose(provider: str) -> list[str]:
     """The providers to try, in this order. Raises InputError for one that is unknown or not installed."""
-    if provider not in get_args(Provider):
-        raise InputError(f"unknown provider {provider!r}; known: {', '.join(get_args(Provider))}")
+    if provider not in FALLBACKS:
+        raise InputError(f"unknown provider {provider!r}; known: {', '.join(FALLBACKS)}")
     installed = [name for name, full in EXECUTION_PROVIDERS.items() if full in ort.get_available_providers()]
-    if provider == "cuda" and "cuda" not in installed:
-        raise InputError(f"the provider cuda is not in this ONNX Runtime, only {', '.join(installed)}; "
-                         "for CUDA install onnxruntime-gpu in place of onnxruntime")  # fmt: skip
-    if provider == "cpu" or "cuda" not in installed:
-        return ["cpu"]
+    if provider not in ("auto", *installed):
+        raise InputError(f"the provider {provider} is not in this ONNX Runtime, only {', '.join(installed)}; "
+                         "on NVIDIA GPUs install onnxruntime-gpu in place of onnxruntime")  # fmt: skip
+    wanted = [name for name in FALLBACKS[provider] if name in installed]
+    if wanted == ["cpu"]:
+        return wanted
     with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
         ort.preload_dlls()  # CUDA and cuDNN from their Python packages, where those are installed
-    return ["cuda", "cpu"]
+    return wanted
+
+
+def _describe(node: ort.NodeArg) -> Tensor:
+    kind = str(node.type)
+    return Tensor(node.name, DTYPES.get(kind, kind), tuple(n if isinstance(n, int) else -1 for n in node.shape))
 
 
 def _line(error: Exception) -> str:

@@ -9,12 +9,21 @@ therefore grows with the image.
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime import manifest
 from runtime.cli import InputError
+
+if TYPE_CHECKING:
+    from runtime.ort import OrtSession
+    from runtime.trt import TrtSession
+
+Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
+"""Where a network runs; see `open_session`."""
 
 
 class Session(Protocol):
@@ -33,19 +42,27 @@ class Session(Protocol):
 class Derainer:
     """Takes the rain out of images. Keeps no state between calls, so threads may share one.
 
-    model:    path of a .onnx file, or a session of any engine; None is the network that ships with the project.
-    provider: "auto" (CUDA where there is one, else CPU), "cpu" or "cuda"; only for a path or None.
+    model:      path of a bundle or of a .onnx file, or a session of any engine; None is the network that ships with
+                the project.
+    provider:   "auto", "cpu", "cuda" or "tensorrt", see `open_session`; not for a session.
+    public_key: of the one who has to have signed the bundle (PEM, Ed25519).
 
-    Raises InputError for a model that cannot be loaded or a provider that is not there.
+    Raises InputError for a model that cannot be loaded, a bundle whose files are not those of its manifest, and a
+    provider that is not there.
     """
 
     session: Session
 
-    def __init__(self, model: Session | str | os.PathLike[str] | None = None, provider: str = "auto") -> None:
+    def __init__(
+        self,
+        model: Session | str | os.PathLike[str] | None = None,
+        provider: str = "auto",
+        public_key: str | os.PathLike[str] | None = None,
+    ) -> None:
         if model is None or isinstance(model, (str, os.PathLike)):
-            from runtime.ort import OrtSession  # takes its time to import, and other engines do without it
-
-            model = OrtSession(model, provider)
+            model = open_session(model, provider, public_key=public_key)
+        elif public_key is not None:
+            raise InputError("expected the path of a bundle to verify with a public key, found a session")
         self.session = model
 
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -73,6 +90,37 @@ class Derainer:
         if not np.isfinite(restored).all():
             raise InputError("the network answered with NaN or infinity; if it runs in float16, export it in float32")
         return to_image(restored)
+
+
+def open_session(
+    model: str | os.PathLike[str] | None = None,
+    provider: str = "auto",
+    threads: int = 0,
+    public_key: str | os.PathLike[str] | None = None,
+) -> OrtSession | TrtSession:
+    """The network at a path, ready to run; the arguments are those of `Derainer`, and CPU threads, 0 for all cores.
+
+    The provider "tensorrt" is the bundle's engine, or ONNX Runtime's TensorRT where there is none; "auto" is the
+    bundle's engine where it runs, or else ONNX Runtime on CUDA where it works, or else on the CPU.
+    """
+    bundle = None
+    if model is not None and Path(model).is_dir():
+        bundle = manifest.load(model, public_key)
+        if bundle.manifest.engines and provider in ("auto", "tensorrt"):
+            from runtime.trt import TrtSession
+
+            try:
+                return TrtSession(bundle)
+            except manifest.MismatchError:
+                raise
+            except InputError:  # no GPU, another GPU or another version of the library
+                if provider == "tensorrt":
+                    raise
+    elif public_key is not None:
+        raise InputError(f"expected a bundle to verify with {public_key}, found {model or 'no model named'}")
+    from runtime.ort import OrtSession  # takes its time to import, and other engines do without it
+
+    return OrtSession(bundle or model, provider, threads)
 
 
 def to_batch(image: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -147,6 +147,26 @@ def test_refuses_cuda_that_is_not_installed(tmp_path, monkeypatch):
     assert OrtSession(path, provider="auto").provider == "cpu"
 
 
+def test_tensorrt_falls_back_to_cuda_and_auto_does_without(tmp_path, monkeypatch):
+    """The nodes that TensorRT does not take run on CUDA; compiling them all is nothing to do unasked."""
+    asked = []
+
+    class Engine(onnxruntime.InferenceSession):
+        def __init__(self, path, options, providers):
+            asked.append(providers)
+            super().__init__(path, options, ["CPUExecutionProvider"])
+
+    every = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: every)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Engine)
+    path = write_network(tmp_path / "m.onnx")
+    assert "tensorrt does not start" in refusal(path, provider="tensorrt")
+    OrtSession(path, provider="auto")
+    OrtSession(path, provider="cpu")
+    assert asked == [every, every[1:], every[2:]]
+
+
 def test_cuda_that_does_not_start(tmp_path, monkeypatch, capsys):
     """An ONNX Runtime built for CUDA falls back to the CPU on a machine without it."""
 
@@ -161,7 +181,7 @@ def test_cuda_that_does_not_start(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcudart.so"))
     monkeypatch.setattr(onnxruntime, "InferenceSession", Engine)
     path = write_network(tmp_path / "m.onnx")
-    assert "CUDA does not start" in refusal(path, provider="cuda")
+    assert "cuda does not start" in refusal(path, provider="cuda")
     assert OrtSession(path, provider="auto").provider == "cpu"
     printed = capsys.readouterr()
     assert printed.out == ""

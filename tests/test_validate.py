@@ -214,7 +214,7 @@ def test_real_pair(folder, real_data):
         (dict(data="empty"), "empty"),
         (dict(data="broken"), "1.*counterpart"),
         (dict(data="tiny"), "0: SSIM needs at least 11x11 pixels"),
-        (dict(candidate="model.engine"), "--candidate: expected a .onnx, .safetensors or .pth file"),
+        (dict(candidate="model.engine"), "--candidate: expected a bundle or a .onnx, .safetensors or .pth file"),
         (dict(candidate="missing.onnx"), "missing.onnx"),
         (dict(candidate="model.onnx", data="tiny"), "^0: .*takes only images of 40x32 pixels"),
         (dict(reference="model.onnx"), "model.onnx"),

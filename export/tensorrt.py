@@ -1,0 +1,408 @@
+"""Compile an ONNX model for NVIDIA GPUs, into a bundle that `runtime.trt` runs.
+
+    python -m export.tensorrt --onnx model.onnx --output bundle                     # for RTX cards; needs no GPU
+    python -m export.tensorrt --onnx model.onnx --output bundle --compute-capability 8.9 --max 2176x3840
+    python -m export.tensorrt --onnx model.onnx --output bundle --max 1088x1920 1920x1088 --opt 720x1280 1280x720
+    python -m export.tensorrt --onnx model.onnx --output bundle --flavor tensorrt   # for the GPU in this machine
+
+The bundle is a folder: the model, an engine for each call, and at last the manifest, which makes it a bundle. Another
+call adds an engine; the same kind of engine is replaced. Precision is in the model (`export.onnx --precision`), since
+TensorRT 11 knows no other, so the same file serves TensorRT 10, 11 and TensorRT for RTX, always strongly typed.
+
+TensorRT for RTX compiles in two halves: here, without any GPU, into an engine that serves all the kinds of GPU that are
+named, and on the user's machine for the one that is there. TensorRT measures its kernels, so it needs the GPU.
+
+Before anything is built, the library has to accept every node of the model. Without a GPU nothing more can be proved
+of an engine than that the library built it: whether it runs, and how near it is, `export.validate` says where it runs.
+The flavor tensorrt has not been run: its calls were made on TensorRT for RTX and compared with TensorRT's Python API.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx as onnx_format
+from google.protobuf.message import DecodeError
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from runtime import manifest
+from runtime.cli import InputError, console, main, progress, writing
+from runtime.manifest import Bundle, Engine, File, Flavor, Manifest, Model, Profile, Tensor
+from runtime.trt import LIBRARIES, Library, gpu, new_log
+
+MODEL = "model.onnx"
+"""Name of the model in a new bundle."""
+
+DEFAULTS = {"min": (64, 64), "opt": (720, 1280), "max": (1088, 1920)}
+"""Heights and widths for a model of dynamic size; what is not given moves to fit what is."""
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine that was added to a bundle. `layers` are those that the library parsed the model into; `bytes` is the
+    engine's size; `peak_memory` is this process's so far, in bytes, None where the system does not tell."""
+
+    bundle: Bundle
+    engine: Engine
+    layers: int
+    bytes: int
+    seconds: float
+    peak_memory: int | None
+
+    def summary(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "bundle": str(self.bundle.folder),
+            "engine": self.engine.file,
+            "library": f"{self.engine.flavor} {self.engine.version}",
+            "compute_capabilities": self.engine.compute_capabilities,
+            "engines": [engine.file for engine in self.bundle.manifest.engines],
+            "layers": self.layers,
+            "bytes": self.bytes,
+            "build_seconds": self.engine.build_seconds,
+            "seconds": round(self.seconds, 1),
+            "peak_memory": self.peak_memory,
+        }
+
+    def table(self) -> Table:
+        """For people."""
+        table = Table("engine", "library", "GPUs", "height x width", title=f"{self.bundle.folder}: engines")
+        table.add_column("MB", justify="right")
+        table.add_column("built in", justify="right")
+        sizes = {file.name: file.size for file in self.bundle.manifest.files}
+        for engine in self.bundle.manifest.engines:
+            ranges = "\n".join(" to ".join(dict.fromkeys((_text(p.min), _text(p.max)))) for p in engine.profiles)
+            table.add_row(engine.file, f"{engine.flavor} {engine.version}", ", ".join(engine.compute_capabilities),
+                          ranges, f"{sizes[engine.file] / 1e6:.1f}", f"{engine.build_seconds} s")  # fmt: skip
+        return table
+
+
+def build(
+    onnx: Path,
+    output: Path,
+    flavor: Flavor = "rtx",
+    compute_capability: tuple[str, ...] = (),
+    min: tuple[str, ...] = (),
+    opt: tuple[str, ...] = (),
+    max: tuple[str, ...] = (),
+    version_compatible: bool = False,
+    hardware_compatible: bool = False,
+    strip_weights: bool = False,
+    timing_cache: Path | None = None,
+    sign: Path | None = None,
+) -> Built:
+    """Compile a model and add the engine to a bundle, which is made if it is not there.
+
+    Raises InputError for a library that is not here, a model with nodes that it does not support, profiles and options
+    that do not fit, a bundle of another model, a GPU that is needed and missing, and where the build fails.
+
+    Args:
+        onnx: Model that export.onnx wrote.
+        output: Folder of the bundle.
+        flavor: rtx for TensorRT for RTX, which needs no GPU here; tensorrt for TensorRT.
+        compute_capability: Kinds of GPU that the engine serves, 8.6 8.9 12.0 if not given (rtx; TensorRT builds for the
+            GPU in the machine).
+        min: Least height x width, 64x64 if not given. As --opt and --max, one for all profiles or one for each.
+        opt: Height x width to be fastest at, 720x1280 if not given.
+        max: Largest height x width, 1088x1920 if not given.
+        version_compatible: For later versions of the library as well; slower (tensorrt).
+        hardware_compatible: For all GPUs from Ampere on; slower (tensorrt).
+        strip_weights: Leave the weights out; they are put in from the model when it is loaded. Needs a GPU.
+        timing_cache: File with measured kernels to read, if it is there, and to write: the next build is quicker
+            (tensorrt).
+        sign: Private key, Ed25519 in PEM, to sign the manifest with.
+    """
+    started = time.monotonic()
+    library = LIBRARIES[flavor]
+    options = dict(compute_capability=compute_capability, version_compatible=version_compatible,
+                   hardware_compatible=hardware_compatible, strip_weights=strip_weights,
+                   timing_cache=timing_cache)  # fmt: skip
+    for option, value in options.items():
+        if value and option not in library.options:
+            raise InputError(f"{_flag(option)} is not for {library.title}, which has "
+                             f"{', '.join(map(_flag, sorted(library.options)))}")  # fmt: skip
+    if not onnx.is_file():
+        raise InputError(f"--onnx: expected an ONNX file, found no file at {onnx}")
+    content = onnx.read_bytes()
+    described = _describe(onnx, content)
+    if (output / manifest.MANIFEST).exists():
+        described = _existing(output, described, sign)
+    profiles = _profiles(described.model, {"min": min, "opt": opt, "max": max})
+    trt = library.load()
+    capabilities = _capabilities(trt, library, compute_capability)
+    if strip_weights:
+        gpu()  # which TensorRT for RTX needs for this as well
+    flags = {name: True for name in ("version_compatible", "hardware_compatible", "strip_weights") if options[name]}
+
+    compiler = _Compiler(trt, library, content)
+    if library.capabilities:
+        compiler.target(capabilities)
+    if -1 in described.model.input.shape:
+        for profile in profiles:
+            compiler.add_profile(*(_shape(described.model, size) for size in (profile.min, profile.opt, profile.max)))
+    compiler.set_flags(flags)
+    compiling = time.monotonic()
+    plan = compiler.run(timing_cache)
+    seconds = time.monotonic() - compiling
+
+    model = output / described.model.file
+    if not (model.exists() and model.samefile(onnx)):
+        with writing(model) as temporary:
+            temporary.write_bytes(content)
+    path = output / f"{model.stem}.{flavor}.{'-'.join('sm' + c.replace('.', '') for c in capabilities)}.engine"
+    with writing(path) as temporary:
+        temporary.write_bytes(plan)
+    engine = Engine(
+        file=path.name, flavor=flavor, version=trt.__version__, compute_capabilities=capabilities, profiles=profiles,
+        flags=flags, onnx_sha256=hashlib.sha256(content).hexdigest(), build_seconds=round(seconds, 1),
+    )  # fmt: skip
+    bundle = described.with_file(File.of(path, "engine"), engine).save(output, sign)
+    built = Built(bundle, engine, compiler.network.num_layers, plan.nbytes, time.monotonic() - started, _peak_memory())
+    Console().print(built.table())
+    return built
+
+
+class _Compiler:
+    """One model in one library. Raises InputError, on construction, for a model that the library does not support."""
+
+    def __init__(self, trt: Any, library: Library, content: bytes) -> None:
+        self._trt = trt
+        self._library = library
+        self._log = new_log(trt)
+        self._builder = trt.Builder(self._log)
+        with console.status("Parsing"):
+            scratch = self._new_network()  # which its parser does not keep alive
+            coverage = trt.OnnxParser(scratch, self._log)
+            if not coverage.supports_model_v2(content):
+                raise InputError(f"{library.title} {trt.__version__} does not support all nodes: {_errors(coverage)}")
+            self.network = self._new_network()
+            self._parser = trt.OnnxParser(self.network, self._log)  # the network refers to its weights
+            if not self._parser.parse(content):
+                raise InputError(f"{library.title} {trt.__version__} cannot read the model: {_errors(self._parser)}")
+        self._config = self._builder.create_builder_config()
+
+    def _new_network(self) -> Any:
+        return self._builder.create_network(1 << int(self._trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+
+    def target(self, capabilities: Sequence[str]) -> None:
+        """Build one engine for these kinds of GPU (TensorRT for RTX)."""
+        members = _known_capabilities(self._trt)
+        self._config.num_compute_capabilities = len(capabilities)
+        for i, capability in enumerate(capabilities):
+            self._config.set_compute_capability(members[capability], i)
+
+    def add_profile(self, low: Sequence[int], opt: Sequence[int], high: Sequence[int]) -> None:
+        """Take inputs of shapes from `low` to `high`."""
+        profile = self._builder.create_optimization_profile()
+        profile.set_shape("input", low, opt, high)
+        self._config.add_optimization_profile(profile)
+
+    def set_flags(self, flags: Iterable[str]) -> None:
+        if "version_compatible" in flags:
+            self._config.set_flag(self._trt.BuilderFlag.VERSION_COMPATIBLE)
+        if "strip_weights" in flags:
+            self._config.set_flag(self._trt.BuilderFlag.STRIP_PLAN)
+        if "hardware_compatible" in flags:
+            self._config.hardware_compatibility_level = self._trt.HardwareCompatibilityLevel.AMPERE_PLUS
+
+    def run(self, timing_cache: Path | None) -> Any:
+        """The plan, a buffer. In a thread of its own, so that ctrl-C is heard while the library works; it then ends its
+        step, and stops."""
+        if timing_cache:
+            self._read_timings(timing_cache)
+        with progress() as bar, ThreadPoolExecutor(1) as pool:
+            monitor = new_monitor(self._trt, bar)
+            self._config.progress_monitor = monitor
+            future = pool.submit(self._builder.build_serialized_network, self.network, self._config)
+            try:
+                plan = future.result()
+            except KeyboardInterrupt:
+                monitor.cancelled = True
+                raise
+        if plan is None:
+            raise InputError(f"{self._library.title} {self._trt.__version__} cannot build the model: "
+                             f"{self._log.reason()}")  # fmt: skip
+        if timing_cache:
+            with writing(timing_cache) as temporary:
+                temporary.write_bytes(self._config.get_timing_cache().serialize())
+        return plan
+
+    def _read_timings(self, path: Path) -> None:
+        timings = self._config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+        if timings is None or not self._config.set_timing_cache(timings, False):
+            raise InputError(f"--timing-cache: expected one of {self._library.title} {self._trt.__version__} on this "
+                             f"GPU, found another at {path}; name a new file")  # fmt: skip
+
+
+def new_monitor(trt: Any, bar: Progress) -> Any:
+    """Shows the phases of a build, one within another, as lines of `bar`. Set `cancelled` to end the build."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.cancelled = False
+            self._phases: dict[str, tuple[TaskID, int]] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            _, depth = self._phases.get(parent_phase or "", (None, -1))
+            task = bar.add_task("  " * (depth + 1) + phase_name, total=num_steps)
+            self._phases[phase_name] = (task, depth + 1)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            bar.update(self._phases[phase_name][0], completed=step + 1)
+            return not self.cancelled
+
+        def phase_finish(self, phase_name: str) -> None:
+            bar.remove_task(self._phases.pop(phase_name)[0])
+
+    return Monitor()
+
+
+def _errors(parser: Any) -> str:
+    """What a parser could not do, as one line: the node's type, its name and the reason."""
+    errors = [parser.get_error(i) for i in range(parser.num_errors)]
+    lines = [f"{error.node_operator()} {error.node_name()} ({error.desc()})" for error in errors]
+    more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
+    return (", ".join(lines[:5]) or "no reason given") + more
+
+
+def _describe(path: Path, content: bytes) -> Manifest:
+    """The manifest of a bundle with only this model."""
+    try:
+        model = onnx_format.load_from_string(content)
+    except DecodeError as error:
+        raise InputError(f"--onnx: expected an ONNX file, found another at {path}") from error
+    tensors = [_tensor(value) for value in (*model.graph.input, *model.graph.output)]
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    file = File(MODEL, hashlib.sha256(content).hexdigest(), len(content), "onnx")
+    try:
+        manifest.contract(tensors, metadata)  # however many tensors there are
+        source, answer = tensors
+        return manifest.describe(file, source, answer, metadata)
+    except InputError as error:
+        raise InputError(f"--onnx: {path}: {error}") from error
+
+
+def _tensor(value: onnx_format.ValueInfoProto) -> Tensor:
+    tensor = value.type.tensor_type
+    shape = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim)
+    return Tensor(value.name, onnx_format.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape)
+
+
+def _existing(folder: Path, described: Manifest, sign: Path | None) -> Manifest:
+    """The manifest of the bundle that is to be added to. Raises InputError where it is of another model."""
+    signed = (folder / manifest.SIGNATURE).exists()
+    if signed and sign is None:
+        raise InputError(f"{folder} is a signed bundle: give its key as --sign, or another --output")
+    existing = manifest.load(folder, sign if signed else None).manifest
+    found, expected = (next(f.sha256 for f in m.files if f.role == "onnx") for m in (described, existing))
+    if found != expected:
+        raise InputError(f"{folder} is a bundle of another model: expected SHA-256 {expected}, found {found} at "
+                         "--onnx; give another --output")  # fmt: skip
+    return existing
+
+
+def _capabilities(trt: Any, library: Library, named: Sequence[str]) -> tuple[str, ...]:
+    if library.capabilities is None:
+        return (gpu(),)
+    known = _known_capabilities(trt)
+    for capability in named:
+        if capability not in known:
+            raise InputError(f"--compute-capability: {library.title} {trt.__version__} builds for {', '.join(known)}, "
+                             f"found {capability}; for other GPUs use --flavor tensorrt on a machine with one"
+                             )  # fmt: skip
+    return tuple(capability for capability in known if capability in (named or library.capabilities))
+
+
+def _known_capabilities(trt: Any) -> dict[str, Any]:
+    """The library's names for kinds of GPU, such as SM86, by compute capability, in ascending order."""
+    members = trt.ComputeCapability.__members__
+    numbers = sorted(int(name[2:]) for name in members if name.startswith("SM"))
+    return {f"{n // 10}.{n % 10}": members[f"SM{n}"] for n in numbers}
+
+
+def _profiles(model: Model, given: dict[str, tuple[str, ...]]) -> tuple[Profile, ...]:
+    """The profiles for what is given as min, opt and max."""
+    fixed = _height_width(model)
+    if -1 not in fixed:
+        if any(given.values()):
+            raise InputError(f"the model takes only images of {_text(fixed)}: leave out --min, --opt and --max, or "
+                             "export it without --height and --width")  # fmt: skip
+        return (Profile(fixed, fixed, fixed),)
+    sizes = {name: [_size(name, text, model.size_multiple) for text in texts] for name, texts in given.items()}
+    count = max(1, *(len(values) for values in sizes.values()))
+    for name, values in sizes.items():
+        if len(values) not in (0, 1, count):
+            raise InputError(f"--{name}: expected one size, or {count} as for the other options, found {len(values)}")
+    return tuple(_profile({name: v[i % len(v)] for name, v in sizes.items() if v}) for i in range(count))
+
+
+def _profile(given: dict[str, Size]) -> Profile:
+    """What is not given is the default, moved to fit what is."""
+    low, opt, high = (np.array(given.get(name, default)) for name, default in DEFAULTS.items())
+    for name, value in (("min", low), ("max", high)):
+        if name not in given:
+            others = [np.array(size) for size in given.values()]
+            value[:] = (np.minimum if name == "min" else np.maximum).reduce([value, *others])
+    if "opt" not in given:
+        opt = opt.clip(low, high)
+    low, opt, high = (tuple(value.tolist()) for value in (low, opt, high))
+    if not all(a <= b <= c for a, b, c in zip(low, opt, high, strict=True)):
+        raise InputError(f"expected --min <= --opt <= --max in height and in width, found {_text(low)}, {_text(opt)} "
+                         f"and {_text(high)}")  # fmt: skip
+    return Profile(low, opt, high)
+
+
+def _size(name: str, text: str, multiple: int) -> Size:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text, re.ASCII)
+    if not match:
+        raise InputError(f"--{name}: expected height x width, such as 720x1280, found {text}")
+    size = int(match[1]), int(match[2])
+    if size[0] % multiple or size[1] % multiple:
+        raise InputError(f"--{name}: expected multiples of {multiple}, to which images are padded, found {text}")
+    return size
+
+
+def _height_width(model: Model) -> Size:
+    """-1 where the model leaves it open."""
+    shape = model.input.shape
+    return (shape[1], shape[2]) if model.io == "image" else (shape[2], shape[3])
+
+
+def _shape(model: Model, size: Size) -> tuple[int, ...]:
+    return (1, *size, 3) if model.io == "image" else (1, 3, *size)
+
+
+def _text(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
+
+
+def _peak_memory() -> int | None:
+    """Of this process so far, in bytes."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    main(build, __doc__, summary=Built.summary)

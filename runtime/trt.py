@@ -1,0 +1,417 @@
+"""A network in TensorRT or TensorRT for RTX, from a bundle made by `export.tensorrt`.
+
+    from pathlib import Path
+    from runtime import Derainer, manifest
+    from runtime.trt import TrtSession
+
+    derain = Derainer(TrtSession(manifest.load(Path("bundle"))))
+
+The fastest engine on an NVIDIA GPU. What it costs: an engine fits one version of one library, some kinds of GPU and
+some image sizes, and every run is exclusive. TensorRT comes from NVIDIA's own package index or SDK, TensorRT for RTX
+from PyPI; both have the same Python API, and where they differ is said once, in `LIBRARIES`.
+
+What the libraries demand shapes this module. They may crash where there is no driver, so CUDA is asked first. An engine
+is native code, so only bytes that `Bundle.read` has verified are deserialised. A CUDA graph is spoilt when the context
+that it was captured from changes, so every image size has a context of its own; they share one block of memory for
+what lies between the layers, as large as the largest of them needs. Written against the vendor's API and tested against
+stand-ins; it has not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.cli import InputError, writing
+from runtime.manifest import Bundle, Engine, Flavor
+from runtime.session import to_batch, to_image
+
+
+@dataclass(frozen=True)
+class Library:
+    """One of NVIDIA's libraries, and in what it differs from the other.
+
+    modules:      to import in this order; the last one is the API.
+    install:      how to get it.
+    capabilities: GPUs that an engine is built for if none are named; None where only those that are in the machine.
+    options:      of `export.tensorrt`, those that it has.
+    jit:          it compiles kernels at run time: it can keep them in a cache, and captures CUDA graphs by itself,
+                  since only it knows when a kernel is the final one.
+    """
+
+    title: str
+    modules: tuple[str, ...]
+    install: str
+    capabilities: tuple[str, ...] | None
+    options: frozenset[str]
+    jit: bool
+
+    def load(self) -> Any:
+        """Import it. Raises InputError where it is not installed."""
+        try:
+            return [importlib.import_module(name) for name in self.modules][-1]
+        except (ImportError, OSError) as error:
+            raise InputError(f"{self.title} is not here ({_line(error)}): {self.install}") from error
+
+
+LIBRARIES: dict[Flavor, Library] = {
+    "rtx": Library(
+        title="TensorRT for RTX",
+        modules=("tensorrt_rtx_libs", "tensorrt_rtx_bindings"),
+        install="pip install 'drsformer-deploy[rtx]'",
+        capabilities=("8.6", "8.9", "12.0"),
+        options=frozenset({"compute_capability", "strip_weights"}),
+        jit=True,
+    ),
+    "tensorrt": Library(
+        title="TensorRT",
+        modules=("tensorrt",),
+        install="pip install 'drsformer-deploy[tensorrt]', which fetches it from pypi.nvidia.com, or use the SDK",
+        capabilities=None,
+        options=frozenset({"version_compatible", "hardware_compatible", "strip_weights", "timing_cache"}),
+        jit=False,
+    ),
+}
+
+
+def new_log(trt: Any) -> Any:
+    """A logger for either library that is silent and keeps the `errors`. It has to outlive all that it is given to."""
+
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.errors.append(message)
+
+        def reason(self) -> str:
+            return " ".join(self.errors[-1].split()) if self.errors else "it gives no reason"
+
+    return Log()
+
+
+def load_cuda() -> Any:
+    """`cuda.bindings.runtime`. Raises InputError where it is not installed."""
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise InputError(f"CUDA's Python bindings are not here ({_line(error)}): pip install cuda-bindings") from error
+
+
+def gpu() -> str:
+    """Compute capability of the GPU that is used, such as "8.9". It is the first that CUDA shows;
+    CUDA_VISIBLE_DEVICES chooses another. Raises InputError where there is none."""
+    cuda = load_cuda()
+    code, count = cuda.cudaGetDeviceCount()
+    if code or not count:
+        raise InputError(f"CUDA finds no NVIDIA GPU with a driver ({code.name}); expected one: see that nvidia-smi "
+                         "shows it, or run the ONNX model with the provider cpu")  # fmt: skip
+    attributes = cuda.cudaDeviceAttr
+    major = _check(cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMajor, 0))
+    minor = _check(cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMinor, 0))
+    return f"{major}.{minor}"
+
+
+class TrtSession:
+    """A `runtime.session.Session` on an engine of a bundle.
+
+    bundle: from `runtime.manifest.load`. Of its engines, the newest for this GPU whose library is here in its version.
+    sizes:  for how many image sizes the context, and with it the CUDA graph, is kept; the longest unused goes first.
+
+    The first run at a new size sets up, and with TensorRT for RTX compiles kernels, which are kept in a file beside
+    the bundle (see `cache_path`). Memory on the GPU: input and output for the largest size of the engine's profiles,
+    and for the rest what the largest image so far needs. `close`, not during a run,
+    frees it; so does the end of the session's life.
+
+    Raises InputError where there is no driver, no engine for the GPU, not the library or another version of it, and for
+    files that are not what the manifest says.
+    """
+
+    provider = "tensorrt"
+
+    def __init__(self, bundle: Bundle, sizes: int = 8) -> None:
+        capability = gpu()  # before TensorRT is touched, which may crash where there is no driver
+        self.entry, trt = _choose(bundle, capability)
+        self.path = bundle.folder / self.entry.file
+        self.multiple = bundle.manifest.model.size_multiple
+        self._library = LIBRARIES[self.entry.flavor]
+        self._takes_images = bundle.manifest.model.io == "image"
+        self._lock = threading.Lock()
+        self._cuda = load_cuda()
+        self._log = new_log(trt)
+        self._engine = self._deserialize(trt, bundle)
+        resources = contextlib.ExitStack()
+        self.close = weakref.finalize(self, resources.close)
+        self._config = self._configure(trt, bundle, resources)
+        self._stream = _check(self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking))
+        resources.callback(self._cuda.cudaStreamDestroy, self._stream)
+        pixels = max(profile.max[0] * profile.max[1] for profile in self.entry.profiles)
+        size = pixels * 3 * (1 if self._takes_images else 4)
+        self._input, self._output = (_Buffer(self._cuda, size, resources) for _ in range(2))
+        self._contexts = _Contexts(self._cuda, sizes)
+        resources.callback(self._contexts.close)
+
+    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """float32 (1, 3, H, W) RGB in [0, 1], H and W multiples of `multiple` -> the same shape, not clamped.
+
+        Raises InputError for a size that is in no profile of the engine, and where memory on the GPU does not suffice.
+        Safe to call from several threads, which take turns.
+        """
+        if not self.close.alive:
+            raise RuntimeError("the session is closed")
+        H, W = batch.shape[2:]
+        feed = to_image(batch)[None] if self._takes_images else np.ascontiguousarray(batch, dtype=np.float32)
+        with self._lock:
+            context = self._contexts.get((H, W)) or self._prepare(H, W, feed.shape)
+            self._input.upload(feed, self._stream)
+            self._launch(context)
+            answer = self._output.download(feed.shape, feed.dtype, self._stream)
+        return to_batch(answer[0]) if self._takes_images else answer
+
+    def _deserialize(self, trt: Any, bundle: Bundle) -> Any:
+        self._runtime = trt.Runtime(self._log)
+        # An engine for later versions, too, brings the code that runs it.
+        self._runtime.engine_host_code_allowed = "version_compatible" in self.entry.flags
+        engine = self._runtime.deserialize_cuda_engine(bundle.read(self.entry.file))
+        if engine is None:
+            raise InputError(f"{self._library.title} refuses {self.path}: {self._log.reason()}; build it again on or "
+                             "for this machine")  # fmt: skip
+        if "strip_weights" in self.entry.flags:
+            refitter = trt.Refitter(engine, self._log)
+            weights = trt.OnnxParserRefitter(refitter, self._log)
+            if (
+                not weights.refit_from_bytes(bundle.read(bundle.manifest.model.file))
+                or not refitter.refit_cuda_engine()
+            ):
+                raise InputError(f"{self.path} does not take the weights of {bundle.manifest.model.file}: "
+                                 f"{self._log.reason()}")  # fmt: skip
+        return engine
+
+    def _configure(self, trt: Any, bundle: Bundle, resources: contextlib.ExitStack) -> Any:
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self._library.jit:
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            cache, path = config.create_runtime_cache(), cache_path(bundle, self.entry)
+            known = _read_own(path)
+            if known:
+                cache.deserialize(known)  # False for one of another GPU or driver, which changes nothing
+            config.set_runtime_cache(cache)
+            resources.callback(_save_cache, cache, path, known)
+        return config
+
+    def _prepare(self, H: int, W: int, shape: tuple[int, ...]) -> _Context:
+        profile = next((i for i, p in enumerate(self.entry.profiles) if p.takes(H, W)), None)
+        if profile is None:
+            ranges = " or ".join(f"{_size(p.min)} to {_size(p.max)}" for p in self.entry.profiles)
+            raise InputError(f"{self.path} takes images of height x width {ranges}, found {H}x{W} after padding to a "
+                             f"multiple of {self.multiple}; build it with another --min and --max")  # fmt: skip
+        context = self._engine.create_execution_context(self._config)
+        if (
+            context is None
+            or not context.set_optimization_profile_async(profile, self._stream)
+            or not context.set_input_shape("input", shape)
+            or not context.set_tensor_address("input", self._input.device)
+            or not context.set_tensor_address("output", self._output.device)
+        ):
+            raise self._failed(H, W)
+        return self._contexts.add((H, W), context)
+
+    def _launch(self, context: _Context) -> None:
+        """Run a context on the stream. Graphs are captured in the second run: the first one completes the set-up, which
+        must not be captured, and is the only one for many an image in a folder."""
+        cuda = self._cuda
+        if context.graph is None and context.warm and not self._library.jit:
+            _check(
+                cuda.cudaStreamBeginCapture(self._stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+            )
+            try:
+                self._enqueue(context)
+            finally:
+                code, captured = cuda.cudaStreamEndCapture(self._stream)
+            _check((code,))
+            context.graph = _check(cuda.cudaGraphInstantiate(captured, 0))
+            _check(cuda.cudaGraphDestroy(captured))
+        if context.graph is not None:
+            _check(cuda.cudaGraphLaunch(context.graph, self._stream))
+        else:
+            self._enqueue(context)
+            context.warm = True
+
+    def _enqueue(self, context: _Context) -> None:
+        if not context.execution.execute_async_v3(self._stream):
+            raise self._failed(*context.size)
+
+    def _failed(self, H: int, W: int) -> InputError:
+        return InputError(f"{self.path} failed on {W}x{H} pixels: {self._log.reason()}")
+
+
+class _Buffer:
+    """As much memory on the GPU as in pinned memory of the host, which copies fastest."""
+
+    def __init__(self, cuda: Any, size: int, resources: contextlib.ExitStack) -> None:
+        self._cuda = cuda
+        self.device = _check(cuda.cudaMalloc(size))
+        resources.callback(cuda.cudaFree, self.device)
+        self._host = _check(cuda.cudaMallocHost(size))
+        resources.callback(cuda.cudaFreeHost, self._host)
+        self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(int(self._host)))
+
+    def upload(self, array: np.ndarray, stream: Any) -> None:
+        self._bytes[: array.nbytes] = array.reshape(-1).view(np.uint8)
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        _check(self._cuda.cudaMemcpyAsync(self.device, self._host, array.nbytes, kind, stream))
+
+    def download(self, shape: tuple[int, ...], dtype: np.dtype, stream: Any) -> np.ndarray:
+        size = int(np.prod(shape)) * dtype.itemsize
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        _check(self._cuda.cudaMemcpyAsync(self._host, self.device, size, kind, stream))
+        _check(self._cuda.cudaStreamSynchronize(stream))
+        return self._bytes[:size].view(dtype).reshape(shape).copy()
+
+
+@dataclass
+class _Context:
+    """What is set up for one image size. `warm` once it has run, `graph` once it is captured."""
+
+    size: tuple[int, int]
+    execution: Any
+    warm: bool = False
+    graph: Any = None
+
+
+class _Contexts:
+    """The contexts by image size, and the memory in which they all work, one at a time. Where one needs more than there
+    is, the others go, because its address is in their graphs."""
+
+    def __init__(self, cuda: Any, limit: int) -> None:
+        self._cuda = cuda
+        self._limit = limit
+        self._contexts: OrderedDict[tuple[int, int], _Context] = OrderedDict()
+        self._memory, self._bytes = 0, 0
+
+    def get(self, size: tuple[int, int]) -> _Context | None:
+        if size in self._contexts:
+            self._contexts.move_to_end(size)
+        return self._contexts.get(size)
+
+    def add(self, size: tuple[int, int], execution: Any) -> _Context:
+        needed = execution.update_device_memory_size_for_shapes()
+        if needed > self._bytes:
+            self.close()
+            self._memory, self._bytes = _check(self._cuda.cudaMalloc(needed)), needed
+        execution.set_device_memory(int(self._memory), self._bytes)
+        if len(self._contexts) == self._limit:
+            self._drop(next(iter(self._contexts)))
+        self._contexts[size] = _Context(size, execution)
+        return self._contexts[size]
+
+    def close(self) -> None:
+        """Free everything; it can be filled again."""
+        for size in list(self._contexts):
+            self._drop(size)
+        if self._bytes:
+            _check(self._cuda.cudaFree(self._memory))
+        self._memory, self._bytes = 0, 0
+
+    def _drop(self, size: tuple[int, int]) -> None:
+        context = self._contexts.pop(size)
+        if context.graph is not None:
+            _check(self._cuda.cudaGraphExecDestroy(context.graph))
+
+
+def cache_path(bundle: Bundle, engine: Engine) -> Path:
+    """Where TensorRT for RTX keeps the kernels that it has compiled for an engine: beside the bundle's folder and not
+    in it, since kernels are code, and whoever delivers a bundle should not deliver a cache, which nothing verifies."""
+    sha256 = next(file.sha256 for file in bundle.manifest.files if file.name == engine.file)
+    folder = bundle.folder.resolve()
+    return folder.with_name(f"{folder.name}.{sha256[:12]}.cache")
+
+
+def _choose(bundle: Bundle, capability: str) -> tuple[Engine, Any]:
+    """The engine to use on a GPU, and its library. Raises InputError with what the first fitting one lacks."""
+    engines = bundle.manifest.engines
+    fitting = [engine for engine in engines if _runs_on(engine, capability)]
+    if not fitting:
+        found = "; ".join(f"{e.flavor} for {', '.join(e.compute_capabilities)}" for e in engines) or "no engine"
+        raise InputError(f"{bundle.folder}: expected an engine for this GPU of compute capability {capability}, found "
+                         f"{found}; add one: python -m export.tensorrt --onnx "
+                         f"{bundle.folder / bundle.manifest.model.file} --output {bundle.folder} with "
+                         f"--compute-capability {capability}, or on this machine with --flavor tensorrt")  # fmt: skip
+    errors: list[InputError] = []
+    for engine in reversed(fitting):  # the newest first
+        try:
+            library = LIBRARIES[engine.flavor]
+            trt = library.load()
+            if _fits_version(engine, trt.__version__):
+                return engine, trt
+            raise InputError(f"{bundle.folder / engine.file}: expected {library.title} {engine.version}, which it was "
+                             f"built with, found {trt.__version__}; install that one or build the engine again"
+                             )  # fmt: skip
+        except InputError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _runs_on(engine: Engine, capability: str) -> bool:
+    if "hardware_compatible" in engine.flags:  # Ampere and later
+        return _numbers(capability) >= (8, 0)
+    return capability in engine.compute_capabilities
+
+
+def _fits_version(engine: Engine, version: str) -> bool:
+    if "version_compatible" in engine.flags:
+        return _numbers(version) >= _numbers(engine.version)
+    return version == engine.version
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _check(result: tuple[Any, ...]) -> Any:
+    """What a function of CUDA returns besides its code. Raises InputError for a code that is no success."""
+    code, *values = result
+    if code:
+        mend = "; use smaller images or a network of fp16" if code.name == "cudaErrorMemoryAllocation" else ""
+        raise InputError(f"CUDA failed with {code.name}{mend}")
+    return values[0] if values else None
+
+
+def _read_own(path: Path) -> bytes:
+    """The content of a file that nobody but this user could write; nothing, where it is not there or not so."""
+    try:
+        with path.open("rb") as stream:
+            status = os.fstat(stream.fileno())
+            foreign = hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022)
+            return b"" if foreign else stream.read()
+    except OSError:
+        return b""
+
+
+def _save_cache(cache: Any, path: Path, known: bytes) -> None:
+    content = bytes(cache.serialize())
+    if content != known:
+        with contextlib.suppress(OSError), writing(path) as temporary:  # the next start is slower then
+            temporary.write_bytes(content)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,97 @@
+"""`python -m runtime.info`: what a bundle is, told after all of it was verified."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from dataclasses import replace
+
+import pytest
+
+from runtime.manifest import describe_onnx, load
+from tests.test_manifest import ENGINES, FILES, flip, make_keys, write_bundle
+from tests.test_ort import write_network
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    return write_bundle(tmp_path / "bundle")
+
+
+def command(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["info", *map(str, arguments)])
+    monkeypatch.delitem(sys.modules, "runtime.info", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("runtime.info", run_name="__main__")
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code, *capsys.readouterr()
+
+
+def test_tells_what_is_there(bundle, monkeypatch, capsys):
+    (bundle / "notes.txt").touch()
+    status, printed, error = command(monkeypatch, capsys, bundle)
+    assert (status, error) == (0, "")
+    found = load(bundle).manifest
+    for file in found.files:
+        assert any(file.name in line and f"{file.size:,}" in line and file.sha256[:12] in line
+                   for line in printed.splitlines())  # fmt: skip
+    for fact in ("float32 (1, 3, any, any)", "multiples of 4", "rank", "rtx 1.7.1.116", "tf32: False",
+                 "64x64 / 256x256 / 1088x1920", "3 of val, protocol rain200", "30.2500", "equal",
+                 "Signature: none", "Not in the manifest: ['notes.txt']"):  # fmt: skip
+        assert fact in printed, fact
+    assert json.loads(printed.splitlines()[-1]) == {
+        "bundle": str(bundle), "schema": 1, "files": 4, "bytes": sum((bundle / name).stat().st_size for name in FILES),
+        "engines": list(ENGINES), "worst_drop_db": 0.0, "unlisted": ["notes.txt"],
+    }  # fmt: skip
+
+
+def test_bundle_with_a_model_alone(tmp_path, monkeypatch, capsys):
+    path = write_network(tmp_path / "model.onnx", metadata={"provenance": '{"steps": [{"command": "train"}, 7]}'})
+    describe_onnx(path).save(tmp_path)
+    status, printed, _ = command(monkeypatch, capsys, tmp_path)
+    assert status == 0
+    assert "train" in printed
+    assert "engines  " not in printed
+    assert "drift" not in printed
+    assert json.loads(printed.splitlines()[-1])["worst_drop_db"] is None
+
+
+def test_text_of_a_bundle_is_only_text(bundle, monkeypatch, capsys):
+    found = load(bundle).manifest
+    replace(found, created_by="[red]x[/nothing]\x1b[2J").save(bundle)
+    (bundle / "\x1b[2J").touch()
+    status, printed, _ = command(monkeypatch, capsys, bundle)
+    assert status == 0
+    assert "[red]x[/nothing]?[2J" in printed
+    assert "\x1b" not in printed
+
+
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+def test_mismatch_is_one_line_and_status_2(bundle, monkeypatch, capsys, name):
+    flip(bundle / name, 2, bit=6)
+    status, printed, error = command(monkeypatch, capsys, bundle)
+    assert (status, printed) == (2, "")
+    assert len(error.splitlines()) == 1
+    assert name in error
+    (bundle / name).unlink()
+    assert command(monkeypatch, capsys, bundle)[0] == 2
+
+
+def test_signature(tmp_path, monkeypatch, capsys):
+    keys = make_keys(tmp_path)
+    bundle = write_bundle(tmp_path / "bundle", key=keys / "private.pem")
+    status, printed, _ = command(monkeypatch, capsys, bundle, "--public-key", keys / "public.pem")
+    assert status == 0
+    assert f"Signature: verified with {keys / 'public.pem'}" in printed
+    assert "not verified" in command(monkeypatch, capsys, bundle)[1]
+    status, printed, error = command(monkeypatch, capsys, bundle, "--public-key", keys / "others.pem")
+    assert (status, printed) == (2, "")
+    assert "expected a signature" in error
+
+
+def test_usage(tmp_path, monkeypatch, capsys):
+    assert command(monkeypatch, capsys)[0] == 2
+    assert command(monkeypatch, capsys, tmp_path / "none")[0] == 2
+    assert "python -m runtime.info bundle/" in command(monkeypatch, capsys, "--help")[1]

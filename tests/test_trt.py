@@ -1,0 +1,579 @@
+"""The TensorRT session: on stand-ins for CUDA and the library that record what is asked of them, and up to the missing
+driver on the real ones."""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import gc
+import importlib
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+from runtime import manifest, trt
+from runtime.cli import InputError
+from runtime.manifest import Bundle, Engine, File, Manifest, Model, Profile, Tensor
+from runtime.session import Derainer
+from runtime.trt import TrtSession, cache_path
+
+GB = 2**30
+
+
+class Code(enum.IntEnum):
+    cudaSuccess = 0  # noqa: N815
+    cudaErrorMemoryAllocation = 2  # noqa: N815
+    cudaErrorInsufficientDriver = 35  # noqa: N815
+    cudaErrorNoDevice = 100  # noqa: N815
+
+
+class Cuda(ModuleType):
+    """`cuda.bindings.runtime` with a GPU whose memory is the host's. Functions record their names in `calls`."""
+
+    cudaStreamNonBlocking = 1  # noqa: N815
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down")  # noqa: N815
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal="local")  # noqa: N815
+    cudaDeviceAttr = SimpleNamespace(  # noqa: N815
+        cudaDevAttrComputeCapabilityMajor=0, cudaDevAttrComputeCapabilityMinor=1
+    )
+
+    def __init__(self, capability: tuple[int, int] = (8, 6), devices: int = 1, memory: int = GB) -> None:
+        super().__init__("cuda.bindings.runtime")
+        self.capability, self.devices, self.free = capability, devices, memory
+        self.calls: list[str] = []
+        self.blocks: dict[int, np.ndarray] = {}
+        self.graphs: dict[int, list] = {}
+        self.capturing: list | None = None
+
+    def _call(self, name: str, *values):
+        self.calls.append(name)
+        return (Code.cudaSuccess, *values)
+
+    def cudaGetDeviceCount(self):  # noqa: N802
+        return (Code.cudaSuccess, self.devices) if self.devices >= 0 else (Code.cudaErrorInsufficientDriver, None)
+
+    def cudaDeviceGetAttribute(self, attribute, device):  # noqa: N802
+        return Code.cudaSuccess, self.capability[attribute]
+
+    def cudaStreamCreateWithFlags(self, flags):  # noqa: N802
+        return self._call("stream", 7)
+
+    def cudaStreamDestroy(self, stream):  # noqa: N802
+        return self._call("destroy stream")
+
+    def cudaStreamSynchronize(self, stream):  # noqa: N802
+        return self._call("synchronize")
+
+    def cudaMalloc(self, size):  # noqa: N802
+        if size > self.free:
+            return Code.cudaErrorMemoryAllocation, None
+        self.free -= size
+        block = np.full(max(size, 1), 255, np.uint8)  # as float32, NaN
+        self.blocks[block.ctypes.data] = block
+        return self._call(f"malloc {size}", block.ctypes.data)
+
+    cudaMallocHost = cudaMalloc  # noqa: N815
+
+    def cudaFree(self, address):  # noqa: N802
+        self.free += self.blocks.pop(address).size
+        return self._call("free")
+
+    cudaFreeHost = cudaFree  # noqa: N815
+
+    def cudaMemcpyAsync(self, to, source, size, kind, stream):  # noqa: N802
+        ctypes.memmove(to, source, size)
+        return self._call(kind)
+
+    def cudaStreamBeginCapture(self, stream, mode):  # noqa: N802
+        self.capturing = []
+        return self._call("begin")
+
+    def cudaStreamEndCapture(self, stream):  # noqa: N802
+        captured, self.capturing = self.capturing, None
+        return self._call("end", captured)
+
+    def cudaGraphInstantiate(self, graph, flags):  # noqa: N802
+        key = 1000 + len(self.calls)
+        self.graphs[key] = graph
+        return self._call("instantiate", key)
+
+    def cudaGraphDestroy(self, graph):  # noqa: N802
+        return self._call("destroy captured")
+
+    def cudaGraphExecDestroy(self, key):  # noqa: N802
+        del self.graphs[key]
+        return self._call("destroy graph")
+
+    def cudaGraphLaunch(self, key, stream):  # noqa: N802
+        for work in self.graphs[key]:
+            work()
+        return self._call("launch")
+
+
+class Context:
+    """Computes 1 - input, in the memory that it was given, and refuses to run half set up."""
+
+    def __init__(self, library: Library) -> None:
+        self.library, self.cuda = library, library.cuda
+        self.addresses: dict[str, int] = {}
+        self.shape: tuple[int, ...] = ()
+        self.profile: int | None = None
+        self.memory = (0, 0)
+        library.contexts.append(self)
+
+    def set_optimization_profile_async(self, index, stream):
+        self.profile = index
+        return True
+
+    def set_input_shape(self, name, shape):
+        assert self.profile is not None
+        self.shape = tuple(shape)
+        return name == "input"
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+        return True
+
+    def update_device_memory_size_for_shapes(self):
+        return self.library.activations * int(np.prod(self.shape))
+
+    def set_device_memory(self, address, size):
+        self.memory = (address, size)
+
+    def execute_async_v3(self, stream):
+        if self.library.failing:
+            self.library.log.log(self.library.ILogger.Severity.ERROR, "out of\n luck")
+            return False
+        assert self.memory[0] in self.cuda.blocks
+        assert self.memory[1] >= self.update_device_memory_size_for_shapes()
+        self.cuda.calls.append("enqueue")
+        work = self.compute
+        (self.cuda.capturing.append if self.cuda.capturing is not None else lambda w: w())(work)
+        return True
+
+    def compute(self):
+        dtype = self.library.dtype
+        source, target = (self.cuda.blocks[self.addresses[name]] for name in ("input", "output"))
+        size = int(np.prod(self.shape)) * np.dtype(dtype).itemsize
+        target[:size].view(dtype)[:] = (255 if dtype == "uint8" else 1) - source[:size].view(dtype)
+
+
+class Library(ModuleType):
+    """A TensorRT whose engines are the bytes `plan`."""
+
+    class ILogger:
+        Severity = enum.IntEnum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO"], start=0)
+
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="ours")
+    CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
+
+    def __init__(self, cuda: Cuda, version: str = "11.4.0", dtype: str = "float32") -> None:
+        super().__init__("tensorrt")
+        self.__version__, self.cuda, self.dtype = version, cuda, dtype
+        self.activations, self.failing = 4, False
+        self.contexts: list[Context] = []
+        self.runtimes: list = []
+        self.configs: list = []
+        self.refits: list = []
+        self.plans: list[bytes] = []
+        self.accepts_cache = True
+
+    def Runtime(self, log):  # noqa: N802
+        self.log = log
+        self.runtimes.append(SimpleNamespace(deserialize_cuda_engine=self._deserialize, log=log))
+        return self.runtimes[-1]
+
+    def _deserialize(self, plan):
+        self.plans.append(plan)
+        self.log.log(self.ILogger.Severity.ERROR, "a plan of\nanother kind")
+        return self if plan == b"plan" else None
+
+    def create_runtime_config(self):
+        config = SimpleNamespace(strategy=None, cache=None, deserialized=None)
+        config.set_execution_context_allocation_strategy = lambda strategy: setattr(config, "strategy", strategy)
+        config.create_runtime_cache = lambda: SimpleNamespace(
+            deserialize=lambda content: setattr(config, "deserialized", content) or self.accepts_cache,
+            serialize=lambda: b"kernels",
+        )
+        config.set_runtime_cache = lambda cache: setattr(config, "cache", cache)
+        self.configs.append(config)
+        return config
+
+    def create_execution_context(self, config):
+        assert config.strategy == "ours"
+        return Context(self)
+
+    def Refitter(self, engine, log):  # noqa: N802
+        return SimpleNamespace(refit_cuda_engine=lambda: self.refits.append("refitted") is None)
+
+    def OnnxParserRefitter(self, refitter, log):  # noqa: N802
+        return SimpleNamespace(refit_from_bytes=lambda content: self.refits.append(content) is None)
+
+
+PROFILES = (Profile((8, 8), (16, 16), (32, 32)), Profile((8, 40), (8, 64), (16, 128)))
+
+
+def make_bundle(folder: Path, *engines: dict, io: str = "tensor", plan: bytes = b"plan") -> Bundle:
+    """With an engine for each of `engines`, which say how it differs from the usual one."""
+    folder.mkdir(exist_ok=True)
+    (folder / "model.onnx").write_bytes(b"weights")
+    model = File.of(folder / "model.onnx", "onnx")
+    shape, dtype = ((1, 3, -1, -1), "float32") if io == "tensor" else ((1, -1, -1, 3), "uint8")
+    described = Model("model.onnx", io, Tensor("input", dtype, shape), Tensor("output", dtype, shape),
+                      8 if io == "tensor" else 1, None, None, None, None, None)  # fmt: skip
+    made = Manifest(manifest.SCHEMA, "test", described, (model,))
+    for i, options in enumerate(engines):
+        path = folder / f"{i}.engine"
+        path.write_bytes(plan)
+        usual = dict(flavor="tensorrt", version="11.4.0", compute_capabilities=("8.6",), profiles=PROFILES, flags={})
+        made = made.with_file(File.of(path, "engine"), Engine(path.name, **(usual | options), onnx_sha256=model.sha256))
+    made.save(folder)
+    return manifest.load(folder)
+
+
+@pytest.fixture
+def bundle(tmp_path) -> Bundle:
+    return make_bundle(tmp_path / "bundle", {})
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Put the stand-ins in place of the real modules."""
+
+    def install(cuda: Cuda | None = None, library: Library | None = None, **options) -> tuple[Cuda, Library]:
+        cuda = cuda or Cuda()
+        library = library or Library(cuda, **options)
+        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
+        for name in ("tensorrt", "tensorrt_rtx_libs", "tensorrt_rtx_bindings"):
+            monkeypatch.setitem(sys.modules, name, library)
+        return cuda, library
+
+    return install
+
+
+def batch(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random((1, 3, height, width), dtype=np.float32)
+
+
+def check(session: TrtSession, height: int, width: int, seed: int = 0) -> None:
+    x = batch(height, width, seed)
+    y = session.run(x)
+    assert y.dtype == np.float32
+    np.testing.assert_array_equal(y, 1 - x)
+
+
+def refusal(bundle: Bundle) -> str:
+    with pytest.raises(InputError) as caught:
+        TrtSession(bundle)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Running
+
+
+def test_memory_is_taken_once_for_the_largest_size(bundle, install):
+    cuda, _ = install()
+    session = TrtSession(bundle)
+    assert session.multiple == 8
+    assert session.provider == "tensorrt"
+    assert cuda.calls == ["stream", *["malloc 24576"] * 4]  # 16 x 128 x 3 x 4 bytes, here and there, in and out
+    check(session, 8, 16)
+    check(session, 8, 16, seed=1)
+    check(session, 8, 8)
+    assert cuda.calls.count("malloc 24576") == 4
+    assert [c for c in cuda.calls if "malloc" in c][4:] == [f"malloc {4 * 8 * 16 * 3}"]
+
+
+def test_a_graph_is_captured_in_the_second_run_at_a_size(bundle, install):
+    cuda, library = install()
+    session = TrtSession(bundle)
+    runs = []
+    for seed, width in enumerate((16, 16, 16, 8, 16)):
+        start = len(cuda.calls)
+        check(session, 8, width, seed)
+        runs.append([call for call in cuda.calls[start:] if "malloc" not in call])
+    replayed = ["up", "launch", "down", "synchronize"]
+    assert runs[0] == ["up", "enqueue", "down", "synchronize"]
+    assert runs[1] == ["up", "begin", "enqueue", "end", "instantiate", "destroy captured", *replayed[1:]]
+    assert runs[2] == replayed
+    assert runs[3] == runs[0]
+    assert runs[4] == replayed
+    assert [context.shape for context in library.contexts] == [(1, 3, 8, 16), (1, 3, 8, 8)]
+
+
+def test_an_answer_is_the_callers_own(bundle, install):
+    install()
+    session = TrtSession(bundle)
+    answer = session.run(batch(8, 8))
+    session.run(batch(8, 8, seed=1))
+    np.testing.assert_array_equal(answer, 1 - batch(8, 8))
+
+
+def test_the_profile_is_chosen_by_size(bundle, install):
+    _, library = install()
+    session = TrtSession(bundle)
+    for height, width, profile in ((32, 32, 0), (16, 48, 1), (8, 8, 0), (8, 128, 1)):
+        check(session, height, width)
+        assert library.contexts[-1].profile == profile
+    with pytest.raises(InputError, match="takes images of height x width 8x8 to 32x32 or 8x40 to 16x128, found 32x40"):
+        session.run(batch(32, 40))
+
+
+def test_the_longest_unused_size_goes_first(bundle, install):
+    cuda, library = install()
+    session = TrtSession(bundle, sizes=2)
+    for width in (32, 32, 24, 24, 32, 16, 16, 32):  # 16 takes the place of 24
+        check(session, 8, width)
+    assert len(library.contexts) == 3
+    assert cuda.calls.count("destroy graph") == 1
+    check(session, 8, 24)
+    assert len(library.contexts) == 4
+
+
+def test_where_memory_grows_the_graphs_in_it_go(bundle, install):
+    cuda, library = install()
+    session = TrtSession(bundle)
+    for width in (8, 8, 16, 16, 8, 8, 8):
+        check(session, 8, width)
+    assert [context.shape[3] for context in library.contexts] == [8, 16, 8]
+    assert cuda.calls.index("destroy graph") < cuda.calls.index("free") < cuda.calls.index("malloc 1536")
+    assert len(cuda.graphs) == 2
+
+
+def test_images_go_in_and_come_out(tmp_path, install):
+    install(dtype="uint8")
+    bundle = make_bundle(tmp_path / "bundle", {"profiles": (Profile((1, 1), (8, 8), (40, 40)),)}, io="image")
+    derain = Derainer(TrtSession(bundle))
+    image = np.random.default_rng(0).integers(0, 256, (13, 7, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(derain(image), 255 - image)
+    with pytest.raises(InputError, match="1x1 to 40x40, found 41x7 after padding to a multiple of 1"):
+        derain(np.zeros((41, 7, 3), np.uint8))
+
+
+def test_threads_take_turns(bundle, install):
+    install()
+    session = TrtSession(bundle)
+    failures = []
+
+    def work(seed: int) -> None:
+        try:
+            for i in range(20):
+                check(session, 8, 8 * (1 + (seed + i) % 3), seed)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_everything_is_freed(bundle, install, explicit):
+    cuda, library = install()
+    session = TrtSession(bundle)
+    for width in (8, 8, 16, 16):
+        check(session, 8, width)
+    if explicit:
+        session.close()
+        session.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            session.run(batch(8, 8))
+    library.contexts.clear()
+    del session
+    gc.collect()
+    assert (cuda.blocks, cuda.graphs, cuda.calls[-1]) == ({}, {}, "destroy stream")
+
+
+def test_memory_that_does_not_suffice(bundle, install):
+    install(Cuda(memory=4 * 24576 + 1000))
+    session = TrtSession(bundle)
+    with pytest.raises(InputError, match="cudaErrorMemoryAllocation; use smaller images"):
+        session.run(batch(8, 16))
+    check(session, 8, 8)  # what is left is in order
+    assert "cudaErrorMemoryAllocation" in refusal(bundle)
+
+
+def test_a_run_that_fails_tells_the_reason(bundle, install):
+    cuda, library = install()
+    session = TrtSession(bundle)
+    check(session, 8, 8)
+    library.failing = True
+    with pytest.raises(InputError, match="failed on 8x8 pixels: out of luck"):
+        session.run(batch(8, 8))
+    assert cuda.capturing is None
+    library.failing = False
+    check(session, 8, 8)
+
+
+# TensorRT for RTX
+
+
+@pytest.fixture
+def rtx(tmp_path) -> Bundle:
+    return make_bundle(tmp_path / "bundle", {"flavor": "rtx"})
+
+
+def test_rtx_captures_graphs_itself_and_keeps_its_kernels(rtx, install):
+    cuda, library = install()
+    session = TrtSession(rtx)
+    for _ in range(3):
+        check(session, 8, 8)
+    session.close()
+    assert "begin" not in cuda.calls
+    assert library.configs[0].cuda_graph_strategy == "whole"
+    assert library.configs[0].cache is not None
+    assert library.configs[0].deserialized is None
+    path = cache_path(rtx, rtx.manifest.engines[0])
+    assert path.read_bytes() == b"kernels"
+    assert path.parent == rtx.folder.parent
+    TrtSession(rtx)
+    assert library.configs[1].deserialized == b"kernels"
+
+
+def test_a_cache_that_others_could_write_is_not_read(rtx, install):
+    _, library = install()
+    path = cache_path(rtx, rtx.manifest.engines[0])
+    path.write_bytes(b"code")
+    path.chmod(0o666)
+    TrtSession(rtx)
+    assert library.configs[0].deserialized is None
+
+
+def test_a_cache_that_does_not_fit_or_cannot_be_written_does_no_harm(rtx, install, monkeypatch):
+    _, library = install()
+    library.accepts_cache = False
+    path = cache_path(rtx, rtx.manifest.engines[0])
+    path.write_bytes(b"of another GPU")
+    session = TrtSession(rtx)
+    check(session, 8, 8)
+    monkeypatch.setattr(trt, "writing", lambda path: (_ for _ in ()).throw(PermissionError(path)))
+    session.close()
+    assert path.read_bytes() == b"of another GPU"
+
+
+# What is chosen, and what is refused
+
+
+def test_the_newest_engine_that_this_machine_can_run(tmp_path, install):
+    install()
+    engines = {}, {"profiles": PROFILES[:1]}, {"compute_capabilities": ("8.9", "9.0")}, {"version": "10.9"}
+    bundle = make_bundle(tmp_path / "bundle", *engines)
+    assert TrtSession(bundle).path == bundle.folder / "1.engine"
+
+
+@pytest.mark.parametrize(
+    ("options", "version", "capability", "runs"),
+    [
+        ({}, "11.4.1", (8, 6), False),
+        ({"flags": {"version_compatible": True}}, "11.4.1", (8, 6), True),
+        ({"flags": {"version_compatible": True}}, "12.0.0", (8, 6), True),
+        ({"flags": {"version_compatible": True}}, "11.3.9", (8, 6), False),
+        ({}, "11.4.0", (9, 0), False),
+        ({"flags": {"hardware_compatible": True}}, "11.4.0", (9, 0), True),
+        ({"flags": {"hardware_compatible": True}}, "11.4.0", (7, 5), False),
+        ({"compute_capabilities": ("8.6", "12.0")}, "11.4.0", (12, 0), True),
+    ],
+)
+def test_version_and_gpu(tmp_path, install, options, version, capability, runs):
+    _, library = install(Cuda(capability), version=version)
+    bundle = make_bundle(tmp_path / "bundle", options)
+    if runs:
+        check(TrtSession(bundle), 8, 8)
+        trusted = "version_compatible" in options.get("flags", {})
+        assert library.runtimes[0].engine_host_code_allowed is trusted
+    else:
+        assert "expected" in refusal(bundle)
+        assert library.runtimes == []
+
+
+def test_another_version_is_named(bundle, install):
+    install(version="11.5.0")
+    line = refusal(bundle)
+    assert "expected TensorRT 11.4.0, which it was built with, found 11.5.0; install that one or build" in line
+
+
+def test_another_gpu_is_named_with_the_command_that_helps(bundle, install):
+    install(Cuda((12, 0)))
+    line = refusal(bundle)
+    assert "expected an engine for this GPU of compute capability 12.0, found tensorrt for 8.6; add one: " in line
+    assert f"python -m export.tensorrt --onnx {bundle.folder / 'model.onnx'} --output {bundle.folder} with" in line
+
+
+def test_a_bundle_without_engines(tmp_path, install):
+    install()
+    assert "found no engine; add one" in refusal(make_bundle(tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize(("devices", "code"), [(-1, "cudaErrorInsufficientDriver"), (0, "cudaSuccess")])
+def test_without_a_gpu_the_library_is_not_touched(bundle, install, monkeypatch, devices, code):
+    install(Cuda(devices=devices))
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert f"CUDA finds no NVIDIA GPU with a driver ({code})" in refusal(bundle)
+
+
+def test_without_cudas_bindings(bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    assert "pip install cuda-bindings" in refusal(bundle)
+
+
+def test_without_the_library(bundle, install, monkeypatch):
+    install()
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert "TensorRT is not here" in refusal(bundle)
+
+
+def test_an_engine_is_verified_before_it_is_deserialised(bundle, install):
+    _, library = install()
+    (bundle.folder / "0.engine").write_bytes(b"evil")
+    assert "expected SHA-256" in refusal(bundle)
+    assert library.plans == []
+
+
+def test_an_engine_that_the_library_refuses(tmp_path, install):
+    install()
+    line = refusal(make_bundle(tmp_path / "bundle", {}, plan=b"other"))
+    assert "TensorRT refuses" in line
+    assert "a plan of another kind; build it again" in line
+
+
+def test_weights_are_put_back_from_the_verified_model(tmp_path, install):
+    _, library = install()
+    bundle = make_bundle(tmp_path / "bundle", {"flags": {"strip_weights": True}})
+    TrtSession(bundle)
+    assert library.refits == [b"weights", "refitted"]
+    (bundle.folder / "model.onnx").write_bytes(b"Weights")
+    assert "expected SHA-256" in refusal(bundle)
+
+
+# The real libraries, on a machine without a driver
+
+
+def has_driver() -> bool:
+    code, count = importlib.import_module("cuda.bindings.runtime").cudaGetDeviceCount()
+    return not code and count > 0
+
+
+def test_the_real_bindings_of_cuda_say_what_is_missing(rtx):
+    pytest.importorskip("cuda.bindings.runtime")
+    if has_driver():
+        pytest.skip("there is a GPU")
+    assert "CUDA finds no NVIDIA GPU with a driver (cudaErrorInsufficientDriver)" in refusal(rtx)
+
+
+def test_the_real_bindings_have_every_name_that_the_stand_in_has():
+    runtime = pytest.importorskip("cuda.bindings.runtime")
+    names = [name for name in vars(Cuda) if name.startswith("cuda")]
+    assert len(names) > 15
+    for name in names:
+        assert hasattr(runtime, name), name
+        if isinstance(group := getattr(Cuda, name), SimpleNamespace):
+            assert set(vars(group)) <= set(dir(getattr(runtime, name))), name
+    assert {code.name: int(code) for code in Code} == {c.name: int(getattr(runtime.cudaError_t, c.name)) for c in Code}
