@@ -1,0 +1,426 @@
+"""What can be taken out of a network, and taking it out.
+
+    smaller = without(network, {"latent.0.ffn": [[3], [7]], "encoder_level2": [[1]]})
+
+Each `Structure` is one number of the config, or one of its lists, with the axes of tensors whose length it is. What can
+go:
+
+- `ffn`: hidden channels of a feed-forward network. In an MSFN they go by pairs of neighbours, see `_msfn`.
+- `heads`: heads of an attention, and channels of all its heads alike, of Q with the output they make and of K with V.
+- `experts`: experts of an MEFC, and hidden channels of its gate.
+- `width`: channels of a level's residual path, with everything that reads or writes them, and of the upsamplings.
+- `depth`: blocks.
+
+Exact, and tested: taking out hidden channels, heads, experts, gate channels and blocks whose weights are zero changes
+nothing. Two kinds cannot be exact, whatever the weights, and their slices are tested against masks in the full network:
+a channel of the residual path that is always zero still counts in the mean of LayerNorm (its scale is corrected, see
+`without`), and a channel of K that is zero still has a score, 0, and K of top-k follows the number of channels.
+
+The indices are followed through the network by hand, which a topology that the config keeps regular makes short. The
+dependency graph of torch-pruning 1.6 cannot follow them: it takes pixel-shuffles for operations on single channels, so
+that it joins channel 3 of a convolution with channel 3 behind it instead of 12 to 15, and with no error.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from drsformer.config import NO_EXPERT, BlockConfig, DRSformerConfig, LevelConfig
+from drsformer.model import DRSformer, expert
+
+Kind = Literal["ffn", "heads", "experts", "width", "depth"]
+
+KINDS: tuple[Kind, ...] = ("ffn", "heads", "experts", "width", "depth")
+
+LEVELS: dict[str, tuple[str | int, ...]] = {
+    "encoder_level1": ("encoder", 0),
+    "encoder_level2": ("encoder", 1),
+    "encoder_level3": ("encoder", 2),
+    "latent": ("latent",),
+    "decoder_level3": ("decoder", 0),
+    "decoder_level2": ("decoder", 1),
+    "decoder_level1": ("decoder", 2),
+}
+"""The modules that hold blocks, and where the level of each is in the config."""
+
+
+class Place(NamedTuple):
+    """Where the units of an axis are in one tensor.
+
+    dim:   of the tensor; None for the first two taken as one.
+    units: (m, n): the n indices along `dim` of each unit, the first of which is unit `first` of the axis.
+    role:  whether these weights write into the units or read them. Setting all that read a unit to zero is the same as
+           taking it out.
+    """
+
+    tensor: str
+    dim: int | None
+    units: Tensor
+    role: Literal["writes", "reads", "neither"] = "neither"
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Units that can go one by one.
+
+    places:   the weights that go with them.
+    cuts:     single weights that are set to zero with them, since their tensors keep their shape there.
+    modules:  for each unit, the name of a module that goes as a whole, if it has one.
+    """
+
+    units: int
+    places: tuple[Place, ...]
+    cuts: tuple[Place, ...] = ()
+    modules: tuple[str, ...] = ()
+
+
+ANY = (0, 0)
+"""For `Structure.aligned`: no number of units is better than another."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One number of the config, or one of its lists, that can become smaller.
+
+    path:    where in the config, as dicts and lists.
+    axes:    what has this length; of each the least important units go, as many of one as of the other.
+    unit:    what a unit counts in the number.
+    aligned: (per unit, beyond): with n units left, n * per unit + beyond is the width that should fit vectors.
+    least:   how many units have to stay.
+    """
+
+    kind: Kind
+    name: str
+    path: tuple[str | int, ...]
+    axes: tuple[Axis, ...]
+    unit: int = 1
+    aligned: tuple[int, int] = (1, 0)
+    least: int = 1
+
+    @property
+    def units(self) -> int:
+        return self.axes[0].units
+
+    def fewer(self, left: int, round_to: int) -> int | None:
+        """The next number of units below `left`, or None where there is none."""
+        scale, beyond = self.aligned
+        return next((n for n in range(left - 1, self.least - 1, -1) if (n * scale + beyond) % round_to == 0), None)
+
+
+Gone = Mapping[str, Sequence[Sequence[int]]]
+"""Units to take out: by the name of the structure, for each of its axes."""
+
+
+def structures(config: DRSformerConfig, scope: Iterable[Kind] = KINDS) -> list[Structure]:
+    """Everything that can be taken out of such a network."""
+    found = [*_widths(config)]
+    for module, path in LEVELS.items():
+        blocks = level_of(config, module).blocks
+        for i, block in enumerate(blocks):
+            name, place = f"{module}.{i}", (*path, "blocks", i)
+            found += _attention(f"{name}.attn", place, block)
+            found.append(FEED_FORWARDS[config.feed_forward](f"{name}.ffn", (*place, "hidden"), block.hidden))
+        if blocks:
+            found.append(_depth(module, (*path, "blocks"), blocks, config.feed_forward))
+    for module, width in (("mefc_early", config.encoder[0].width), ("mefc_late", config.decoder[2].width)):
+        if mefc := getattr(config, module):
+            gate = Axis(mefc.gate_hidden, (
+                Place(f"{module}.gate.0.weight", 0, _each(mefc.gate_hidden), "writes"),
+                Place(f"{module}.gate.0.bias", 0, _each(mefc.gate_hidden)),
+                Place(f"{module}.gate.2.weight", 1, _each(mefc.gate_hidden), "reads"),
+            ))  # fmt: skip
+            found.append(Structure("experts", f"{module}.gate", (module, "gate_hidden"), (gate,)))
+            for i, names in enumerate(mefc.steps):
+                if present := [name for name in names if name != NO_EXPERT]:
+                    axis = _experts(f"{module}.steps.{i}", present, width)
+                    found.append(Structure("experts", f"{module}.steps.{i}", (module, "steps", i), (axis,), 1, ANY, 0))
+    wanted = set(scope)
+    return [structure for structure in found if structure.kind in wanted]
+
+
+def _each(count: int, offset: int = 0, group: int = 1) -> Tensor:
+    """Indices (count, group) of units of `group` neighbours."""
+    return offset + torch.arange(count * group).view(count, group)
+
+
+def _attention(name: str, path: tuple[str | int, ...], block: BlockConfig) -> Iterator[Structure]:
+    """Q's rows come first, then K's, then V's, in each of them head after head (`TopKSparseAttention`)."""
+    heads, d = block.heads, block.head_width
+    inner = heads * d
+
+    def rows(index: Tensor, writes: bool, reads: bool = False) -> Iterator[Place]:
+        yield Place(f"{name}.qkv.weight", 0, index, "writes" if writes else "neither")
+        yield Place(f"{name}.qkv_dwconv.weight", 0, index, "reads" if reads else "neither")
+
+    q, k, v = (_each(heads, part * inner, d) for part in range(3))
+    whole = Axis(heads, (
+        *rows(q, False), *rows(k, False), *rows(v, True),
+        Place(f"{name}.temperature", 0, _each(heads)),
+        Place(f"{name}.project_out.weight", 1, q, "reads"),
+    ))  # fmt: skip
+    yield Structure("heads", name, (*path, "heads"), (whole,), 1, ANY)
+    axes = []
+    for h in range(heads):
+        q, k, v = (_each(d, part * inner + h * d) for part in range(3))
+        axes.append(Axis(d, (*rows(q, False), Place(f"{name}.project_out.weight", 1, q, "reads"))))
+        axes.append(Axis(d, (*rows(k, False), *rows(v, True, True))))  # a channel of K counts by the V that it lets in
+    yield Structure("heads", f"{name}.head_width", (*path, "head_width"), tuple(axes), 1, (heads, 0))
+
+
+def _msfn(name: str, path: tuple[str | int, ...], h: int) -> Structure:
+    """Hidden channels of an MSFN, which go by pairs, in each half of the hidden layer as many.
+
+    Each half of project_in's output is an axis of its own. Its channel c gives p[c] and s[c], by the 3x3 and the 5x5
+    kernel; of the concatenation [p, s] each output of the next convolution joins two neighbours, the one at an even
+    place with the next. With even h these are (p[0], p[1]), (p[2], p[3]) ... and (s[0], s[1]), (s[2], s[3]) ...: a
+    unit of two channels and two outputs is on its own, and leaves a network of the same build.
+
+    With odd h they are (p[0], p[1]) ... (p[h-1], s[0]), (s[1], s[2]) ... (s[h-2], s[h-1]). Taken as edges between
+    channels they make one ring, p and s in turn but for the one that joins both. A smaller network of odd width is a
+    smaller ring, so to take the neighbours c = 2j and c + 1 out, three edges have to become one. Of those, the unit
+    owns the one between its channels and the one to the right of it; that to the left stays for the channel that it
+    still has, and loses its weight for the one that is gone (a cut). It then joins the next channel that is left, by a
+    weight of zero. The last channel belongs to no unit. No other way keeps more of the weights of the channels that
+    stay, and to an even width above two all keep fewer: the tests try them all on small rings.
+    """
+    units, odd = divmod(h, 2)
+    outputs = torch.stack([torch.arange(units), torch.arange(units) + (h + 1) // 2], dim=1)
+    axes = []
+    for half, convolution in enumerate(("dwconv3x3_1", "dwconv5x5_1")):
+        pairs = _each(units, half * h, 2)
+        places = (
+            Place(f"{name}.project_in.weight", 0, pairs, "writes"),
+            Place(f"{name}.dwconv3x3.weight", 0, pairs),
+            Place(f"{name}.dwconv5x5.weight", 0, pairs),
+            Place(f"{name}.{convolution}.weight", 0, outputs),
+            Place(f"{name}.project_out.weight", 1, half * h + outputs, "reads"),
+        )
+        left = 2 * (h // 2 + _each(units)) + 1  # the second weight of the output to the left
+        axes.append(Axis(units, places, (Place(f"{name}.{convolution}.weight", None, left, "reads"),) if odd else ()))
+    return Structure("ffn", name, path, tuple(axes), 2, (1, odd))
+
+
+def _gdfn(name: str, path: tuple[str | int, ...], h: int) -> Structure:
+    both = torch.cat([_each(h), _each(h, h)], dim=1)
+    return _plain_feed_forward(name, path, h, both, ("dwconv",))
+
+
+def _dfn(name: str, path: tuple[str | int, ...], h: int) -> Structure:
+    return _plain_feed_forward(name, path, h, _each(h), ("dwconv",))
+
+
+def _fn(name: str, path: tuple[str | int, ...], h: int) -> Structure:
+    return _plain_feed_forward(name, path, h, _each(h), ())
+
+
+def _plain_feed_forward(
+    name: str, path: tuple[str | int, ...], h: int, rows: Tensor, between: tuple[str, ...]
+) -> Structure:
+    axis = Axis(h, (
+        Place(f"{name}.project_in.weight", 0, rows, "writes"),
+        *(Place(f"{name}.{layer}.weight", 0, rows) for layer in between),
+        Place(f"{name}.project_out.weight", 1, _each(h), "reads"),
+    ))  # fmt: skip
+    return Structure("ffn", name, path, (axis,))
+
+
+FEED_FORWARDS: dict[str, Callable[[str, tuple[str | int, ...], int], Structure]] = {
+    "msfn": _msfn, "gdfn": _gdfn, "dfn": _dfn, "fn": _fn,
+}  # fmt: skip
+
+
+def _depth(module: str, path: tuple[str | int, ...], blocks: Sequence[BlockConfig], feed_forward: str) -> Structure:
+    places = []
+    for i, block in enumerate(blocks):
+        attention = block.heads * block.head_width
+        hidden = block.hidden * (2 if feed_forward == "msfn" else 1)
+        for layer, inputs in (("attn", attention), ("ffn", hidden)):
+            places.append(Place(f"{module}.{i}.{layer}.project_out.weight", 1, _each(1, 0, inputs), "reads", i))
+    modules = tuple(f"{module}.{i}" for i in range(len(blocks)))
+    return Structure("depth", module, path, (Axis(len(blocks), tuple(places), modules=modules),), 1, ANY, 0)
+
+
+def _experts(step: str, names: Sequence[str], width: int) -> Axis:
+    """One step of an MEFC, in which only experts that are present count."""
+    modules = tuple(f"{step}.experts.{i}" for i in range(len(names)))
+    return Axis(len(names), (Place(f"{step}.out.weight", 1, _each(len(names), 0, width), "reads"),), modules=modules)
+
+
+def _widths(config: DRSformerConfig) -> Iterator[Structure]:
+    """The residual path of every level, and what the upsamplings bring. Pixel-unshuffle makes four neighbouring
+    channels of one, pixel-shuffle one of four. Decoder level 1 works on [up, encoder level 1], so its channels go with
+    theirs."""
+    (e1, e2, e3), latent, (d3, d2, d1), (u3, u2, u1) = config.encoder, config.latent, config.decoder, config.up
+
+    def late(index: Tensor) -> Iterator[Place]:
+        """In decoder level 1 and behind it."""
+        yield from _residual("decoder_level1", len(d1.blocks), index)
+        yield from _compensator(config, "mefc_late", d1.width, index)
+        yield Place("output.weight", 1, index, "reads")
+
+    def level(module: str, path: tuple[str | int, ...], places: Iterable[Place], group: int = 1) -> Structure:
+        places = tuple(places)
+        axis = Axis(len(places[0].units), places)
+        return Structure("width", f"{module}.width", path, (axis,), group, (group, 0))
+
+    yield level("encoder_level1", ("encoder", 0, "width"), [
+        Place("patch_embed.weight", 0, _each(e1.width), "writes"),
+        *_compensator(config, "mefc_early", e1.width, _each(e1.width)),
+        *_residual("encoder_level1", len(e1.blocks), _each(e1.width)),
+        Place("down1_2.conv.weight", 1, _each(e1.width), "reads"),
+        *late(_each(e1.width, u1)),
+    ])  # fmt: skip
+    for module, below, narrow, after, group, path, offset in (
+        ("encoder_level2", e2, "down1_2", "down2_3", "reduce_chan_level2", ("encoder", 1, "width"), u2),
+        ("encoder_level3", e3, "down2_3", "down3_4", "reduce_chan_level3", ("encoder", 2, "width"), u3),
+        ("latent", latent, "down3_4", "up4_3", None, ("latent", "width"), 0),
+    ):
+        units = below.width // 4
+        skip = [Place(f"{group}.weight", 1, _each(units, offset, 4), "reads")] if group else []
+        yield level(module, path, [
+            Place(f"{narrow}.conv.weight", 0, _each(units), "writes"),
+            *_residual(module, len(below.blocks), _each(units, 0, 4)),
+            Place(f"{after}.conv.weight", 1, _each(units, 0, 4), "reads"),
+            *skip,
+        ], 4)  # fmt: skip
+    for module, here, before, after, path in (
+        ("decoder_level3", d3, "reduce_chan_level3", "up3_2", ("decoder", 0, "width")),
+        ("decoder_level2", d2, "reduce_chan_level2", "up2_1", ("decoder", 1, "width")),
+    ):
+        yield level(module, path, [
+            Place(f"{before}.weight", 0, _each(here.width), "writes"),
+            *_residual(module, len(here.blocks), _each(here.width)),
+            Place(f"{after}.conv.weight", 1, _each(here.width), "reads"),
+        ])  # fmt: skip
+    for module, i, channels, readers in (
+        ("up4_3", 0, u3, [Place("reduce_chan_level3.weight", 1, _each(u3), "reads")]),
+        ("up3_2", 1, u2, [Place("reduce_chan_level2.weight", 1, _each(u2), "reads")]),
+        ("up2_1", 2, u1, [*late(_each(u1))]),
+    ):
+        yield level(module, ("up", i), [Place(f"{module}.conv.weight", 0, _each(channels, 0, 4), "writes"), *readers])
+
+
+def _residual(module: str, blocks: int, index: Tensor) -> Iterator[Place]:
+    """What the blocks of a level read from its residual path and write to it."""
+    for i in range(blocks):
+        for norm, part, reader in (("norm1", "attn", "qkv"), ("norm2", "ffn", "project_in")):
+            yield Place(f"{module}.{i}.{norm}.weight", 0, index)
+            yield Place(f"{module}.{i}.{norm}.bias", 0, index)
+            yield Place(f"{module}.{i}.{part}.{reader}.weight", 1, index, "reads")
+            yield Place(f"{module}.{i}.{part}.project_out.weight", 0, index, "writes")
+
+
+def _compensator(config: DRSformerConfig, module: str, width: int, index: Tensor) -> Iterator[Place]:
+    """An MEFC is as wide as its level in all its parts, so all its channels of a number go together."""
+    mefc = getattr(config, module)
+    if mefc is None:
+        return
+    yield Place(f"{module}.gate.0.weight", 1, index, "reads")
+    yield Place(f"{module}.preprocess.weight", 1, index, "reads")
+    yield Place(f"{module}.preprocess.weight", 0, index, "writes")
+    for i, names in enumerate(mefc.steps):
+        present = [name for name in names if name != NO_EXPERT]
+        for j, name in enumerate(present):
+            with torch.device("meta"):
+                layers = expert(name, width).state_dict()
+            for layer, weight in layers.items():
+                tensor = f"{module}.steps.{i}.experts.{j}.{layer}"
+                yield Place(tensor, 0, index)
+                if weight.shape[1] > 1:  # not depthwise
+                    yield Place(tensor, 1, index, "reads")
+        if present:
+            out = f"{module}.steps.{i}.out.weight"
+            yield Place(out, 0, index, "writes")
+            joined = index.unsqueeze(1) + torch.arange(len(present)).view(-1, 1) * width
+            yield Place(out, 1, joined.flatten(1), "reads")
+
+
+def level_of(config: DRSformerConfig, module: str) -> LevelConfig:
+    """The level of one of the modules in `LEVELS`."""
+    part, *index = LEVELS[module]
+    level = getattr(config, str(part))
+    return level[index[0]] if index else level
+
+
+def config_without(config: DRSformerConfig, found: Iterable[Structure], gone: Gone) -> DRSformerConfig:
+    """The config that is left; `found` is in the order of `structures`."""
+    tree = json.loads(json.dumps(config.to_dict()))  # lists, which can be changed
+    for structure in found:
+        if units := gone.get(structure.name, [()])[0]:
+            *above, last = structure.path
+            holder = functools.reduce(operator.getitem, above, tree)
+            whole = holder[last]
+            if isinstance(whole, int):
+                holder[last] = whole - structure.unit * len(units)
+            elif structure.kind == "depth":
+                holder[last] = [block for i, block in enumerate(whole) if i not in units]
+            else:
+                present = [i for i, name in enumerate(whole) if name != NO_EXPERT]
+                dead = {present[unit] for unit in units}
+                holder[last] = [NO_EXPERT if i in dead else name for i, name in enumerate(whole)]
+    tree["decoder"][2]["width"] = tree["encoder"][0]["width"] + tree["up"][2]
+    return DRSformerConfig.from_dict(tree)
+
+
+def without(network: DRSformer, gone: Gone, grams: Mapping[str, Tensor] | None = None) -> DRSformer:
+    """A network without these units. `network` stays as it is. Raises KeyError for a structure that it does not have.
+
+    grams: for the LayerNorms by name, the sum over pixels of x x^T, (C, C). LayerNorm divides by the standard
+           deviation over channels, which is another one over fewer of them; where channels of a residual path go, its
+           scale is multiplied by what makes up for that on the average.
+    """
+    found = [structure for structure in structures(network.config) if structure.name in gone]
+    if unknown := gone.keys() - {structure.name for structure in found}:
+        raise KeyError(f"no structures of this network: {', '.join(sorted(unknown))}")
+    state: dict[str, Tensor] = dict(network.state_dict())
+    drops: dict[tuple[str, int], set[int]] = defaultdict(set)
+    renames: dict[str, str | None] = {}
+    for structure in found:
+        for axis, units in zip(structure.axes, gone[structure.name], strict=True):
+            for place in axis.cuts:
+                weight = state[place.tensor].clone()
+                weight.flatten(0, 1)[_indices(place, units)] = 0
+                state[place.tensor] = weight
+            for place in axis.places:
+                assert place.dim is not None
+                drops[place.tensor, place.dim].update(_indices(place, units))
+            left = [module for unit, module in enumerate(axis.modules) if unit not in units]
+            renames |= dict.fromkeys(axis.modules) | dict(zip(left, axis.modules, strict=False))
+    for (name, dim), indices in drops.items():
+        keep = torch.tensor([i for i in range(state[name].shape[dim]) if i not in indices], dtype=torch.long)
+        norm = name.removesuffix(".weight")
+        if grams and norm in grams and indices:
+            state[name] = state[name] * _spread(grams[norm][keep][:, keep]).div(_spread(grams[norm])).sqrt().float()
+        state[name] = state[name].index_select(dim, keep)
+    left = {_renamed(name, renames): tensor for name, tensor in state.items() if tensor.numel()}
+    smaller = DRSformer(config_without(network.config, found, gone))
+    smaller.load_state_dict({name: tensor for name, tensor in left.items() if name is not None})
+    return smaller.eval()
+
+
+def _indices(place: Place, units: Iterable[int]) -> list[int]:
+    rows = [unit - place.first for unit in units if 0 <= unit - place.first < len(place.units)]
+    return place.units[rows].flatten().tolist()
+
+
+def _renamed(name: str, renames: Mapping[str, str | None]) -> str | None:
+    """The new name of a tensor, None if it goes with its module."""
+    for old, new in renames.items():
+        if name.startswith(f"{old}."):
+            return None if new is None else new + name.removeprefix(old)
+    return name
+
+
+def _spread(gram: Tensor) -> Tensor:
+    """The variance over channels, added up over pixels."""
+    return (gram.trace() / len(gram) - gram.mean()).clamp_min(1e-12)

@@ -1,0 +1,88 @@
+"""The formula for parameters and MACs against PyTorch's counter, and the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from compress.cost import cost, items, macs, params, parse_size
+from drsformer import checkpoint
+from drsformer.config import FEED_FORWARDS, BlockConfig, DRSformerConfig, MEFCConfig, preset
+from drsformer.model import DRSformer
+from runtime.cli import InputError
+from tests.networks import SMALL, fill
+
+
+def odd_config() -> DRSformerConfig:
+    """No two widths alike, a level without blocks, experts that are not there."""
+    config = DRSformerConfig.regular(**SMALL)
+    encoder, latent, (d3, d2, d1) = config.encoder, config.latent, config.decoder
+    block = BlockConfig(3, 5, 7)
+    return dataclasses.replace(
+        config,
+        encoder=(encoder[0], dataclasses.replace(encoder[1], width=20, blocks=(block, BlockConfig(1, 2, 4))),
+                 dataclasses.replace(encoder[2], blocks=())),
+        latent=dataclasses.replace(latent, width=52),
+        decoder=(dataclasses.replace(d3, width=9, blocks=(block,)), d2, dataclasses.replace(d1, width=12 + 6)),
+        up=(11, 13, 6),
+        mefc_early=MEFCConfig(5, (("none", "sep_conv_5x5", "avg_pool_3x3"), ("none", "none", "none"))),
+        mefc_late=MEFCConfig.regular(),
+    )  # fmt: skip
+
+
+CONFIGS = {
+    "drsformer": preset("drsformer"),
+    "drsformer-nomefc": preset("drsformer-nomefc"),
+    "odd": odd_config(),
+    "dense": dataclasses.replace(odd_config(), topk=()),
+    **{kind: dataclasses.replace(odd_config(), feed_forward=kind) for kind in FEED_FORWARDS[1:]},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_formula_equals_pytorchs_counter(name):
+    config = CONFIGS[name]
+    with torch.device("meta"):
+        model = DRSformer(config)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, 40, 24))
+    assert macs(config, 40, 24) == counter.get_total_flops() / 2
+    assert params(config) == sum(p.numel() for p in model.parameters())
+    for module in {item.module for item in items(config)}:
+        expected = sum(p.numel() for p in model.get_submodule(module).parameters())
+        assert sum(item.params for item in items(config) if item.module == module) == expected, module
+
+
+def test_released_networks_cost_what_the_paper_says():
+    assert macs(preset("drsformer")) / 1e9 == pytest.approx(242.98, abs=5e-3)
+    assert macs(preset("drsformer-nomefc")) / 1e9 == pytest.approx(175.37, abs=5e-3)
+
+
+def test_command_compares_two_networks(tmp_path, capsys):
+    paths = tmp_path / "small.safetensors", tmp_path / "large.safetensors"
+    configs = [DRSformerConfig.regular(width, (1, 0, 0, 0), (1, 1, 1, 1)) for width in (4, 24)]
+    for path, config in zip(paths, configs, strict=True):
+        checkpoint.save(path, fill(DRSformer(config)), {})
+    costs = cost(paths[0], latency=True, size="32x64", vs=paths[1])
+    summary = json.loads(json.dumps(costs.summary()))
+    assert summary["params"] == params(configs[0])
+    assert summary["gmacs"] == pytest.approx(macs(configs[0]) / 1e9, abs=1e-4)
+    assert summary["ms_quartiles"][0] <= summary["ms"] <= summary["ms_quartiles"][1]
+    assert 0 < summary["ratio"]["gmacs"] < summary["ratio"]["ms"] < 1
+    assert summary["ratio"]["ms"] == pytest.approx(summary["ms"] / summary["vs"]["ms"], rel=1e-2)
+    assert "encoder_level1" in capsys.readouterr().out
+
+
+def test_without_latency_nothing_is_timed(tmp_path):
+    checkpoint.save(tmp_path / "w.safetensors", fill(DRSformer(preset("drsformer-tiny"))), {})
+    assert set(cost(tmp_path / "w.safetensors").summary()) == {"params", "gmacs"}
+
+
+@pytest.mark.parametrize("text", ["256", "0x8", "250x256", "8x", "axb"])
+def test_impossible_sizes_are_refused(text):
+    with pytest.raises(InputError, match="256x256"):
+        parse_size(text)

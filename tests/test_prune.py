@@ -1,0 +1,312 @@
+"""Pruning finds what is redundant, meets its target, and leaves a checkpoint that loads by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from compress import cost
+from compress import prune as pruning
+from compress.prune import Target, importances, latency_model, prune, prune_network
+from compress.structures import KINDS, LEVELS, level_of, structures
+from drsformer import checkpoint
+from drsformer.config import DRSformerConfig, MEFCConfig, preset
+from drsformer.data import find_pairs
+from drsformer.evaluate import TorchSession
+from drsformer.metrics import psnr
+from drsformer.model import DRSformer
+from drsformer.rain import add_rain, draw_streaks
+from runtime.cli import GateError, InputError
+from runtime.images import read_rgb
+from runtime.session import Derainer
+from tests.grown import grow
+from tests.networks import fill, image
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "weights" / "drsformer-xs.safetensors"
+
+
+def patches(count: int = 2, side: int = 16) -> list[tuple[Tensor, Tensor]]:
+    return [(image(side, side, seed)[0], image(side, side, 100 + seed)[0]) for seed in range(count)]
+
+
+def network(**structure) -> DRSformer:
+    config = DRSformerConfig.regular(16, (2, 1, 1, 1), (1, 2, 4, 8), 2.7, **structure)
+    return fill(DRSformer(dataclasses.replace(config, mefc_early=MEFCConfig.regular(3, 1),
+                                              mefc_late=MEFCConfig.regular(4, 1))))  # fmt: skip
+
+
+def target(model: DRSformer, ratio: float, name: str = "macs") -> Target:
+    count = getattr(cost, name)
+    return Target(name, count, ratio * count(model.config))
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Two pairs of photographs with drawn rain."""
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(("chelsea", "rocket")):
+        clean = read_rgb(ROOT / "docs" / "photographs" / f"{name}.jpg")[40:80, 60:108]
+        for folder, picture in (("input", add_rain(clean, draw_streaks(rng, *clean.shape[:2]))), ("target", clean)):
+            (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(tmp_path / "data" / folder / f"{i}.png")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("importance", ["taylor", "fisher", "magnitude"])
+def test_target_is_met_within_two_percent(importance):
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    goal = target(model, 0.6)
+    pruned = prune_network(model, patches(), [goal], importance, round_to=2, rounds=2)
+    assert 0.98 * goal.bound <= cost.macs(pruned.config) <= 1.02 * goal.bound
+    assert cost.macs(pruned.config) == sum(item.macs for item in cost.items(pruned.config))
+    assert pruned(image(16, 16)).isfinite().all()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_all_of_several_targets_are_met():
+    model = network()
+    goals = [target(model, 0.8), target(model, 0.5, "params")]
+    pruned = prune_network(model, patches(), goals, "magnitude", round_to=4, rounds=2)
+    assert all(goal.cost(pruned.config) <= 1.02 * goal.bound for goal in goals)
+
+
+def test_the_whole_as_target_is_the_identity_bit_for_bit():
+    model = network()
+    same = prune_network(model, patches(), [target(model, 1.0)])
+    assert same.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scope_leaves_other_structures_alone(kind):
+    model = network()
+    ratio = {"experts": 0.9, "depth": 0.8, "heads": 0.9}.get(kind, 0.8)
+    after = prune_network(model, patches(1), [target(model, ratio)], "magnitude", (kind,), round_to=2, rounds=1).config
+    before = model.config
+
+    def blocks(config, *numbers):
+        return [[getattr(b, n) for n in numbers] for m in LEVELS for b in level_of(config, m).blocks]
+
+    assert (blocks(before, "hidden") == blocks(after, "hidden")) == (kind not in ("ffn", "depth"))
+    heads = blocks(before, "heads", "head_width") == blocks(after, "heads", "head_width")
+    assert heads == (kind not in ("heads", "depth"))
+    assert ((before.mefc_early, before.mefc_late) == (after.mefc_early, after.mefc_late)) == (kind != "experts")
+    widths = [[level_of(config, m).width for m in LEVELS] for config in (before, after)]
+    assert (widths[0] == widths[1]) == (kind != "width")
+    assert (len(blocks(before)) == len(blocks(after))) == (kind != "depth")
+
+
+def test_widths_end_where_vectors_do():
+    model = network()
+    after = prune_network(model, patches(1), [target(model, 0.6)], "magnitude", round_to=4, rounds=1).config
+    for module in LEVELS:
+        level = level_of(after, module)
+        assert level.width % 4 == 0
+        for block in level.blocks:  # the folded hidden layer has four parts, for odd widths with one zero each
+            was = {b.hidden for b in level_of(model.config, module).blocks}
+            assert (block.hidden + 1) // 2 % 4 == 0 or block.hidden in was
+            assert block.heads * block.head_width % 4 == 0
+
+
+def test_first_order_importance_is_the_slope_of_the_loss():
+    """Scaling what reads a unit by 1 - t changes the loss by t times its importance, for a small t."""
+    model = network().double().requires_grad_(False)
+    rainy, clean = (each.double() for each in patches(1)[0])
+    found = [s for s in structures(model.config) if s.name in ("latent.0.ffn", "latent.0.attn", "mefc_late.steps.0")]
+    scores, _ = importances(model, [(rainy, clean)], found)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float((model(rainy[None]) - clean[None]).abs().mean())
+
+    before = loss()
+    for structure in found:
+        for place in (*structure.axes[0].places, *structure.axes[0].cuts):
+            if place.role == "reads":
+                weight = model.state_dict()[place.tensor]
+                weight = weight.flatten(0, 1) if place.dim is None else weight.movedim(place.dim, 0)
+                weight[place.units[1]] *= 1 - 1e-6
+        slope = abs(loss() - before) / 1e-6
+        assert slope == pytest.approx(float(scores[structure.name][0][1]), rel=1e-3)
+        before = loss()
+
+
+def test_network_that_answers_with_nan_is_refused():
+    model = network()
+    model.state_dict()["output.weight"].fill_(1e38)
+    with pytest.raises(InputError, match="NaN"):
+        importances(model, patches(1), structures(model.config, ["ffn"]))
+
+
+def test_magnitude_is_zero_where_a_unit_has_no_weights():
+    model = network()
+    state = model.state_dict()
+    state["latent.0.ffn.project_in.weight"][4:6] = 0  # writes into unit 2 of the first half
+    state["latent.0.attn.project_out.weight"][:, 16:32] = 0  # reads head 1
+    scores, _ = importances(model, patches(1), structures(model.config), "magnitude")
+    assert (scores["latent.0.ffn"][0] == 0).nonzero().flatten().tolist() == [2]
+    assert (scores["latent.0.attn"][0] == 0).nonzero().flatten().tolist() == [1]
+
+
+def test_planted_redundancy_is_found_in_every_kind():
+    """Blocks, hidden channels and experts that do nothing go, and nothing else: the network is itself again."""
+    config = DRSformerConfig.regular(8, (1, 1, 1, 1), (1, 2, 2, 4), 2.0, mefc="both", experts=2)
+    model = fill(DRSformer(config))
+    larger = grow(model, (2, 3, 1, 3), hidden=3, experts=3)
+    assert cost.macs(larger.config) > 1.5 * cost.macs(config)
+    with torch.no_grad():
+        assert (larger(image(24, 16)) - model(image(24, 16))).abs().max() < 1e-5
+    gone = {name: MEFCConfig(mefc.gate_hidden, tuple((*step, *["none"] * 3) for step in mefc.steps))
+            for name in ("mefc_early", "mefc_late") if (mefc := getattr(config, name))}  # fmt: skip
+    expected = dataclasses.replace(config, **gone)  # gates stay in the softmax
+    goal = Target("macs", cost.macs, cost.macs(expected))
+    pruned = prune_network(larger, patches(), [goal], round_to=2, rounds=2)
+    assert pruned.config == expected
+    with torch.no_grad():
+        assert (pruned(image(24, 16)) - model(image(24, 16))).abs().max() < 1e-5
+
+
+@pytest.fixture(scope="module")
+def grown_and_pruned() -> tuple[DRSformer, DRSformer, DRSformer]:
+    """The shipped network, what it grew to, with the depth and more than the expansion of the full-size network, and
+    what was left of that when pruned to the MACs of the shipped one."""
+    shipped = checkpoint.load(SHIPPED).model
+    full = preset("drsformer")
+    larger = grow(shipped, tuple(len(level.blocks) for level in (*full.encoder, full.latent)), hidden=3)
+    dry = read_rgb(ROOT / "docs" / "photographs" / "coffee.jpg")[64:128, 96:160]
+    wet = add_rain(dry, draw_streaks(np.random.default_rng(3), *dry.shape[:2]))
+    patch = tuple(torch.from_numpy(each.transpose(2, 0, 1) / np.float32(255)) for each in (wet, dry))
+    goal = Target("macs", cost.macs, cost.macs(shipped.config))
+    return shipped, larger, prune_network(larger, [patch], [goal], rounds=1)
+
+
+def test_shipped_network_grown_to_full_depth_is_pruned_back(grown_and_pruned, data):
+    shipped, larger, pruned = grown_and_pruned
+    assert cost.macs(larger.config) > 4 * cost.macs(shipped.config)
+    assert pruned.config == shipped.config
+    assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), shipped.parameters(), strict=True))
+    same_restoration(larger, pruned, *find_pairs(data)[0].load())
+
+
+def test_the_same_on_a_real_pair(grown_and_pruned, real_data):
+    rainy, clean = find_pairs(real_data / "rain100l" / "val")[0].load()
+    same_restoration(*grown_and_pruned[1:], rainy[:160, :160], clean[:160, :160])
+
+
+def same_restoration(larger: DRSformer, pruned: DRSformer, rainy: np.ndarray, clean: np.ndarray) -> None:
+    before, after = (psnr(Derainer(TorchSession(network, "cpu"))(rainy), clean) for network in (larger, pruned))
+    assert before > psnr(rainy, clean) + 2
+    assert after >= before - 0.01, (before, after)
+
+
+def test_command_writes_a_checkpoint_that_loads_in_another_process(tmp_path, data, capsys):
+    weights, output = tmp_path / "w.safetensors", tmp_path / "half.safetensors"
+    checkpoint.save(weights, network(), {"trained_on": ["rain"], "steps": [{"command": "train", "options": {}}]})
+    pruned = prune(weights, [data], output, macs=0.5, round_to=2, rounds=1, samples=1, patch=16, limit=1)
+    summary = json.loads(json.dumps(pruned.summary()))
+    assert summary["ratio"]["macs"] == pytest.approx(0.5, rel=0.02)
+    assert np.isfinite([summary["psnr"], summary["psnr_before"]]).all()
+    assert "latent" in capsys.readouterr().out
+    loaded = checkpoint.load(output)
+    assert loaded.provenance["parent"] == checkpoint.file_sha256(weights)
+    assert loaded.provenance["trained_on"] == ["rain"]
+    assert [step["command"] for step in loaded.provenance["steps"]] == ["train", "compress.prune"]
+    assert loaded.provenance["steps"][-1]["options"]["macs"] == 0.5
+    program = f"import torch; from drsformer import checkpoint; m = checkpoint.load({str(output)!r}).model; " \
+              "print(float(m(torch.full((1, 3, 16, 16), 0.5)).sum().detach()))"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    with torch.no_grad():
+        assert float(done.stdout) == pytest.approx(float(loaded.model(torch.full((1, 3, 16, 16), 0.5)).sum()), rel=1e-5)
+
+
+def by_macs(networks, size):
+    """Stands for the clock: a millisecond for a million MACs of attention, two for one of anything else."""
+    return [cost.Latency(ms, ms, ms, 1) for ms in (
+        sum(item.macs * (1 if item.part == "attention" else 2) for item in cost.items(network.config, *size)) / 1e6
+        for network in networks)]  # fmt: skip
+
+
+def test_latency_is_estimated_from_parts(monkeypatch):
+    monkeypatch.setattr(pruning, "time_networks", by_macs)
+    model = network()
+    estimate = latency_model(model.config, (64, 64))
+    pruned = prune_network(model, patches(1), [target(model, 0.7)], "magnitude", round_to=2, rounds=1)
+    ratio = by_macs([pruned], (64, 64))[0].ms / by_macs([model], (64, 64))[0].ms
+    assert estimate(pruned.config) / estimate(model.config) == pytest.approx(ratio, rel=0.03)
+
+
+def test_command_prunes_to_a_latency_that_the_parts_do_not_add_up_to(tmp_path, data, monkeypatch):
+    def late(networks, size):
+        return [cost.Latency(*[latency.ms + 400] * 3, 1) for latency in by_macs(networks, size)]
+
+    monkeypatch.setattr(pruning, "time_networks", by_macs)
+    monkeypatch.setattr(pruning, "time_sessions", late)
+    monkeypatch.setattr(pruning, "ship", lambda network, size: network)
+    checkpoint.save(tmp_path / "w.safetensors", network(), {})
+    pruned = prune(tmp_path / "w.safetensors", [data], tmp_path / "p.safetensors", latency=0.8, importance="magnitude",
+                   round_to=2, rounds=1, samples=1, patch=16, limit=1, size="64x64")  # fmt: skip
+    assert pruned.summary()["ratio"]["latency"] == pytest.approx(0.8, rel=0.02)
+
+
+def test_sensitivity_is_written_as_table_and_plot(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(pruning, "time_networks", by_macs)
+    monkeypatch.setattr(pruning, "RATIOS", (0.9, 0.89, 0.01))
+    checkpoint.save(tmp_path / "w.safetensors", network(), {})
+    prune(tmp_path / "w.safetensors", [data], sensitivity=tmp_path / "s", scope=("ffn", "depth"),
+          importance="magnitude", round_to=2, rounds=1, samples=1, patch=16, limit=1)  # fmt: skip
+    rows = json.loads((tmp_path / "s" / "sensitivity.json").read_text())
+    assert [row["kind"] for row in rows] == ["nothing", "ffn", "ffn", "depth"]  # a block is a large step, counted once
+    assert rows[0]["macs"] == 1
+    assert rows[1]["macs"] == pytest.approx(0.9, rel=0.02)
+    assert rows[0]["ms"] > rows[1]["ms"] > rows[2]["ms"]
+    assert rows[3]["macs"] < 0.89
+    assert len((tmp_path / "s" / "sensitivity.csv").read_text().splitlines()) == 5
+    assert Image.open(tmp_path / "s" / "sensitivity.png").width > 500
+
+
+def test_target_out_of_reach_says_why_and_writes_nothing(tmp_path, data):
+    weights, output = tmp_path / "w.safetensors", tmp_path / "p.safetensors"
+    checkpoint.save(weights, network(), {})
+    with pytest.raises(GateError, match=r"--macs: expected 0\.100, reached 0\.\d+: .*--scope experts.*--round-to 8"):
+        prune(
+            weights, [data], output, macs=0.1, importance="magnitude", scope=("experts",), rounds=1, samples=1, patch=16
+        )
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"macs": 1.5}, "--macs: expected a fraction"),
+        ({"macs": 0.0}, "--macs: expected a fraction"),
+        ({"latency": -1.0}, "--latency: expected a fraction"),
+        ({}, "expected --output with"),
+        ({"macs": 0.5, "output": None}, "expected --output with"),
+        ({"macs": 0.5, "output": Path("p.pth")}, r"ending in \.safetensors"),
+        ({"macs": 0.5, "round_to": 0}, "--round-to"),
+        ({"macs": 0.5, "samples": 0}, "--samples"),
+        ({"macs": 0.5, "patch": 20}, "--patch"),
+        ({"macs": 0.5, "size": "20x20"}, "--size"),
+        ({"macs": 0.5, "scope": ()}, "--scope"),
+        ({"macs": 0.5, "data": []}, "--data"),
+        ({"macs": 0.5, "data": [Path("nowhere")]}, "nowhere"),
+        ({"macs": 0.5, "weights": Path("nowhere.safetensors")}, "no such checkpoint"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, data, options, message):
+    given = {"weights": SHIPPED, "data": [data], "output": tmp_path / "p.safetensors", **options}
+    with pytest.raises(InputError, match=message) as error:
+        prune(**given)
+    assert "\n" not in str(error.value)

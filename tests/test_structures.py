@@ -1,0 +1,307 @@
+"""What is taken out of a network changes nothing if nothing reads it; and the ring of an odd MSFN has no better way."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compress.structures import KINDS, Place, Structure, structures, without
+from drsformer.config import DRSformerConfig, MEFCConfig
+from drsformer.model import DRSformer, LayerNorm, TopKSparseAttention
+from tests.networks import fill, image
+
+
+def network(width: int = 8, **structure) -> DRSformer:
+    """Small, with heads of several widths, even and odd hidden channels, and experts that are gone already."""
+    config = DRSformerConfig.regular(width, (1, 2, 1, 2), (1, 2, 2, 4), 2.7, **structure)
+    e1, e2, e3 = config.encoder
+    odd, even = (dataclasses.replace(e2.blocks[0], hidden=hidden) for hidden in (9, 10))
+    config = dataclasses.replace(
+        config,
+        encoder=(e1, dataclasses.replace(e2, blocks=(odd, even)), e3),
+        mefc_early=MEFCConfig(6, (("none", "sep_conv_3x3", "avg_pool_3x3"), ("dil_conv_5x5", "none", "sep_conv_1x1"))),
+        mefc_late=MEFCConfig.regular(3, steps=1),
+    )
+    return fill(DRSformer(config))
+
+
+def some(structure: Structure, seed: int) -> list[list[int]]:
+    """As many random units of each axis, and not all of them."""
+    rng = random.Random(seed)
+    count = rng.randint(1, structure.units - structure.least) if structure.units > structure.least else 0
+    return [sorted(rng.sample(range(axis.units), count)) for axis in structure.axes]
+
+
+@torch.no_grad()
+def zeroed(model: DRSformer, gone: dict[str, list[list[int]]], role: str = "reads") -> DRSformer:
+    """A copy in which all weights that read these units, or write into them, are zero."""
+    model = copy.deepcopy(model)
+    state = model.state_dict()
+
+    def clear(place: Place, units: list[int]) -> None:
+        rows = [unit - place.first for unit in units if 0 <= unit - place.first < len(place.units)]
+        weight = state[place.tensor]
+        weight = weight.flatten(0, 1) if place.dim is None else weight.movedim(place.dim, 0)
+        weight[place.units[rows].flatten()] = 0
+
+    for structure in structures(model.config):
+        for axis, units in zip(structure.axes, gone.get(structure.name, ()), strict=False):
+            for place in (*axis.places, *axis.cuts):
+                if place.role == role:
+                    clear(place, units)
+    return model
+
+
+def difference(a: nn.Module, b: nn.Module) -> float:
+    x = image(16, 24)
+    with torch.no_grad():
+        assert (a(x) - x).abs().mean() > 1e-3
+        return float((a(x) - b(x)).abs().max())
+
+
+EXACT = [s.name for s in structures(network().config) if s.kind != "width" and not s.name.endswith("head_width")]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_what_nothing_reads_can_go(name):
+    model = network()
+    structure = next(s for s in structures(model.config) if s.name == name)
+    gone = {name: some(structure, 0)}
+    smaller = without(model, gone)
+    assert difference(zeroed(model, gone), smaller) < 1e-5
+    if any(gone[name]):
+        assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["gdfn", "dfn", "fn"])
+def test_other_feed_forwards_too(kind):
+    model = network(feed_forward=kind)
+    gone = {s.name: some(s, 1) for s in structures(model.config, ["ffn"])}
+    for role in ("reads", "writes"):
+        assert difference(zeroed(model, gone, role), without(model, gone)) < 1e-5
+
+
+def test_all_at_once():
+    model = network()
+    gone = {s.name: some(s, 2) for s in structures(model.config) if s.name in EXACT}
+    assert difference(zeroed(model, gone), without(model, gone)) < 1e-5
+
+
+def test_every_block_and_expert_can_go():
+    model = network()
+    gone = {s.name: [list(range(s.units))] for s in structures(model.config, ["depth", "experts"])
+            if not s.name.endswith("gate")}  # fmt: skip
+    assert difference(zeroed(model, gone), without(model, gone)) < 1e-5
+
+
+def test_nothing_taken_out_is_the_same_network_bit_for_bit():
+    model = network()
+    same = without(model, {s.name: [[] for _ in s.axes] for s in structures(model.config)}, grams_of(model))
+    assert same.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), model.state_dict().values(), strict=True))
+    assert same.patch_embed.weight is not model.patch_embed.weight
+
+
+def test_structures_that_are_not_there_are_named():
+    with pytest.raises(KeyError, match=r"latent\.9\.ffn"):
+        without(network(), {"latent.9.ffn": [[0], [0]]})
+
+
+@pytest.mark.parametrize("hidden", range(2, 8))
+@torch.no_grad()
+def test_any_pairs_of_msfn_channels_can_go(hidden):
+    """All choices in both halves, odd and even: channels that nothing writes into, and an output that nothing reads
+    where an odd ring has one too many."""
+    units = hidden // 2
+    name = "encoder_level1.0.ffn"
+    for count in range(units + (hidden % 2)):
+        for first, second in itertools.product(itertools.combinations(range(units), count), repeat=2):
+            model = fill(DRSformer(DRSformerConfig.regular(4, (1, 0, 0, 0), (1, 1, 1, 1), hidden / 4)))
+            full = model.get_submodule(name)
+            rows = [half * hidden + 2 * unit + i for half, some in enumerate((first, second)) for unit in some
+                    for i in (0, 1)]  # fmt: skip
+            full.project_in.weight[rows] = 0
+            if hidden % 2:  # the output to the right: of s[2 unit + 1] and s[2 unit + 2]
+                right = [half * hidden + (hidden + 1) // 2 + unit
+                         for half, some in enumerate((first, second)) for unit in some]  # fmt: skip
+                full.project_out.weight[:, right] = 0
+            small = without(model, {name: [first, second]}).get_submodule(name)
+            x = torch.randn(1, 4, 6, 5)
+            assert small.dwconv3x3_1.out_channels == hidden - 2 * count
+            assert (full(x) - small(x)).abs().max() < 1e-6, (hidden, first, second)
+
+
+def preserved(h: int, smaller: int) -> int:
+    """The most weights of the second convolution that any way of taking channels out of an MSFN half with `h` channels
+    can keep in one with `smaller`: over all channels that stay and all their orders; of each output of the smaller one
+    all weights that come from one and the same output."""
+
+    def outputs(h: int) -> dict[tuple[str, int], int]:
+        z = [("p", i) for i in range(h)] + [("s", i) for i in range(h)]
+        return {channel: place // 2 for place, channel in enumerate(z)}
+
+    old, new = outputs(h), outputs(smaller)
+    most = 0
+    for kept in itertools.permutations(range(h), smaller):
+        counts: dict[int, dict[int, int]] = {}
+        for place, channel in enumerate(kept):
+            for branch in "ps":
+                sources = counts.setdefault(new[branch, place], {})
+                source = old[branch, channel]
+                sources[source] = sources.get(source, 0) + 1
+        most = max(most, sum(max(sources.values()) for sources in counts.values()))
+    return most
+
+
+@pytest.mark.parametrize("h", [3, 4, 5, 6, 7])
+def test_no_way_to_take_out_msfn_channels_keeps_more(h):
+    """Even: everything. Odd: all but one weight. To a width of the other parity: fewer."""
+    for smaller in range(h - 2, 1, -2):
+        assert preserved(h, smaller) == 2 * smaller - h % 2
+    assert preserved(h, h) == 2 * h
+    for other in range(h - 1, 2, -2):
+        assert preserved(h, other) < 2 * other - 1
+
+
+class KeptNorm(nn.Module):
+    """A LayerNorm over some of its channels; the others come out as zero."""
+
+    def __init__(self, norm: LayerNorm, kept: list[int]) -> None:
+        super().__init__()
+        self.norm, self.kept = norm, kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x[:, self.kept].movedim(1, -1)
+        chosen = F.layer_norm(chosen, chosen.shape[-1:], self.norm.weight[self.kept], self.norm.bias[self.kept])
+        out = torch.zeros_like(x)
+        out[:, self.kept] = chosen.movedim(-1, 1)
+        return out
+
+
+WIDTHS = {s.name: s for s in structures(network().config, ["width"])}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_channels_of_a_residual_path_go_with_all_that_reads_and_writes_them(name):
+    """Against the full network whose norms see only the channels that stay."""
+    model = network()
+    gone = {name: some(WIDTHS[name], 3)}
+    masked = zeroed(model, gone)
+    for place in WIDTHS[name].axes[0].places:
+        module, _, parameter = place.tensor.rpartition(".")
+        if ".norm" in module and parameter == "weight":
+            norm = masked.get_submodule(module)
+            dead = set(place.units[gone[name][0]].flatten().tolist())
+            kept = [i for i in range(len(norm.weight)) if i not in dead]
+            masked.set_submodule(module, KeptNorm(norm, kept))
+    assert difference(masked, without(model, gone)) < 1e-5
+
+
+class KeptAttention(nn.Module):
+    """Attention over some channels of each head, with the K of top-k that belong to so many."""
+
+    def __init__(
+        self, attention: TopKSparseAttention, ks: tuple[int, ...], rows: list[list[int]], columns: list[list[int]]
+    ):
+        super().__init__()
+        self.attention, self.ks, self.rows, self.columns = attention, ks, rows, columns
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.attention
+        B, _, H, W = x.shape
+        q, k, v = a.qkv_dwconv(a.qkv(x)).view(B, 3, a.heads, -1, H * W).unbind(1)
+        out = torch.zeros_like(v)
+        for h, (rows, columns) in enumerate(zip(self.rows, self.columns, strict=True)):
+            scores = F.normalize(q[:, h, rows], dim=-1) @ F.normalize(k[:, h, columns], dim=-1).mT * a.temperature[h]
+            for weight, count in zip(a.mix, self.ks, strict=True):
+                least = scores.topk(count).values[..., -1:]
+                kept = scores.masked_fill(scores < least, float("-inf"))
+                out[:, h, rows] += weight * kept.softmax(-1) @ v[:, h, columns]
+        return a.project_out(out.view(B, -1, H, W))
+
+
+def test_channels_of_heads_go_from_q_k_and_v():
+    """Against the full network whose attention looks only at those that stay. Not at once: where a selection of one
+    layer is close, the others would differ."""
+    model = network(16)
+    for structure in structures(model.config, ["heads"]):
+        if not structure.name.endswith("head_width"):
+            continue
+        gone = some(structure, 4)
+        masked = copy.deepcopy(model)
+        layer = structure.name.removesuffix(".head_width")
+        left = [[i for i in range(structure.units) if i not in units] for units in gone]
+        ks = model.config.kept(len(left[0]))
+        masked.set_submodule(layer, KeptAttention(masked.get_submodule(layer), ks, left[::2], left[1::2]))
+        assert difference(masked, without(model, {structure.name: gone})) < 1e-5, structure.name
+
+
+def grams_of(model: DRSformer) -> dict[str, Tensor]:
+    """As `compress.prune.importances` measures them, on one image."""
+    grams = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LayerNorm):
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: grams.update(
+                    {name: (x := args[0].movedim(1, 0).flatten(1).double()) @ x.T}  # C, C
+                )
+            )
+    with torch.no_grad():
+        model(image(16, 24))
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+    return grams
+
+
+@pytest.mark.parametrize("name", ["decoder_level3.width", "decoder_level2.width"])
+@torch.no_grad()
+def test_scale_of_norms_makes_up_for_dead_channels(name):
+    """Channels of a residual path whose weights are all zero, where the mean of the others is zero as well: then their
+    number is all that LayerNorm would miss."""
+    model = network()
+    structure, state = WIDTHS[name], model.state_dict()
+    dead = [0, 3, 5]
+    kept = [i for i in range(structure.units) if i not in dead]
+    for place in structure.axes[0].places:
+        if place.role == "writes":
+            state[place.tensor][dead] = 0
+            state[place.tensor][kept] -= state[place.tensor][kept].mean(0)
+        elif place.tensor.endswith("bias"):
+            state[place.tensor][dead] = 0
+    gone = {name: [dead]}
+    assert difference(model, without(model, gone, grams_of(model))) < 1e-5
+    assert difference(model, without(model, gone)) > 1e-3
+
+
+@torch.no_grad()
+def test_scale_of_norms_follows_the_variance_of_the_channels_that_stay():
+    model = network()
+    gone = {"decoder_level2.width": [[1, 2, 7]]}
+    seen = []
+    norm = model.get_submodule("decoder_level2.1.norm1")
+    handle = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    grams = grams_of(model)
+    handle.remove()
+    kept = [i for i in range(len(norm.weight)) if i not in gone["decoder_level2.width"][0]]
+    scale = (seen[0][:, kept].var(1, correction=0).mean() / seen[0].var(1, correction=0).mean()).sqrt()
+    found = without(model, gone, grams).get_submodule("decoder_level2.1.norm1").weight
+    assert (found - scale * norm.weight[kept]).abs().max() < 1e-5
+    assert abs(scale - 1) > 1e-3
+
+
+def test_every_tensor_of_a_network_has_its_axes():
+    """Taking one unit out of everything makes every tensor smaller but those that have nothing to lose."""
+    model = network()
+    gone = {s.name: [[0]] * len(s.axes) for s in structures(model.config) if s.kind in ("ffn", "width", "heads")
+            and not s.name.endswith("attn")}  # fmt: skip
+    before, after = model.state_dict(), without(model, gone).state_dict()
+    same = {name for name in before if before[name].shape == after[name].shape}
+    assert all(".mix." in name or "temperature" in name or "gate.2" in name or "gate.0.bias" in name for name in same)
+    assert set(KINDS) == {s.kind for s in structures(model.config)}
