@@ -1,0 +1,291 @@
+"""The stage `train` of `benchmarks.gpu`: a teacher and its students, in as many commands as it takes.
+
+The commands of the project do the work: `drsformer.train.fit` and `compress.distill`. This adds the programme, `PLANS`,
+a probe that measures how fast each form of a network trains here, and the way home in small files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from benchmarks import parts
+from benchmarks.harness import Row, Sheet, Stage, milliseconds, peak_memory, protected, synchronize
+from compress import distill
+from drsformer import checkpoint, train
+from drsformer.data import find_pairs
+from drsformer.evaluate import evaluate_model
+from drsformer.model import DRSformer
+from export.folding import DTYPES, live
+from runtime.cli import InputError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one network of the programme is trained.
+
+    network: by its name in `PRESETS`.
+    teacher: the plan whose network it learns from, or None.
+    recipe:  see `drsformer.train`.
+    rendered, dry: fractions of the patches.
+    dtype:   that its weights are kept in.
+    """
+
+    network: str
+    recipe: train.Recipe
+    teacher: str | None = None
+    rendered: float = 0.6
+    dry: float = 0.05
+    dtype: Literal["fp16", "bf16"] = "fp16"
+
+
+def _recipe(**changes: Any) -> train.Recipe:
+    common: dict[str, Any] = dict(constant=0, warmup=200, lr=4e-4, batch=8, patch=128, clip=0.1, ema=0.999)
+    return train.Recipe(**common | changes)
+
+
+PLANS = {
+    "teacher": Plan("drsformer-m", _recipe(iterations=6000, lr=5e-4), dtype="bf16"),
+    "start-s": Plan("drsformer-s", _recipe(iterations=4000, lr=1.2e-3)),
+    "student-s": Plan("drsformer-s", _recipe(iterations=4000), "teacher"),
+    "student-xs": Plan("drsformer-xs", _recipe(iterations=4000), "teacher"),
+    "tiny-teacher": Plan("drsformer-tiny", _recipe(iterations=4, warmup=0, batch=2, patch=32)),
+    "tiny-student": Plan("drsformer-tiny", _recipe(iterations=4, warmup=0, batch=2, patch=32), "tiny-teacher"),
+}
+"""The programme; the tiny ones are for trying it out."""
+
+
+@dataclass(frozen=True)
+class Train(Stage):
+    """Train a network of the programme, or continue to, and send it home in small parts; or see what it would take.
+
+    Args:
+        recipe: Which one, see PLANS; with --probe several.
+        data: Folder of rain data, such as benchmarks.pack unpacks.
+        run_dir: Folder of the run, which stays on this machine.
+        iterations: Instead of those of the recipe; the learning rate falls over all of them.
+        batch: Instead of that of the recipe.
+        patch: Instead of that of the recipe.
+        workers: Processes that cut patches.
+        init: Checkpoint to start from.
+        teacher: Checkpoint of the teacher, instead of what its recipe left in --run-dir.
+        readable: Train through the readable form instead of the folded one.
+        compile: Compile block by block.
+        cuda_graph: Replay the passes of a step from a CUDA graph.
+        channels_last: Keep tensors in NHWC order.
+        probe: Only measure how fast each form trains, and how fast patches are cut.
+        steps: Of a probe, for each form, after as many to warm up.
+        state_limit_mb: Send the state to continue from as well, where it is no larger than this.
+    """
+
+    recipe: tuple[str, ...] = ("teacher",)
+    data: Path | None = None
+    run_dir: Path = Path("runs")
+    iterations: int | None = None
+    batch: int | None = None
+    patch: int | None = None
+    workers: int = 14
+    init: Path | None = None
+    teacher: Path | None = None
+    readable: bool = False
+    compile: bool = False
+    cuda_graph: bool = True
+    channels_last: bool = True
+    probe: bool = False
+    steps: int = 20
+    state_limit_mb: float = 0.0
+
+    def plan(self, name: str) -> Plan:
+        """With the changes that were asked for."""
+        if name not in PLANS:
+            raise InputError(f"--recipe: expected one of {', '.join(PLANS)}, found {name}")
+        given = {key: getattr(self, key) for key in ("iterations", "batch", "patch") if getattr(self, key) is not None}
+        recipe = dataclasses.replace(PLANS[name].recipe, **given)
+        return dataclasses.replace(PLANS[name], recipe=recipe)
+
+    def measure(self) -> Row:
+        sheet = self.sheet()
+        folder = self.data
+        for name in self.recipe:
+            plan = self.plan(name)
+            if self.probe:
+                self.probe_forms(sheet, name, plan)
+                if folder:
+                    key = f"probe {name}: patches of {plan.recipe.patch} cut by {self.workers} workers"
+                    sheet.measure(key, functools.partial(self.probe_loader, plan, folder))
+            elif folder is None:
+                raise InputError("--data: expected rain data to train on, found none")
+            else:
+                self.train(sheet, name, plan, folder)
+        return sheet.summary()
+
+    # What it would take.
+
+    def probe_forms(self, sheet: Sheet, name: str, plan: Plan) -> None:
+        forms = [
+            (form, compiled, last)
+            for compiled in (True, False)
+            for form in ("live", "readable")
+            for last in (True, False)
+        ]
+        for form, compiled, last in forms:
+            parts = [form, "compiled" if compiled else "eager", "NHWC" if last else "NCHW"]
+            key = f"probe {name} {' '.join(parts)} batch {plan.recipe.batch} patch {plan.recipe.patch}"
+            sheet.measure(key, functools.partial(self.probe_form, sheet.device, plan, form, compiled, last))
+
+    def probe_form(self, device: torch.device, plan: Plan, form: str, compiled: bool, last: bool) -> Row:
+        """Steps as `drsformer.train.fit` makes them, on random patches, in bf16."""
+        torch.compiler.reset()
+        torch.backends.cudnn.benchmark = True
+        row: Row = {}
+        layout = torch.channels_last if last else torch.contiguous_format
+        made = live if form == "live" else lambda network: network
+
+        def place(network: DRSformer) -> DRSformer:
+            network = made(network.to(device).to(memory_format=layout)).to(device)  # pyright: ignore[reportCallIssue]
+            if compiled:
+                train.compile_blocks(network)
+            return network
+
+        network = train.fresh(plan.network).to(device)
+        stepped, loss = place(network), train.l1_loss
+        if plan.teacher:
+            loss = distill.Distillation(place(train.fresh(PLANS[plan.teacher].network)), network, distill.Terms())
+        optimizer = torch.optim.AdamW(network.parameters(), 1e-5, fused=device.type == "cuda")
+        shape = plan.recipe.batch, 3, plan.recipe.patch, plan.recipe.patch
+        rainy, clean = (torch.rand(shape, device=device).contiguous(memory_format=layout) for _ in range(2))
+
+        def step() -> None:
+            with torch.autocast(device.type, torch.bfloat16):
+                terms = loss(stepped, rainy, clean)
+            torch.stack(list(terms.values())).sum().backward()
+            nn.utils.clip_grad_norm_(network.parameters(), plan.recipe.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        started = time.monotonic()
+        with peak_memory(device, row):
+            step()
+            synchronize(device)
+            row["first step s"] = round(time.monotonic() - started, 1)
+            milliseconds(device, step, self.steps)
+            ms = statistics.median(milliseconds(device, step, self.steps))
+        return {"steps/s": 1000 / ms, "patches/s": 1000 * plan.recipe.batch / ms, "ms": ms, **row}
+
+    def probe_loader(self, plan: Plan, folder: Path) -> Row:
+        """Batches that no network waits for, over some seconds after the first."""
+        patches = train.Patches(*self.sources(plan, folder))
+        patches.warm_up(False)
+        size = plan.recipe.batch
+        numbers = [list(range(i * size, (i + 1) * size)) for i in range(10_000)]
+        loader = torch.utils.data.DataLoader(patches, batch_sampler=numbers, num_workers=self.workers)
+        batches = iter(loader)
+        next(batches)
+        started, count = time.monotonic(), 0
+        while time.monotonic() - started < self.steps / 4:
+            next(batches)
+            count += 1
+        return {
+            "patches/s": count * size / (time.monotonic() - started),
+            "steps/s": count / (time.monotonic() - started),
+        }
+
+    # Doing it.
+
+    def sources(self, plan: Plan, folder: Path) -> tuple[Any, ...]:
+        """The arguments of `Patches`."""
+        material = self.material(plan, folder)
+        folders = [find_pairs(place) for place in pair_folders(folder, "train")]
+        return folders, plan.recipe, material.clean, material.streaks, material.rendered, material.dry
+
+    def material(self, plan: Plan, folder: Path) -> train.Material:
+        clean, streaks = ((folder / name) if (folder / name).is_dir() else None for name in ("clean", "streaks"))
+        return train.Material(validate=pair_folders(folder, "val"), validate_limit=4, clean=clean, streaks=streaks,
+                              rendered=plan.rendered, dry=plan.dry)  # fmt: skip
+
+    def train(self, sheet: Sheet, name: str, plan: Plan, folder: Path) -> None:
+        """Train as long as time allows, score what came out on all validation pairs, and split it."""
+        run = self.run_dir / name
+        reserve = 60 if sheet.device.type == "cuda" else 0  # for scores and parts
+        minutes = max(0.0, (sheet.seconds_left() - reserve) / 60)
+        options = {
+            "output": run,
+            "data": pair_folders(folder, "train"),
+            "material": self.material(plan, folder),
+            "recipe": plan.recipe,
+            "hardware": train.Hardware(
+                accelerator=cast("Any", sheet.device.type), devices="1", workers=self.workers,
+                precision="bf16-mixed", channels_last=self.channels_last, compile=self.compile,
+                cuda_graph=self.cuda_graph and sheet.device.type == "cuda",
+            ),
+            "cadence": train.Cadence(validate_every=max(1, plan.recipe.iterations // 4),
+                                     log_every=max(1, plan.recipe.iterations // 200), save_minutes=2, minutes=minutes),
+        }  # fmt: skip
+
+        def work() -> Row:
+            if plan.teacher:
+                teacher = self.teacher or self.run_dir / plan.teacher / "last.safetensors"
+                student = str(self.init) if self.init else plan.network
+                result = distill.distill(teacher=teacher, student=student, **options)
+            else:
+                result = self.fit(plan, **options)
+            return {"finished": result.get("finished", True), **self.send(sheet.device, run, name, plan, folder)}
+
+        row = protected(sheet.device, work)
+        sheet.put(f"train {name}", {"iterations": plan.recipe.iterations, **row})
+
+    def fit(self, plan: Plan, output: Path, data: list[Path], material: train.Material, recipe: train.Recipe,
+            hardware: train.Hardware, cadence: train.Cadence) -> Row:  # fmt: skip
+        """As `drsformer.train.train`, which does not know the folded form."""
+        patches = train.Patches([find_pairs(place) for place in data], recipe, material.clean, material.streaks,
+                                material.rendered, material.dry)  # fmt: skip
+        torch.manual_seed(recipe.seed)
+        start = checkpoint.load(self.init) if self.init else None
+        network = start.model.train() if start else train.fresh(plan.network)
+        parent = start.sha256 if start else None
+        options = {"network": None if start else plan.network, "parent": parent, "data": material.sources(*data),
+                   **material.options(), **dataclasses.asdict(recipe), "precision": hardware.precision}  # fmt: skip
+        earlier = start.provenance.get("steps", []) if start else []
+        provenance = {"trained_on": options["data"], "parent": parent,
+                      "steps": [*earlier, {"command": "benchmarks.gpu train", "options": options}]}  # fmt: skip
+        form = (lambda network: network) if self.readable else live
+        return train.fit(hardware.fabric(output), network, patches, recipe, train.Run(output, options, provenance),
+                         form=form, validate=material.validation(), hardware=hardware, cadence=cadence)  # fmt: skip
+
+    def send(self, device: torch.device, run: Path, name: str, plan: Plan, folder: Path) -> Row:
+        """Round the network of a run, score it on all validation pairs, and split it; returns the scores."""
+        trained = checkpoint.load(run / "last.safetensors")
+        rounded = run / f"{name}.safetensors"
+        checkpoint.save(rounded, trained.model, trained.provenance, DTYPES[plan.dtype])
+        network = checkpoint.load(rounded).model.to(device)
+        log = run / "log.jsonl"
+        row: Row = {"iteration": json.loads(log.read_text().splitlines()[-1])["iteration"]}
+        for place in pair_folders(folder, "val"):
+            scores = evaluate_model(network, find_pairs(place))
+            label = f"{place.parent.name}/{place.name}"
+            row |= {f"{label} PSNR": scores.psnr, f"{label} SSIM": scores.ssim, f"{label} images": scores.images}
+        provenance = {**trained.provenance, "scores": {key: value for key, value in row.items() if "/" in key}}
+        checkpoint.save(rounded, network, provenance, DTYPES[plan.dtype])
+        state = run / "state.pt"
+        extra = [state] if state.stat().st_size <= self.state_limit_mb * 1e6 else []
+        for stale in self.output.glob(f"{name}.[0-9][0-9]"):
+            stale.unlink()
+        parts.split(name, [rounded, log, *extra], self.output)
+        return row
+
+
+def pair_folders(folder: Path, split: str) -> list[Path]:
+    """The folders of pairs of a split, such as rain100l/train."""
+    found = sorted(path for path in folder.glob(f"*/{split}") if path.is_dir())
+    if not found:
+        raise InputError(f"{folder}: expected folders of pairs such as rain100l/{split}, found none")
+    return found
