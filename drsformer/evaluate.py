@@ -204,7 +204,7 @@ def _score_pairs(
             if derain:
                 image = derain(image)
                 row = _score(image, clean, protocol) | {f"input_{metric}": value for metric, value in row.items()}
-        except ValueError as error:
+        except (InputError, ValueError) as error:
             raise InputError(f"{pair.input}: {error}") from error
         if save:
             output = save / f"{pair.name}.png"

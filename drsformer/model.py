@@ -43,7 +43,7 @@ class LayerNorm(nn.Module):
 class TopKMask(nn.Module):
     """Marks the k largest scores of every row, for several k at once (the operator T_k of Eq. 6).
 
-    (B, n, d, d) scores -> (B, n, d, masks, d) bool: for every row one mask for each k. Exactly k entries of a row are
+    (..., 1, d) scores -> (..., masks, d) bool: each row of scores becomes one row for each k. Exactly k entries are
     marked, also among equal scores, as the index-scatter of the released code does. The marked sets are nested, so
     one top-k serves all.
     """
@@ -56,7 +56,7 @@ class TopKMask(nn.Module):
         largest = scores.topk(self.ks[-1], dim=-1).indices
         place = torch.arange(self.ks[-1], device=scores.device).expand(largest.shape)
         rank = torch.full_like(scores, self.ks[-1], dtype=torch.long).scatter(-1, largest, place)
-        return torch.stack([rank < k for k in self.ks], dim=-2)
+        return torch.cat([rank < k for k in self.ks], dim=-2)
 
 
 class TopKSparseAttention(nn.Module):
@@ -84,7 +84,7 @@ class TopKSparseAttention(nn.Module):
             out = scores.softmax(-1) @ v
         else:
             out = torch.zeros_like(v)
-            for weight, mask in zip(self.mix, self.topk(scores).unbind(-2), strict=True):
+            for weight, mask in zip(self.mix, self.topk(scores.unsqueeze(-2)).unbind(-2), strict=True):
                 out = out + weight * (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v)
         return self.project_out(out.view(B, -1, H, W))
 

@@ -36,11 +36,6 @@ BRIGHTEST = 90.0
 """Largest mean of a rendered layer; the heaviest layer found in Rain200H pairs has a mean of 87."""
 
 
-TURNED = 0.25
-"""Fraction of the rendered layers that are turned, by up to 60 degrees. In the pairs of the benchmarks rain falls near
-the vertical, and a network that saw nothing else leaves slanted streaks where they are."""
-
-
 def draw_streaks(rng: np.random.Generator, height: int, width: int) -> Layer:
     """A layer of streaks of one random direction, length, thickness, density and brightness.
 
@@ -88,15 +83,21 @@ def add_rain(clean: NDArray[np.uint8], layer: Layer) -> NDArray[np.uint8]:
 
 
 def make_layer(
-    rng: np.random.Generator, height: int, width: int, sources: list[LayerSource], strength: float | None = None
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    sources: list[LayerSource],
+    strength: float | None = None,
+    turned: float = 0.0,
 ) -> Layer:
     """The sum of layers from one of `sources`: light rain of one layer at strength 0 to heavy rain of four brighter
-    ones, mostly crossing, at strength 1; a random strength, more often light, where it is None. However much rain
-    there is, it brightens the image by `BRIGHTEST` on average at the most, so that something remains to be seen."""
+    ones, mostly crossing, at strength 1; a random strength, more often light, where it is None. A fraction `turned` of
+    the layers is turned by up to 60 degrees. However much rain there is, it brightens the image by `BRIGHTEST` on
+    average at the most, so that something remains to be seen."""
     strength = rng.random() ** 2 if strength is None else strength
     source = sources[int(rng.integers(len(sources)))]
     layers = [
-        turn(rng, source, height, width) if rng.random() < TURNED else source(rng, height, width)
+        turn(rng, source, height, width) if turned and rng.random() < turned else source(rng, height, width)
         for _ in range(1 + round(3 * strength))
     ]
     layer = sum(layers, np.zeros((height, width), np.float32)) * rng.uniform(0.7, 1.1 + 0.4 * strength)

@@ -130,7 +130,8 @@ class FoldedAttention(Folded):
             scale = scale.amin(1, keepdim=True).expand_as(scale)  # one for each head
             qkv, bias = qkv * _column(scale.flatten()), bias * scale.flatten()
             out = out / scale[2 * self.heads :, :1, None]
-        return {"qkv": qkv, "bias": bias, "dwconv": dwconv, "temperature": attention.temperature, "out": out}
+        temperature = attention.temperature.unsqueeze(-1)
+        return {"qkv": qkv, "bias": bias, "dwconv": dwconv, "temperature": temperature, "out": out}
 
     def compute(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, qkv: Tensor, bias: Tensor, dwconv: Tensor, temperature: Tensor, out: Tensor
@@ -145,16 +146,15 @@ class FoldedAttention(Folded):
         """What V (B, n*d, H*W) is multiplied with: the attention of all masks and the output projection. (B, C, n*d)"""
         with torch.autocast(q.device.type, enabled=False) if self.live else nullcontext():
             q, k = q.to(temperature.dtype), k.to(temperature.dtype)
-            length_q = torch.linalg.vector_norm(q, dim=(-2, -1)).clamp_min(1e-12).unsqueeze(-1)
-            length_k = torch.linalg.vector_norm(k, dim=(-2, -1)).clamp_min(1e-12).unsqueeze(-2)
-            product = (q.transpose(2, 3) @ k.permute(0, 1, 3, 4, 2)).sum(2)  # row by row of the image
-            scores = product / (length_q * length_k) * temperature  # B, n, d, d
+            length_q = torch.linalg.vector_norm(q, dim=(3, 4), keepdim=True).clamp_min(1e-12)  # B, n, d, 1, 1
+            k = k.permute(0, 1, 3, 4, 2)  # B, n, H, W, d
+            length_k = torch.linalg.vector_norm(k, dim=(2, 3), keepdim=True).clamp_min(1e-12)  # B, n, 1, 1, d
+            product = (q.transpose(2, 3) @ k).sum(2).unsqueeze(3)  # row by row of the image
+            scores = product / (length_q * length_k) * temperature  # B, n, d, 1, d
             if self.topk:
-                kept = torch.where(self.topk(scores), scores.unsqueeze(-2), float("-inf"))  # B, n, d, masks, d
-                attention = kept.softmax(-1).flatten(2, 3)
-            else:
-                attention = scores.softmax(-1)
-            return (out @ attention).transpose(1, 2).flatten(2)
+                scores = torch.where(self.topk(scores), scores, float("-inf"))  # B, n, d, masks, d
+            matrix = out @ scores.softmax(-1).flatten(2, 3)  # B, n, C, d
+            return matrix.flatten(1, 2) if self.heads == 1 else matrix.transpose(1, 2).flatten(2)
 
 
 class Arrange(nn.Module):
@@ -187,7 +187,7 @@ class FoldedFeedForward(Folded):
         h = ffn.dwconv3x3_1.out_channels
         first = (h + 1) // 2  # groups whose first channel is in p
         part = -(-first // ALIGNMENT) * ALIGNMENT
-        self.odd, self.convolutions = h % 2, 4 if h < IN_PARTS_BELOW else 1
+        self.part, self.odd, self.convolutions = part, h % 2, 4 if h < IN_PARTS_BELOW else 1
         # Where s begins in the first and in the second channels.
         self.starts = (first, h - first) if self.odd else (part, part)
         rows = [range(half * h + parity, (half + 1) * h, 2) for half in (0, 1) for parity in (0, 1)]
@@ -214,14 +214,14 @@ class FoldedFeedForward(Folded):
                 torch.maximum(inner, torch.maximum(_depthwise_bound(dw3, inner), _depthwise_bound(dw5, inner)))
             )
             weight, bias, inner = weight * _column(scale), bias * scale, inner * scale
-            parts, p, s = (
-                [part.unsqueeze(0) for part in whole.chunk(4)]
-                for whole in (scale, _depthwise_bound(dw3, inner), _depthwise_bound(dw5, inner))
-            )
+            scales = self.joined([scale[None]], [scale[None]])
+            bounds = self.joined([_depthwise_bound(dw3, inner)[None]], [_depthwise_bound(dw5, inner)[None]])
             factors = []
-            for half, (scales, largest) in enumerate(zip(self.joined(parts, parts), self.joined(p, s), strict=True)):
-                kernels = [kernel / _column(x[0]) for kernel, x in zip(pairs[half], scales, strict=True)]
-                first, second = (_depthwise_bound(kernel, x[0]) for kernel, x in zip(kernels, largest, strict=True))
+            for half in (0, 1):
+                kernels = [kernel / _column(x) for kernel, x in zip(pairs[half], scales[half], strict=True)]
+                first, second = (
+                    _depthwise_bound(kernel, x[0]) for kernel, x in zip(kernels, bounds[half], strict=True)
+                )
                 factors.append(_scale(first + second))
                 pairs[half] = [kernel * _column(factors[half]) for kernel in kernels]
             outputs = outputs / _column(torch.cat(factors))
@@ -239,8 +239,6 @@ class FoldedFeedForward(Folded):
             y = F.conv2d(x, tensors[f"weight_{i}"], tensors[f"bias_{i}"])
             p.append(F.relu(_depthwise(y, tensors[f"dw3_{i}"])))
             s.append(F.relu(_depthwise(y, tensors[f"dw5_{i}"])))
-        if self.convolutions == 1:
-            p, s = p[0].chunk(4, dim=1), s[0].chunk(4, dim=1)
         joined = [
             F.relu(_depthwise(first, tensors[f"pair_{half}_0"]) + _depthwise(second, tensors[f"pair_{half}_1"]))
             for half, (first, second) in enumerate(self.joined(p, s))
@@ -248,18 +246,20 @@ class FoldedFeedForward(Folded):
         return F.conv2d(torch.cat(joined, dim=1), tensors["out"])
 
     def joined(self, p: Sequence[Tensor], s: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """First and second channels of all groups for both halves, from four parts (B, part, ...) of p and of s."""
+        """First and second channels of all groups for both halves, from p and s in one piece or four parts."""
+        cuts = [[start, self.part - start] if start < self.part else [start] for start in self.starts * 2]
+        if len(p) == 1:
+            pieces = iter(p[0].split([size for cut in cuts for size in cut], dim=1))
+            before_and_after = [[next(pieces) for _ in cut] for cut in cuts]
+            s = s[0].chunk(4, dim=1)
+        else:
+            before_and_after = [x.split(cut, dim=1) if cut[1:] else [x] for x, cut in zip(p, cuts, strict=True)]
 
-        def join(first: Tensor, second: Tensor, start: int) -> Tensor:
-            if start == first.shape[1]:
-                return torch.cat([first, second], dim=1)
-            before, after = first.split([start, first.shape[1] - start], dim=1)
-            return torch.cat([before, second, after], dim=1)
+        def join(part: int, other: int) -> Tensor:
+            before, *after = before_and_after[part]
+            return torch.cat([before, s[other], *after], dim=1)
 
-        return [
-            (join(p[i], s[i + self.odd], self.starts[0]), join(p[i + 1], s[i + 1 - self.odd], self.starts[1]))
-            for i in (0, 2)
-        ]
+        return [(join(i, i + self.odd), join(i + 1, i + 1 - self.odd)) for i in (0, 2)]
 
 
 class FoldedExperts(nn.Module):

@@ -190,7 +190,7 @@ class ScoreProbe:
         self._engine = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
 
     def __call__(self, batch: NDArray[np.float32]) -> dict[str, Tensor]:
-        """Scores (1, heads, d, d) by layer, for what `runtime.ort.OrtSession.run` takes."""
+        """Scores (1, heads, d, 1, d) by layer, for what `runtime.ort.OrtSession.run` takes."""
         if not self.ks:
             return {}
         feed = to_image(batch)[None] if self._takes_images else batch
@@ -320,6 +320,10 @@ def export(
     opset = opset or (22 if precision == "bf16" else 20)
     if opset not in OPSETS:
         raise InputError(f"--opset: expected {OPSETS[0]} to {OPSETS[-1]}, found {opset}")
+    if precision == "bf16" and opset < 22:
+        raise InputError(f"--opset: expected at least 22, whose convolutions know bfloat16, found {opset}")
+    if precision != "fp32" and not fold:
+        raise InputError(f"--precision {precision}: the casts are placed in folding; leave --no-fold out")
     size = _fixed_size(height, width, io)
     trained = checkpoint.load(weights)
     with console.status("Exporting") as status:

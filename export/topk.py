@@ -43,8 +43,8 @@ class ThresholdMask(TopKMask):
 
     def forward(self, scores: Tensor) -> Tensor:
         largest = scores.topk(self.ks[-1], dim=-1).values
-        least = largest.index_select(-1, self.last)  # B, n, d, masks
-        return scores.unsqueeze(-2) >= least.unsqueeze(-1)
+        least = largest.index_select(-1, self.last)  # ..., 1, masks
+        return scores >= least.transpose(-2, -1)
 
 
 class RankMask(TopKMask):
@@ -54,9 +54,9 @@ class RankMask(TopKMask):
         place = torch.arange(scores.shape[-1], device=scores.device)
         earlier = place < place.unsqueeze(-1)  # d, d: the column comes before the row
         score, rival = scores.unsqueeze(-1), scores.unsqueeze(-2)
-        beaten = (rival > score) | ((rival == score) & earlier)  # B, n, d, d, d
+        beaten = (rival > score) | ((rival == score) & earlier)  # ..., 1, d, d
         rank = beaten.float().sum(-1)  # exact, and a sum of floats is what every runtime has
-        return torch.stack([rank < k for k in self.ks], dim=-2)
+        return torch.cat([rank < k for k in self.ks], dim=-2)
 
 
 PATTERNS: dict[Pattern, type[TopKMask]] = {"threshold": ThresholdMask, "scatter": TopKMask, "rank": RankMask}

@@ -24,6 +24,7 @@ Polygraphy runs the two, one image at a time, since it keeps all outputs of a ru
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -48,7 +49,7 @@ from export.report import Comparison, Crop, Validation, render
 from export.topk import count_flips, masks, scores_of
 from runtime.cli import InputError, main, progress, writing
 from runtime.images import list_images, read_rgb
-from runtime.manifest import Bundle, load
+from runtime.manifest import Bundle, Drift, load
 from runtime.ort import OrtSession
 from runtime.session import Derainer, Provider, Session
 from runtime.trt import TrtSession
@@ -64,7 +65,7 @@ class Engine(Session, Protocol):
     """A session that tells what its attention looked at.
 
     ks:          how many scores each mask keeps, by attention layer.
-    scores:      of the last run, by attention layer: (1, heads, d, d).
+    scores:      of the last run, by attention layer: (1, heads, d, 1, d).
     description: what it is, for people.
     """
 
@@ -159,6 +160,8 @@ def validate(
     report: Path | None = None,
     limit: int | None = None,
     provider: Provider = "auto",
+    record: bool = False,
+    sign: Path | None = None,
 ) -> Validation:
     """Compare a candidate with its reference on images, print what was found, and say whether it keeps the budget.
 
@@ -175,9 +178,13 @@ def validate(
         limit: Use only so many images, the first ones.
         provider: Where both run; auto is CUDA where there is one, else the CPU. With tensorrt the engine of a bundle is
             judged.
+        record: Write what was measured into the manifest of the bundle, if it keeps the budget.
+        sign: Private key, Ed25519 in PEM, to sign that manifest with.
     """
     if limit is not None and limit < 1:
         raise InputError(f"--limit: expected at least 1, found {limit}")
+    if record and not candidate.is_dir():
+        raise InputError(f"--record: expected a bundle as --candidate, found {candidate}")
     sources = _find(data)[:limit]
     if max_drop_db is not None and not isinstance(sources[0], Pair):
         raise InputError(f"--max-drop-db: {data} has no ground truth to measure a drop against; give --min-psnr")
@@ -194,7 +201,7 @@ def validate(
                 selections = _shared_selections(*engines)
                 flips = {layer: count_flips(ours[layer], theirs[layer], engines[0].ks[layer]) for layer in selections}
                 comparison = _compare(source.name, ours["restored"], theirs["restored"], target, flips, protocol)
-            except ValueError as error:
+            except (InputError, ValueError) as error:
                 raise InputError(f"{source.name}: {error}") from error
             images.append(comparison)
             if comparison.max_difference:
@@ -218,7 +225,25 @@ def validate(
             temporary.write_text(render(validation), encoding="utf-8")
         print(f"Report: {report}")
     print(validation.verdict)
+    judged = engines[1]
+    if record and validation.passed and isinstance(judged, (OnnxEngine, PlanEngine)):
+        _record(candidate, judged.path.name, judged.provider, data, protocol, validation, sign)
     return validation
+
+
+def _record(
+    folder: Path, file: str, provider: str, data: Path, protocol: str, validation: Validation, sign: Path | None
+) -> None:
+    """Put what was measured on a file of a bundle into its manifest, in place of what was on the same data."""
+    manifest = load(folder, sign).manifest
+    found = {**validation.summary(), "max_difference": max(image.max_difference for image in validation.images)}
+    drift = Drift(
+        file=file, provider=provider, data=f"{data.resolve().parent.name}/{data.resolve().name}",
+        protocol=protocol if "drop_db" in found else None,
+        **{field.name: found[field.name] for field in dataclasses.fields(Drift) if field.name in found},
+    )  # fmt: skip
+    others = (d for d in manifest.drift if (d.file, d.provider, d.data) != (drift.file, drift.provider, drift.data))
+    dataclasses.replace(manifest, drift=(*others, drift)).save(folder, sign)
 
 
 def _find(data: Path) -> list[Pair] | list[Path]:

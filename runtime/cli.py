@@ -25,8 +25,11 @@ console = Console(stderr=True)
 """Where progress and remarks go; results go to standard output."""
 
 
-class InputError(ValueError):
-    """Something the user gave cannot be used. The message is one line: expected, found, how to mend it."""
+class InputError(Exception):
+    """Something the user gave cannot be used. The message is one line: expected, found, how to mend it.
+
+    Not a ValueError, since tyro would catch one that an option's dataclass raises and draw a box around it.
+    """
 
 
 class GateError(RuntimeError):

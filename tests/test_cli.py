@@ -2,13 +2,30 @@
 
 import json
 import sys
+from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
+import tyro
 
 from runtime.cli import InputError, main, writing
 
 
-def divide(number: int, by: int = 2, remark: str | None = None) -> int:
+@dataclass(frozen=True)
+class Rounding:
+    digits: int = 0
+
+    def __post_init__(self) -> None:
+        if self.digits:
+            raise InputError(f"--digits: expected 0, found {self.digits}")
+
+
+def divide(
+    number: int,
+    by: int = 2,
+    remark: str | None = None,
+    rounding: Annotated[Rounding, tyro.conf.OmitArgPrefixes] = Rounding(),  # noqa: B008 - it is frozen
+) -> int:
     """Divide NUMBER."""
     if by == 0:
         raise InputError("expected a divisor,\nfound 0")
@@ -35,6 +52,8 @@ def test_mistakes_are_one_line_and_status_2(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: expected a divisor, found 0\n"
     assert command(monkeypatch, "--number", "8", "--by", "-1") == 2
     assert capsys.readouterr().err == "error: numbers.txt: No such file or directory\n"
+    assert command(monkeypatch, "--number", "8", "--digits", "1") == 2  # told while the arguments are still read
+    assert capsys.readouterr().err == "error: --digits: expected 0, found 1\n"
     for arguments in ((), ("--number", "eight"), ("--number", "8", "--bye", "1")):
         assert command(monkeypatch, *arguments) == 2
 

@@ -26,6 +26,7 @@ from tests.networks import fill, image
 
 CPU = Hardware(accelerator="cpu", devices="1")
 ALL = Terms(1.0, 1.0, 0.1, 0.1, 0.1)
+SHALLOW = {"depths": (0, 0, 0, 1)}
 ROOT = Path(__file__).parents[1]
 
 
@@ -52,6 +53,14 @@ def data(tmp_path) -> Path:
 def teacher(tmp_path) -> Path:
     checkpoint.save(tmp_path / "teacher.safetensors", network(), {"trained_on": ["x"]})
     return tmp_path / "teacher.safetensors"
+
+
+@pytest.fixture
+def shallow(tmp_path) -> tuple[Path, str]:
+    """A teacher and a student half as wide, of one block each."""
+    for name, width in (("tutor", 8), ("student", 4)):
+        checkpoint.save(tmp_path / f"{name}.safetensors", network(width, **SHALLOW), {"steps": [{"command": name}]})
+    return tmp_path / "tutor.safetensors", str(tmp_path / "student.safetensors")
 
 
 def terms_of(terms: Terms, student: DRSformer, clean: Tensor, teacher: DRSformer | None = None) -> dict[str, float]:
@@ -138,8 +147,8 @@ def go(output: Path, teacher: Path, student: str, data: Path, iterations: int = 
     return distill(output, teacher, student, [data], recipe=recipe, **options)
 
 
-def test_student_comes_closer_and_says_where_it_comes_from(data, teacher, tmp_path):
-    scores = go(tmp_path / "run", teacher, "drsformer-tiny", data, 30, recipe={"lr": 3e-3, "clip": 1.0},
+def test_student_comes_closer_and_says_where_it_comes_from(data, shallow, tmp_path):
+    scores = go(tmp_path / "run", *shallow, data, 30, recipe={"lr": 3e-3, "clip": 1.0},
                 material=Material([data]), terms=Terms(0.1, 1, 0.1, 0, 0.1))  # fmt: skip
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     for name in ("l1_teacher", "features", "frequency"):
@@ -147,18 +156,16 @@ def test_student_comes_closer_and_says_where_it_comes_from(data, teacher, tmp_pa
         assert np.mean(values[-5:]) < 0.8 * np.mean(values[:3]), name
     student = checkpoint.load(tmp_path / "run" / "last.safetensors")
     assert student.provenance["scores"] == scores
-    (step,) = student.provenance["steps"]
+    _, step = student.provenance["steps"]
     assert step["command"] == "compress.distill"
-    assert step["options"]["teacher"] == checkpoint.file_sha256(teacher)
+    assert step["options"]["teacher"] == checkpoint.file_sha256(shallow[0])
     assert (step["options"]["l1"], step["options"]["attention_levels"]) == (0.1, ["latent"])
     assert not any("adapter" in name for name in student.model.state_dict())
 
 
-def test_stopped_run_continues_exactly_with_its_adapter(data, tmp_path):
+def test_stopped_run_continues_exactly_with_its_adapter(data, shallow, tmp_path):
     """And the student may be a checkpoint, whose history goes on."""
-    for name, width in (("teacher", 8), ("student", 4)):
-        checkpoint.save(tmp_path / f"{name}.safetensors", network(width), {"steps": [{"command": name}]})
-    files = tmp_path / "teacher.safetensors", str(tmp_path / "student.safetensors"), data
+    files = *shallow, data
     go(tmp_path / "whole", *files)
     result = go(tmp_path / "parts", *files, cadence=Cadence(minutes=0))
     assert (result["iteration"], result["finished"]) == (1, False)
@@ -167,7 +174,7 @@ def test_stopped_run_continues_exactly_with_its_adapter(data, tmp_path):
     assert list(whole["loss"]) == ["adapter.weight"]
     assert torch.equal(whole["loss"]["adapter.weight"], parts["loss"]["adapter.weight"])
     fresh = torch.load(tmp_path / "whole" / "state.pt", weights_only=True)["optimizer"]["param_groups"][0]["params"]
-    assert len(fresh) == len(list(network(4).parameters())) + 1
+    assert len(fresh) == len(list(network(4, **SHALLOW).parameters())) + 1
     files = [(tmp_path / name / "last.safetensors").read_bytes() for name in ("whole", "parts")]
     assert files[0] == files[1]
     student = checkpoint.load(tmp_path / "whole" / "last.safetensors")
@@ -205,9 +212,8 @@ def test_compiled_student_and_teacher_are_tapped_too(monkeypatch):
     """Compiled block by block, with the tracing of torch.compile but without its code generation."""
     compile_block = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **k: compile_block(self, backend="eager", **k))
-    options = {"depths": (0, 0, 0, 1)}
-    readable, teacher = network(expansion=2.0, **options), live(network(**options))
-    plain = Distillation(live(network(**options)), readable, ALL)(live(readable), image(16, 16), image(16, 16, 1))
+    readable, teacher = network(expansion=2.0, **SHALLOW), live(network(**SHALLOW))
+    plain = Distillation(live(network(**SHALLOW)), readable, ALL)(live(readable), image(16, 16), image(16, 16, 1))
     student = live(readable)
     loss = Distillation(teacher, student, ALL)
     for part in (student, teacher):
@@ -245,10 +251,10 @@ def test_mistakes_end_with_status_2(data, teacher, tmp_path, options, message, m
     assert "Traceback" not in said
 
 
-def test_command_on_two_processes_prints_its_result_once(data, teacher, tmp_path):
-    words = ["--teacher", str(teacher), "--student", "drsformer-tiny", "--data", str(data), "--output",
+def test_command_on_two_processes_prints_its_result_once(data, shallow, tmp_path):
+    words = ["--teacher", str(shallow[0]), "--student", shallow[1], "--data", str(data), "--output",
              str(tmp_path / "run"), "--accelerator", "cpu", "--devices", "2", "--iterations", "2", "--patch", "16",
-             "--batch", "2", "--features", "1", "--attention", "1", "--minutes", "0"]  # fmt: skip
+             "--batch", "2", "--features", "1", "--minutes", "0"]  # fmt: skip
     command = [sys.executable, "-m", "compress.distill", *words]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

@@ -146,7 +146,7 @@ def test_wrong_input_shape_is_named(shape):
 def test_mask_marks_exactly_the_k_largest_also_among_ties():
     mask = TopKMask((1, 3, 5))
     scores = torch.tensor([[[[3.0, 1.0, 2.0, 5.0, 4.0], [7.0] * 5]]])
-    first, second, third = mask(scores).unbind(-2)
+    first, second, third = mask(scores.unsqueeze(-2)).unbind(-2)
     assert first[0, 0, 0].tolist() == [False, False, False, True, False]
     assert second[0, 0, 0].tolist() == [True, False, False, True, True]
     assert [m[0, 0, 1].sum().item() for m in (first, second, third)] == [1, 3, 5]

@@ -202,8 +202,9 @@ def test_ties_in_onnx_runtime(tmp_path, pattern):
     scores = torch.randint(4, (1, 2, 8, 8), generator=torch.Generator().manual_seed(0)).float()
     scores[0, 0, 0] = 1  # a flat row
     mask = PATTERNS[pattern](ks).eval()
-    torch.onnx.export(mask, (scores,), tmp_path / "mask.onnx", input_names=["scores"], verbose=False)
-    found = onnxruntime.InferenceSession(tmp_path / "mask.onnx").run(None, {"scores": scores.numpy()})[0]
+    rows = scores.unsqueeze(-2)
+    torch.onnx.export(mask, (rows,), tmp_path / "mask.onnx", input_names=["scores"], verbose=False)
+    found = onnxruntime.InferenceSession(tmp_path / "mask.onnx").run(None, {"scores": rows.numpy()})[0]
     ordered = scores.sort(dim=-1, descending=True, stable=True)
     for k, mask in zip(ks, np.moveaxis(found, -2, 0), strict=True):
         if pattern == "threshold":
@@ -257,6 +258,8 @@ def test_failed_proof_writes_nothing(everything, tmp_path, monkeypatch, differen
     [
         (dict(output=Path("model.pth")), "expected a name ending in .onnx, found model.pth"),
         (dict(opset=17), "expected 18 to 23, found 17"),
+        (dict(opset=21, precision="bf16"), "--opset: expected at least 22"),
+        (dict(fold=False, precision="fp16"), "leave --no-fold out"),
         (dict(height=64), "found only one"),
         (dict(height=64, width=60), "--width: expected a multiple of 8, found 60"),
         (dict(height=0, width=64), "--height: expected at least 1, found 0"),

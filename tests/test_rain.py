@@ -88,7 +88,7 @@ def test_some_layers_of_upright_streaks_are_slanted():
     bars = partial(cut_streaks, [np.tile(np.uint8([200, 200, 0, 0, 0, 0, 0, 0]), (8, 1))])
     angles = []
     for seed in range(200):
-        layer = make_layer(generator(seed), 48, 48, [bars], 0.0)
+        layer = make_layer(generator(seed), 48, 48, [bars], 0.0, turned=0.25)
         dy, dx = np.gradient(layer)
         angles.append(np.degrees(0.5 * np.arctan2(2 * (dx * dy).mean(), (dx**2 - dy**2).mean())))
     slanted = np.abs(angles) > 5

@@ -7,7 +7,7 @@ import torch
 
 from drsformer.config import DRSformerConfig, preset
 from drsformer.model import DRSformer, TopKMask
-from export.topk import PATTERNS, RankMask, ThresholdMask, count_flips, masks, scores_of, with_pattern
+from export.topk import PATTERNS, count_flips, masks, scores_of, with_pattern
 from tests.networks import fill, image
 
 KS = (6, 8, 9, 9)  # of 12; two masks may keep equally many
@@ -24,6 +24,11 @@ def by_definition(scores: torch.Tensor, ks: tuple[int, ...]) -> torch.Tensor:
     return torch.stack(masks, dim=-2)
 
 
+def marked(pattern: str, ks: tuple[int, ...], scores: torch.Tensor) -> torch.Tensor:
+    """(..., masks, d) for scores (..., d)."""
+    return PATTERNS[pattern](ks)(scores.unsqueeze(-2))
+
+
 def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert found.dtype == torch.bool
     assert found.shape == expected.shape
@@ -34,18 +39,18 @@ def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_patterns_agree_without_ties(pattern, seed):
     scores = random_scores(2, 3, 12, 12, seed=seed)
-    assert_equal(PATTERNS[pattern](KS)(scores), by_definition(scores, KS))
+    assert_equal(marked(pattern, KS, scores), by_definition(scores, KS))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_width_of_one_keeps_its_only_score(pattern):
-    mask = PATTERNS[pattern]((1,))(random_scores(1, 5, 1, 1))
+    mask = marked(pattern, (1,), random_scores(1, 5, 1, 1))
     assert mask.all()
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_k_of_all_keeps_all(pattern):
-    half, everything = PATTERNS[pattern]((6, 12))(random_scores(1, 2, 12, 12)).unbind(-2)
+    half, everything = marked(pattern, (6, 12), random_scores(1, 2, 12, 12)).unbind(-2)
     assert (half.sum(-1) == 6).all()
     assert everything.all()
 
@@ -54,8 +59,10 @@ def test_k_of_all_keeps_all(pattern):
 def test_constant_rows(dtype):
     """A flat image: the threshold keeps all, scatter exactly k, rank the first k."""
     scores = torch.full((1, 2, 12, 12), 0.25, dtype=dtype)
-    assert ThresholdMask(KS)(scores).all()
-    for k, mask, first in zip(KS, TopKMask(KS)(scores).unbind(-2), RankMask(KS)(scores).unbind(-2), strict=True):
+    assert marked("threshold", KS, scores).all()
+    for k, mask, first in zip(
+        KS, marked("scatter", KS, scores).unbind(-2), marked("rank", KS, scores).unbind(-2), strict=True
+    ):
         assert (mask.sum(-1) == k).all()
         assert first[..., :k].all()
         assert not first[..., k:].any()
@@ -66,8 +73,8 @@ def test_ties_of_float16(seed):
     """Scores that float16 makes equal. What is above the k-th largest is kept by all three, nothing below it by any."""
     scores = (0.01 * random_scores(1, 4, 48, 48, seed=seed) + 1).half()
     ks = (24, 32, 36, 38)
-    assert_equal(RankMask(ks)(scores), by_definition(scores, ks))
-    threshold, scatter, rank = (PATTERNS[p](ks)(scores).unbind(-2) for p in ("threshold", "scatter", "rank"))
+    assert_equal(marked("rank", ks, scores), by_definition(scores, ks))
+    threshold, scatter, rank = (marked(p, ks, scores).unbind(-2) for p in ("threshold", "scatter", "rank"))
     assert any((t.sum(-1) > k).any() for t, k in zip(threshold, ks, strict=True)), "no ties to speak of"
     for k, t, s, r in zip(ks, threshold, scatter, rank, strict=True):
         kth = scores.sort(-1, descending=True).values[..., k - 1, None]
@@ -80,7 +87,7 @@ def test_ties_of_float16(seed):
 
 def test_known_tie():
     scores = torch.tensor([0.5, 0.9, 0.5, 0.1, 0.5])
-    threshold, rank = (mask((2,))(scores).squeeze(-2) for mask in (ThresholdMask, RankMask))
+    threshold, rank = (marked(p, (2,), scores).squeeze(-2) for p in ("threshold", "rank"))
     assert threshold.tolist() == [True, True, True, False, True]
     assert rank.tolist() == [True, True, False, False, False]
 
@@ -109,7 +116,7 @@ def test_scores_are_those_that_the_masks_see():
     with scores_of(network) as scores:
         network(image(32, 40))
     assert list(scores) == list(masks(network))
-    assert scores["latent.0.attn"].shape == (1, 4, 16, 16)
+    assert scores["latent.0.attn"].shape == (1, 4, 16, 1, 16)
     seen = scores["latent.0.attn"].clone()
     network(image(32, 40, seed=1))  # outside the block nothing is noted
     assert torch.equal(scores["latent.0.attn"], seen)
