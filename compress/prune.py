@@ -68,7 +68,7 @@ def importances(
                (Molchanov et al., arXiv 1906.10771, with weights taken together unit by unit).
     fisher:    the same squared, the second-order term where the Hessian is taken to be Fisher's matrix.
     magnitude: the part of its tensors' energy that the unit has: the geometric mean of that of the weights that write
-               into it and of those that read it.
+               into it and of those that read it. All blocks count alike, since a block has all of its tensors.
 
     With the first two, magnitude decides among units that no patch made use of.
 
@@ -197,7 +197,7 @@ def choose(
     def offer(name: str, target: Target) -> tuple[float, float, str, int, DRSformerConfig] | None:
         """Loss for what is saved, then the greater saving first; with the number of units that stay."""
         structure = by_name[name]
-        units = structure.fewer(left[name], round_to)
+        units = structure.fewer(left, round_to)
         if name in frozen or units is None:
             return None
         smaller = config_without(network_config, found, narrowed(structure, units))
@@ -467,8 +467,8 @@ def prune(
 ) -> Pruned | None:
     """Prune a checkpoint, or measure how it takes it.
 
-    Raises InputError for arguments or files that cannot be used, GateError where a target cannot be met; nothing is
-    written then.
+    Raises InputError for arguments or files that cannot be used, GateError where a target cannot be met; no checkpoint
+    is written then. A network that misses only the measured --latency is written, and what was measured is told.
 
     Args:
         weights: Checkpoint, .safetensors or the authors' .pth.
@@ -502,6 +502,8 @@ def prune(
         if value < 1:
             raise InputError(f"--{name}: expected at least 1, found {value}")
     height_width, folders, trained = parse_size(size), [find_pairs(folder) for folder in data], checkpoint.load(weights)
+    if not structures(trained.model.config, scope):
+        raise InputError(f"--scope {' '.join(scope)}: expected kinds that {weights} has, found none; widen the scope")
     images = [pair for folder in folders for pair in folder[:limit]]
     cut = Patches(folders, Recipe(patch=patch))
     patches = [cut[number] for number in range(samples)]
@@ -549,7 +551,8 @@ def _prune_to_latency(
     others: Sequence[Target],
     narrow: Callable[[Sequence[Target]], DRSformer],
 ) -> tuple[DRSformer, tuple[Latency, Latency]]:
-    """Prune to a part of the milliseconds by estimate, measure, and correct the estimate by what was found."""
+    """Prune to a part of the milliseconds by estimate, measure, and correct the estimate by what was found. Where there
+    are other targets it may end below."""
     estimate = latency_model(network.config, size)
     bound = latency * estimate(network.config)
     whole, attempts = ship(network, size), []
@@ -557,7 +560,8 @@ def _prune_to_latency(
         pruned = narrow([*others, Target("latency", estimate, min(bound, estimate(network.config)))])
         before, after = time_sessions([whole, ship(pruned, size)], size)
         ratio = after.ms / before.ms
-        attempts.append((abs(ratio / latency - 1), pruned, (before, after)))
+        off = ratio / latency - 1
+        attempts.append((max(0.0, off) if others else abs(off), pruned, (before, after)))
         if attempts[-1][0] <= NEAR:
             break
         bound *= latency / ratio

@@ -16,9 +16,10 @@ nothing. Two kinds cannot be exact, whatever the weights, and their slices are t
 a channel of the residual path that is always zero still counts in the mean of LayerNorm (its scale is corrected, see
 `without`), and a channel of K that is zero still has a score, 0, and K of top-k follows the number of channels.
 
-The indices are followed through the network by hand, which a topology that the config keeps regular makes short. The
-dependency graph of torch-pruning 1.6 cannot follow them: it takes pixel-shuffles for operations on single channels, so
-that it joins channel 3 of a convolution with channel 3 behind it instead of 12 to 15, and with no error.
+The indices are followed through the network by hand: the config keeps the topology regular, which makes that short. A
+dependency graph was tried. torch-pruning 1.6.1 treats PixelUnshuffle and PixelShuffle as element-wise, with no error:
+channel 3 of down1_2.conv becomes channel 3 of encoder level 2 instead of 12 to 15, and behind up2_1 the concatenation
+gets no offset.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ import functools
 import json
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from drsformer.model import DRSformer, expert
 
 Kind = Literal["ffn", "heads", "experts", "width", "depth"]
 
-KINDS: tuple[Kind, ...] = ("ffn", "heads", "experts", "width", "depth")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 LEVELS: dict[str, tuple[str | int, ...]] = {
     "encoder_level1": ("encoder", 0),
@@ -95,7 +96,8 @@ class Structure:
     path:    where in the config, as dicts and lists.
     axes:    what has this length; of each the least important units go, as many of one as of the other.
     unit:    what a unit counts in the number.
-    aligned: (per unit, beyond): with n units left, n * per unit + beyond is the width that should fit vectors.
+    aligned: (per unit, beyond): with n units left, n * per unit + beyond is the width that should fit vectors. In place
+             of per unit, the name of another structure stands for as many units as that has left.
     least:   how many units have to stay.
     """
 
@@ -104,17 +106,19 @@ class Structure:
     path: tuple[str | int, ...]
     axes: tuple[Axis, ...]
     unit: int = 1
-    aligned: tuple[int, int] = (1, 0)
+    aligned: tuple[int | str, int] = (1, 0)
     least: int = 1
 
     @property
     def units(self) -> int:
         return self.axes[0].units
 
-    def fewer(self, left: int, round_to: int) -> int | None:
-        """The next number of units below `left`, or None where there is none."""
+    def fewer(self, left: Mapping[str, int], round_to: int) -> int | None:
+        """The next number of units below what is left of it, or None where there is none."""
         scale, beyond = self.aligned
-        return next((n for n in range(left - 1, self.least - 1, -1) if (n * scale + beyond) % round_to == 0), None)
+        each = left[scale] if isinstance(scale, str) else scale
+        numbers = range(left[self.name] - 1, self.least - 1, -1)
+        return next((n for n in numbers if (n * each + beyond) % round_to == 0), None)
 
 
 Gone = Mapping[str, Sequence[Sequence[int]]]
@@ -129,7 +133,7 @@ def structures(config: DRSformerConfig, scope: Iterable[Kind] = KINDS) -> list[S
         for i, block in enumerate(blocks):
             name, place = f"{module}.{i}", (*path, "blocks", i)
             found += _attention(f"{name}.attn", place, block)
-            found.append(FEED_FORWARDS[config.feed_forward](f"{name}.ffn", (*place, "hidden"), block.hidden))
+            found.append(_feed_forward(config.feed_forward, f"{name}.ffn", (*place, "hidden"), block.hidden))
         if blocks:
             found.append(_depth(module, (*path, "blocks"), blocks, config.feed_forward))
     for module, width in (("mefc_early", config.encoder[0].width), ("mefc_late", config.decoder[2].width)):
@@ -168,13 +172,13 @@ def _attention(name: str, path: tuple[str | int, ...], block: BlockConfig) -> It
         Place(f"{name}.temperature", 0, _each(heads)),
         Place(f"{name}.project_out.weight", 1, q, "reads"),
     ))  # fmt: skip
-    yield Structure("heads", name, (*path, "heads"), (whole,), 1, ANY)
+    yield Structure("heads", name, (*path, "heads"), (whole,), 1, (f"{name}.head_width", 0))
     axes = []
     for h in range(heads):
         q, k, v = (_each(d, part * inner + h * d) for part in range(3))
         axes.append(Axis(d, (*rows(q, False), Place(f"{name}.project_out.weight", 1, q, "reads"))))
         axes.append(Axis(d, (*rows(k, False), *rows(v, True, True))))  # a channel of K counts by the V that it lets in
-    yield Structure("heads", f"{name}.head_width", (*path, "head_width"), tuple(axes), 1, (heads, 0))
+    yield Structure("heads", f"{name}.head_width", (*path, "head_width"), tuple(axes), 1, (name, 0))
 
 
 def _msfn(name: str, path: tuple[str | int, ...], h: int) -> Structure:
@@ -210,33 +214,16 @@ def _msfn(name: str, path: tuple[str | int, ...], h: int) -> Structure:
     return Structure("ffn", name, path, tuple(axes), 2, (1, odd))
 
 
-def _gdfn(name: str, path: tuple[str | int, ...], h: int) -> Structure:
-    both = torch.cat([_each(h), _each(h, h)], dim=1)
-    return _plain_feed_forward(name, path, h, both, ("dwconv",))
-
-
-def _dfn(name: str, path: tuple[str | int, ...], h: int) -> Structure:
-    return _plain_feed_forward(name, path, h, _each(h), ("dwconv",))
-
-
-def _fn(name: str, path: tuple[str | int, ...], h: int) -> Structure:
-    return _plain_feed_forward(name, path, h, _each(h), ())
-
-
-def _plain_feed_forward(
-    name: str, path: tuple[str | int, ...], h: int, rows: Tensor, between: tuple[str, ...]
-) -> Structure:
+def _feed_forward(kind: str, name: str, path: tuple[str | int, ...], h: int) -> Structure:
+    if kind == "msfn":
+        return _msfn(name, path, h)
+    rows = torch.cat([_each(h), _each(h, h)], dim=1) if kind == "gdfn" else _each(h)
     axis = Axis(h, (
         Place(f"{name}.project_in.weight", 0, rows, "writes"),
-        *(Place(f"{name}.{layer}.weight", 0, rows) for layer in between),
+        *(Place(f"{name}.{layer}.weight", 0, rows) for layer in ("dwconv",) if kind != "fn"),
         Place(f"{name}.project_out.weight", 1, _each(h), "reads"),
     ))  # fmt: skip
     return Structure("ffn", name, path, (axis,))
-
-
-FEED_FORWARDS: dict[str, Callable[[str, tuple[str | int, ...], int], Structure]] = {
-    "msfn": _msfn, "gdfn": _gdfn, "dfn": _dfn, "fn": _fn,
-}  # fmt: skip
 
 
 def _depth(module: str, path: tuple[str | int, ...], blocks: Sequence[BlockConfig], feed_forward: str) -> Structure:

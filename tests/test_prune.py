@@ -16,8 +16,8 @@ from torch import Tensor
 
 from compress import cost
 from compress import prune as pruning
-from compress.prune import Target, importances, latency_model, prune, prune_network
-from compress.structures import KINDS, LEVELS, level_of, structures
+from compress.prune import Target, choose, importances, latency_model, prune, prune_network
+from compress.structures import KINDS, LEVELS, config_without, level_of, structures
 from drsformer import checkpoint
 from drsformer.config import DRSformerConfig, MEFCConfig, preset
 from drsformer.data import find_pairs
@@ -120,6 +120,18 @@ def test_widths_end_where_vectors_do():
             assert block.heads * block.head_width % 4 == 0
 
 
+def test_heads_and_their_channels_end_where_vectors_do_together():
+    config, rng = DRSformerConfig.regular(16, (1, 1, 1, 1), (2, 4, 4, 8)), torch.Generator().manual_seed(0)
+    found = structures(config, ["heads"])
+    scores = {s.name: [torch.rand(axis.units, generator=rng) * (1 if s.name.endswith("attn") else 0.2)
+                       for axis in s.axes] for s in found}  # fmt: skip
+    goal = Target("macs", cost.macs, 0.85 * cost.macs(config))
+    after = config_without(config, found, choose(config, found, scores, [goal], {"macs": 0}, round_to=8))
+    blocks = [(level_of(config, module).blocks[0], level_of(after, module).blocks[0]) for module in LEVELS]
+    assert any(now.heads < was.heads and now.head_width < was.head_width for was, now in blocks)
+    assert all(now.heads * now.head_width % 8 == 0 for _, now in blocks)
+
+
 def test_first_order_importance_is_the_slope_of_the_loss():
     """Scaling what reads a unit by 1 - t changes the loss by t times its importance, for a small t."""
     model = network().double().requires_grad_(False)
@@ -185,7 +197,7 @@ def grown_and_pruned() -> tuple[DRSformer, DRSformer, DRSformer]:
     shipped = checkpoint.load(SHIPPED).model
     full = preset("drsformer")
     larger = grow(shipped, tuple(len(level.blocks) for level in (*full.encoder, full.latent)), hidden=3)
-    dry = read_rgb(ROOT / "docs" / "photographs" / "coffee.jpg")[64:128, 96:160]
+    dry = read_rgb(ROOT / "docs" / "photographs" / "coffee.jpg")[64:96, 96:128]
     wet = add_rain(dry, draw_streaks(np.random.default_rng(3), *dry.shape[:2]))
     patch = tuple(torch.from_numpy(each.transpose(2, 0, 1) / np.float32(255)) for each in (wet, dry))
     goal = Target("macs", cost.macs, cost.macs(shipped.config))
@@ -202,7 +214,7 @@ def test_shipped_network_grown_to_full_depth_is_pruned_back(grown_and_pruned, da
 
 def test_the_same_on_a_real_pair(grown_and_pruned, real_data):
     rainy, clean = find_pairs(real_data / "rain100l" / "val")[0].load()
-    same_restoration(*grown_and_pruned[1:], rainy[:160, :160], clean[:160, :160])
+    same_restoration(*grown_and_pruned[1:], rainy[:96, :96], clean[:96, :96])
 
 
 def same_restoration(larger: DRSformer, pruned: DRSformer, rainy: np.ndarray, clean: np.ndarray) -> None:
@@ -247,17 +259,23 @@ def test_latency_is_estimated_from_parts(monkeypatch):
     assert estimate(pruned.config) / estimate(model.config) == pytest.approx(ratio, rel=0.03)
 
 
-def test_command_prunes_to_a_latency_that_the_parts_do_not_add_up_to(tmp_path, data, monkeypatch):
+@pytest.mark.parametrize(("macs", "measured"), [(None, 2), (0.5, 1)])
+def test_command_prunes_to_a_latency_that_the_parts_do_not_add_up_to(tmp_path, data, monkeypatch, macs, measured):
+    """In a second attempt; but where another target takes it below at once, that is all."""
+    calls = []
+
     def late(networks, size):
+        calls.append(networks)
         return [cost.Latency(*[latency.ms + 400] * 3, 1) for latency in by_macs(networks, size)]
 
     monkeypatch.setattr(pruning, "time_networks", by_macs)
     monkeypatch.setattr(pruning, "time_sessions", late)
     monkeypatch.setattr(pruning, "ship", lambda network, size: network)
     checkpoint.save(tmp_path / "w.safetensors", network(), {})
-    pruned = prune(tmp_path / "w.safetensors", [data], tmp_path / "p.safetensors", latency=0.8, importance="magnitude",
-                   round_to=2, rounds=1, samples=1, patch=16, limit=1, size="64x64")  # fmt: skip
-    assert pruned.summary()["ratio"]["latency"] == pytest.approx(0.8, rel=0.02)
+    pruned = prune(tmp_path / "w.safetensors", [data], tmp_path / "p.safetensors", macs=macs, latency=0.8, rounds=1,
+                   importance="magnitude", round_to=2, samples=1, patch=16, limit=1, size="64x64")  # fmt: skip
+    assert (0 if macs else 0.784) <= pruned.summary()["ratio"]["latency"] <= 0.816
+    assert len(calls) == measured
 
 
 def test_sensitivity_is_written_as_table_and_plot(tmp_path, data, monkeypatch):
@@ -300,6 +318,7 @@ def test_target_out_of_reach_says_why_and_writes_nothing(tmp_path, data):
         ({"macs": 0.5, "patch": 20}, "--patch"),
         ({"macs": 0.5, "size": "20x20"}, "--size"),
         ({"macs": 0.5, "scope": ()}, "--scope"),
+        ({"macs": 0.5, "scope": ("experts",)}, "--scope experts: expected kinds that"),
         ({"macs": 0.5, "data": []}, "--data"),
         ({"macs": 0.5, "data": [Path("nowhere")]}, "nowhere"),
         ({"macs": 0.5, "weights": Path("nowhere.safetensors")}, "no such checkpoint"),
