@@ -10,17 +10,19 @@ DEMO := demo
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# From the shipped checkpoint to a proven ONNX model and derained images, without a GPU.
+# From the shipped checkpoint to a proven ONNX model, a TensorRT engine and derained images, without a GPU.
 demo: .venv/installed
 	$(BIN)/python -m export.onnx --weights weights/drsformer-xs.safetensors --output $(DEMO)/drsformer-xs.onnx
+	$(BIN)/python -m export.tensorrt --onnx $(DEMO)/drsformer-xs.onnx --output $(DEMO)/bundle
 	$(BIN)/python -m drsformer.rain docs/photographs $(DEMO)/rain --strength 0.4 --seed 2
-	$(BIN)/python -m export.validate --reference weights/drsformer-xs.safetensors \
-		--candidate $(DEMO)/drsformer-xs.onnx --data $(DEMO)/rain --max-drop-db 0.01 --min-psnr 50 --report $(DEMO)/report.html
-	$(BIN)/python -m runtime.derain $(DEMO)/rain/input $(DEMO)/derained --model $(DEMO)/drsformer-xs.onnx
+	$(BIN)/python -m export.validate --reference weights/drsformer-xs.safetensors --candidate $(DEMO)/bundle \
+		--data $(DEMO)/rain --max-drop-db 0.01 --min-psnr 50 --report $(DEMO)/report.html --record
+	$(BIN)/python -m runtime.derain $(DEMO)/rain/input $(DEMO)/derained --model $(DEMO)/bundle
+	$(BIN)/python -m runtime.info $(DEMO)/bundle
 	@echo
 	@echo "The proof:  $(DEMO)/report.html"
 	@echo "The images: $(DEMO)/rain/input (rainy)  $(DEMO)/derained (restored)  $(DEMO)/rain/target (clean)"
-	@echo "The model:  $(DEMO)/drsformer-xs.onnx"
+	@echo "The bundle: $(DEMO)/bundle, the model and an engine for RTX cards, with their manifest"
 
 test: .venv/installed
 	$(BIN)/ruff check .

@@ -114,8 +114,10 @@ class Recipe:
         expect("--lr-min", self.lr_min, 0)
         expect("--weight-decay", self.weight_decay, 0)
         expect("--batch", self.batch, 1)
-        expect("--clip", self.clip, 0)
-        expect("--ema", self.ema, 0, 1)
+        if not self.clip > 0:
+            raise InputError(f"--clip: expected more than 0, found {self.clip:g}")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"--ema: expected at least 0 and less than 1, found {self.ema:g}")
         expect("--seed", self.seed, 0)
         if self.patch < SIZE_MULTIPLE or self.patch % SIZE_MULTIPLE:
             raise InputError(f"--patch: expected a multiple of {SIZE_MULTIPLE}, found {self.patch}")

@@ -15,8 +15,8 @@ folded tensor is computed from the readable network's parameters. What is rewrit
 
 In float16 and bfloat16 the sums over H x W, the statistics of LayerNorm, the d x d products, the softmax and the gates
 stay float32: these are where such networks turn black. In float16, whose range ends at 65504, LayerNorm also bounds
-what can come out of every layer up to the residual connection, so the weights in between are scaled by powers of two,
-exactly, to keep those bounds in range whatever the image.
+what can come out of every layer up to the residual connection, so where a bound is out of range, the weights in between
+are scaled by powers of two to bring it back, whatever the image.
 """
 
 from __future__ import annotations

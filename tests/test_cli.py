@@ -24,7 +24,7 @@ def divide(
     number: int,
     by: int = 2,
     remark: str | None = None,
-    rounding: Annotated[Rounding, tyro.conf.OmitArgPrefixes] = Rounding(),  # noqa: B008 - it is frozen
+    rounding: Annotated[Rounding, tyro.conf.OmitArgPrefixes] = Rounding(),
 ) -> int:
     """Divide NUMBER."""
     if by == 0:

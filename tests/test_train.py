@@ -316,7 +316,8 @@ def test_mistakes_are_told_in_one_line(data, tmp_path, options, message):
     [
         (Recipe, {"patch": 20}, "multiple of 8, found 20"),
         (Recipe, {"seed": -1}, "--seed: expected at least 0, found -1"),
-        (Recipe, {"ema": 1.5}, "--ema: expected 0 to 1, found 1.5"),
+        (Recipe, {"ema": 1.0}, "--ema: expected at least 0 and less than 1, found 1"),
+        (Recipe, {"clip": 0.0}, "--clip: expected more than 0, found 0"),
         (Recipe, {"lr": float("nan")}, "--lr"),
         (Recipe, {"iterations": 10, "constant": 10}, "--constant: expected 0 to 9, found 10"),
         (Cadence, {"log_every": 0}, "--log-every"),

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import runpy
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -25,6 +26,7 @@ from export.report import Comparison, Crop, Validation, render
 from export.validate import _crop, open_candidate, validate
 from runtime.cli import InputError
 from runtime.images import Photo, read_rgb
+from runtime.manifest import describe_onnx, load
 from runtime.session import Derainer
 from tests.networks import fill
 
@@ -338,3 +340,28 @@ def test_table_of_many_images_is_cut():
     images = [Comparison(f"{i}", 50.0, 1, {}) for i in range(60)]
     table = Validation({}, images, {}, [], {}).table()
     assert table.row_count == 50 + 2
+
+
+def test_bundle_records_what_was_measured(folder, tmp_path):
+    describe_onnx(Path(shutil.copy(folder / "model.onnx", tmp_path))).save(tmp_path)
+    options = dict(
+        reference=folder / "reference.safetensors", candidate=tmp_path, data=folder / "pairs", provider="cpu"
+    )
+    found = validate(**options, max_drop_db=1.0, record=True).summary()
+    (drift,) = load(tmp_path).manifest.drift
+    assert (drift.file, drift.provider, drift.protocol, drift.images) == ("model.onnx", "cpu", "rain200", 3)
+    assert (drift.drop_db, drift.psnr_between) == (found["drop_db"], found["psnr_between"])
+    validate(**options | {"data": folder / "plain"}, record=True)
+    validate(**options, record=True)  # again, in place of the first
+    assert [d.protocol for d in load(tmp_path).manifest.drift] == [None, "rain200"]
+
+
+def test_bundle_that_misses_the_budget_records_nothing(folder, tmp_path):
+    describe_onnx(Path(shutil.copy(folder / "model.onnx", tmp_path))).save(tmp_path)
+    assert not validate(folder / "damaged.safetensors", tmp_path, folder / "pairs", min_psnr=99, record=True).passed
+    assert not load(tmp_path).manifest.drift
+
+
+def test_only_bundles_record(folder):
+    with pytest.raises(InputError, match="--record: expected a bundle"):
+        validate(folder / "reference.safetensors", folder / "model.onnx", folder / "pairs", record=True)
