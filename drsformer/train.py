@@ -179,6 +179,9 @@ class Hardware:
         if torch.distributed.is_torchelastic_launched():
             devices = int(os.environ["LOCAL_WORLD_SIZE"])
             nodes = int(os.environ["WORLD_SIZE"]) // devices
+        if nodes > 1 and not {"MASTER_ADDR", "SLURM_NTASKS"} & set(os.environ):
+            raise InputError(f"--num-nodes: expected a launcher that brings {nodes} machines together, found none; "
+                             f"start it on each with torchrun --nnodes {nodes}")  # fmt: skip
         try:
             fabric = Fabric(accelerator=self.accelerator, devices=devices, num_nodes=nodes, precision=self.precision,
                             loggers=logger)  # fmt: skip

@@ -311,6 +311,12 @@ def test_mistakes_are_told_in_one_line(data, tmp_path, options, message):
     assert "\n" not in str(error.value)
 
 
+def test_several_machines_need_a_launcher(monkeypatch, tmp_path):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(InputError, match=r"--num-nodes: .*torchrun --nnodes 2"):
+        Hardware(accelerator="cpu", num_nodes=2).fabric(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("part", "options", "message"),
     [
