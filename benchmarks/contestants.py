@@ -26,6 +26,7 @@ from drsformer import checkpoint
 from drsformer.config import PRESETS
 from drsformer.model import DRSformer, MixtureOfExpertsCompensator, SparseTransformerBlock
 from export.folding import DTYPES, Precision, fold
+from export.topk import with_pattern
 from runtime.cli import InputError
 
 
@@ -85,7 +86,7 @@ Form = Literal["released", "readable", "folded"]
 def formed(subject: Subject, form: Form, precision: Precision) -> nn.Module:
     """A subject on the CPU in a form and a precision; the released one in half precision is what .half() makes."""
     if form == "folded":
-        return fold(subject.network, precision)
+        return fold(with_pattern(subject.network, "threshold"), precision)  # as export.onnx does
     network = subject.network if form == "readable" else subject.released
     if network is None:
         raise InputError(f"{subject.name}: the released code has no such network")

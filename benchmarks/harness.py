@@ -1,4 +1,4 @@
-"""What the stages of `benchmarks.gpu` share: a sheet of results that survives interruptions, and honest measurement.
+"""What the benchmarks share: a sheet of results that survives interruptions, and honest measurement.
 
 A `Sheet` is the file DIR/STAGE.json with the same as a table in DIR/STAGE.md. It holds one run for every machine that
 worked on it; a row that a machine has measured is not measured again there, so the same command goes on where the last
@@ -54,7 +54,7 @@ class Sheet:
             self.content = json.loads(self.path.read_text()) if self.path.exists() else {"stage": stage, "runs": []}
             machines = [run["machine"] for run in self.content["runs"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.path}: expected results of benchmarks.gpu, found something else ({error}); "
+            raise InputError(f"{self.path}: expected results of an earlier run, found something else ({error}); "
                              "give another --output") from None  # fmt: skip
         machine = describe(device)
         if machine not in machines:
@@ -62,7 +62,9 @@ class Sheet:
             self.content["runs"].append(run)
             machines.append(machine)
         self.run = self.content["runs"][machines.index(machine)]
-        command = {"command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]), "commit": commit()}
+        spec = sys.modules["__main__"].__spec__
+        program = ["-m", spec.name] if spec else [Path(sys.argv[0]).name]
+        command = {"command": shlex.join(["python", *program, *sys.argv[1:]]), "commit": commit()}
         if command not in self.run["commands"]:
             self.run["commands"].append(command)
         self.unfinished: list[str] = []
@@ -324,7 +326,7 @@ def parse_sizes(texts: Sequence[str]) -> list[Size]:
             not (height.isdecimal() and width.isdecimal() and int(height) * int(width))
             or (int(height) | int(width)) % 8
         ):
-            raise InputError(f"--sizes: expected HxW, two multiples of 8 such as 720x1280, found {text}")
+            raise InputError(f"expected sizes as HxW, two multiples of 8 such as 720x1280, found {text}")
         sizes.append((int(height), int(width)))
     return sizes
 
