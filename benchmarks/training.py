@@ -1,6 +1,6 @@
 """The stage `train` of `benchmarks.gpu`: a teacher and its students, in as many commands as it takes.
 
-The commands of the project do the work: `drsformer.train.fit` and `compress.distill`. This adds the programme, `PLANS`,
+The commands of the project do the work: `drsformer.train` and `compress.distill`. This adds the programme, `PLANS`,
 a probe that measures how fast each form of a network trains here, and the way home in small files.
 """
 
@@ -56,7 +56,7 @@ def _recipe(**changes: Any) -> train.Recipe:
 PLANS = {
     "teacher": Plan("drsformer-m", _recipe(iterations=6000, lr=5e-4), dtype="bf16"),
     "start-s": Plan("drsformer-s", _recipe(iterations=4000, lr=1.2e-3)),
-    "student-s": Plan("drsformer-s", _recipe(iterations=4000), "teacher"),
+    "student-s": Plan("drsformer-s", _recipe(iterations=4000, lr=1.2e-3), "teacher"),
     "student-xs": Plan("drsformer-xs", _recipe(iterations=4000), "teacher"),
     "tiny-teacher": Plan("drsformer-tiny", _recipe(iterations=4, warmup=0, batch=2, patch=32)),
     "tiny-student": Plan("drsformer-tiny", _recipe(iterations=4, warmup=0, batch=2, patch=32), "tiny-teacher"),
@@ -148,7 +148,7 @@ class Train(Stage):
         torch.backends.cudnn.benchmark = True
         row: Row = {}
         layout = torch.channels_last if last else torch.contiguous_format
-        made = live if form == "live" else lambda network: network
+        made = live if form == "live" else train.itself
 
         def place(network: DRSformer) -> DRSformer:
             network = made(network.to(device).to(memory_format=layout)).to(device)  # pyright: ignore[reportCallIssue]
@@ -237,29 +237,12 @@ class Train(Stage):
                 student = str(self.init) if self.init else plan.network
                 result = distill.distill(teacher=teacher, student=student, **options)
             else:
-                result = self.fit(plan, **options)
+                result = train.train(network=None if self.init else plan.network, init=self.init,
+                                     form=train.itself if self.readable else live, **options)  # fmt: skip
             return {"finished": result.get("finished", True), **self.send(sheet.device, run, name, plan, folder)}
 
         row = protected(sheet.device, work)
         sheet.put(f"train {name}", {"iterations": plan.recipe.iterations, **row})
-
-    def fit(self, plan: Plan, output: Path, data: list[Path], material: train.Material, recipe: train.Recipe,
-            hardware: train.Hardware, cadence: train.Cadence) -> Row:  # fmt: skip
-        """As `drsformer.train.train`, which does not know the folded form."""
-        patches = train.Patches([find_pairs(place) for place in data], recipe, material.clean, material.streaks,
-                                material.rendered, material.dry)  # fmt: skip
-        torch.manual_seed(recipe.seed)
-        start = checkpoint.load(self.init) if self.init else None
-        network = start.model.train() if start else train.fresh(plan.network)
-        parent = start.sha256 if start else None
-        options = {"network": None if start else plan.network, "parent": parent, "data": material.sources(*data),
-                   **material.options(), **dataclasses.asdict(recipe), "precision": hardware.precision}  # fmt: skip
-        earlier = start.provenance.get("steps", []) if start else []
-        provenance = {"trained_on": options["data"], "parent": parent,
-                      "steps": [*earlier, {"command": "benchmarks.gpu train", "options": options}]}  # fmt: skip
-        form = (lambda network: network) if self.readable else live
-        return train.fit(hardware.fabric(output), network, patches, recipe, train.Run(output, options, provenance),
-                         form=form, validate=material.validation(), hardware=hardware, cadence=cadence)  # fmt: skip
 
     def send(self, device: torch.device, run: Path, name: str, plan: Plan, folder: Path) -> Row:
         """Round the network of a run, score it on all validation pairs, and split it; returns the scores."""

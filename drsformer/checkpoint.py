@@ -115,8 +115,6 @@ def _read_safetensors(path: Path) -> tuple[DRSformerConfig, dict[str, Tensor], d
         if description["format"] != FORMAT:
             raise InputError(f"{path}: expected format {FORMAT}, found {description['format']!r}; update this program")
         config, provenance = DRSformerConfig.from_dict(description["config"]), dict(description["provenance"])
-    except InputError:
-        raise
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: its metadata cannot be read ({error})") from None
     return config, state, provenance

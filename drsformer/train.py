@@ -75,6 +75,10 @@ Form = Callable[[DRSformer], DRSformer]
 """Makes of a network another one that computes the same function from the same parameters, such as a faster one."""
 
 
+def itself(network: DRSformer) -> DRSformer:
+    return network
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to train; the defaults are the released code's. Raises InputError for values out of range.
@@ -411,7 +415,7 @@ def fit(
     run: Run,
     *,
     loss: Loss = l1_loss,
-    form: Form = lambda model: model,
+    form: Form = itself,
     validate: Sequence[tuple[str, Sequence[Pair]]] = (),
     hardware: Hardware = Hardware(),
     cadence: Cadence = Cadence(),
@@ -606,6 +610,7 @@ def train(
     recipe: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = Recipe(),
     hardware: Annotated[Hardware, tyro.conf.OmitArgPrefixes] = Hardware(),
     cadence: Annotated[Cadence, tyro.conf.OmitArgPrefixes] = Cadence(),
+    form: Annotated[Form, tyro.conf.Suppress] = itself,
 ) -> dict[str, Any]:
     """Train a network, or continue its training; returns what `fit` does.
 
@@ -619,6 +624,7 @@ def train(
         recipe: How to train.
         hardware: What to train on.
         cadence: How often to validate, log and save, and when to stop.
+        form: What the steps run through, see `fit`; only for callers from Python.
     """
     if init and network:
         raise InputError("--init brings its own network: leave --network out")
@@ -647,7 +653,7 @@ def train(
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         console.print(f"{parameters:.2f} M parameters, {len(patches.backgrounds)} backgrounds, on {fabric.device}")
     return fit(fabric, model, patches, recipe, Run(output, options, provenance),
-               validate=validation, hardware=hardware, cadence=cadence)  # fmt: skip
+               form=form, validate=validation, hardware=hardware, cadence=cadence)  # fmt: skip
 
 
 def fresh(network: str) -> DRSformer:

@@ -341,7 +341,7 @@ def live(network: DRSformer) -> DRSformer:
     as they are."""
     twin = with_pattern(network, "threshold")
     for block in _blocks(twin):
-        _fold_block(block, torch.float32, live=True, bounded=False)
+        _fold_block(block, next(network.parameters()).dtype, live=True, bounded=False)
     return twin
 
 

@@ -156,9 +156,6 @@ def _zero(module: torch.nn.Module) -> None:
 def test_live_network_has_the_gradients_of_the_readable_one():
     readable = network(mefc="late").double()
     twin = live(readable)
-    for module in twin.modules():
-        if hasattr(module, "dtype"):
-            module.dtype = torch.float64
     x, target = image(16, 24).double(), image(16, 24, seed=1).double()
 
     def gradients(form: torch.nn.Module) -> list[Tensor]:

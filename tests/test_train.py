@@ -311,6 +311,12 @@ def test_mistakes_are_told_in_one_line(data, tmp_path, options, message):
     assert "\n" not in str(error.value)
 
 
+def test_cuda_graph_needs_cuda(data, tmp_path):
+    with pytest.raises(InputError, match=r"--cuda-graph: expected one CUDA device, found 1 x cpu"):
+        train(tmp_path / "run", [data], "drsformer-tiny", recipe=Recipe(iterations=1, batch=1, patch=16),
+              hardware=Hardware(accelerator="cpu", devices="1", cuda_graph=True))  # fmt: skip
+
+
 def test_several_machines_need_a_launcher(monkeypatch, tmp_path):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(InputError, match=r"--num-nodes: .*torchrun --nnodes 2"):
