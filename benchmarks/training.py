@@ -34,6 +34,7 @@ class Plan:
     """How one network of the programme is trained.
 
     network: by its name in `PRESETS`.
+    start:   the plan whose network it goes on from, or None to start afresh.
     teacher: the plan whose network it learns from, or None.
     recipe:  see `drsformer.train`.
     rendered, dry: fractions of the patches.
@@ -42,6 +43,7 @@ class Plan:
 
     network: str
     recipe: train.Recipe
+    start: str | None = None
     teacher: str | None = None
     rendered: float = 0.6
     dry: float = 0.05
@@ -55,11 +57,15 @@ def _recipe(**changes: Any) -> train.Recipe:
 
 PLANS = {
     "teacher": Plan("drsformer-m", _recipe(iterations=6000, lr=5e-4), dtype="bf16"),
-    "start-s": Plan("drsformer-s", _recipe(iterations=4000, lr=1.2e-3)),
-    "student-s": Plan("drsformer-s", _recipe(iterations=4000, lr=1.2e-3), "teacher"),
-    "student-xs": Plan("drsformer-xs", _recipe(iterations=4000), "teacher"),
+    "teacher-2": Plan("drsformer-m", _recipe(iterations=4000, lr=3e-4, batch=4, patch=192), "teacher", dtype="bf16"),
+    "s": Plan("drsformer-s", _recipe(iterations=8000, lr=1.2e-3, batch=16)),
+    "s-2": Plan("drsformer-s", _recipe(iterations=4000, patch=192), "s"),
+    "xs-2": Plan("drsformer-xs", _recipe(iterations=10000, patch=192), "xs"),
+    "half": Plan("drsformer-xs", _recipe(iterations=4000), "xs-half"),
+    "half-distilled": Plan("drsformer-xs", _recipe(iterations=4000), "xs-half", "xs-2"),
+    "half-scratch": Plan("drsformer-xs", _recipe(iterations=4000, lr=1.2e-3), "xs-half-scratch"),
     "tiny-teacher": Plan("drsformer-tiny", _recipe(iterations=4, warmup=0, batch=2, patch=32)),
-    "tiny-student": Plan("drsformer-tiny", _recipe(iterations=4, warmup=0, batch=2, patch=32), "tiny-teacher"),
+    "tiny-student": Plan("drsformer-tiny", _recipe(iterations=4, warmup=0, batch=2, patch=32), teacher="tiny-teacher"),
 }
 """The programme; the tiny ones are for trying it out."""
 
@@ -76,7 +82,7 @@ class Train(Stage):
         batch: Instead of that of the recipe.
         patch: Instead of that of the recipe.
         workers: Processes that cut patches.
-        init: Checkpoint to start from.
+        init: Checkpoint to start from, instead of what the plan before it left in --run-dir.
         teacher: Checkpoint of the teacher, instead of what its recipe left in --run-dir.
         readable: Train through the readable form instead of the folded one.
         compile: Compile block by block.
@@ -232,12 +238,12 @@ class Train(Stage):
         }  # fmt: skip
 
         def work() -> Row:
+            init = self.init or (self.run_dir / plan.start / "last.safetensors" if plan.start else None)
             if plan.teacher:
                 teacher = self.teacher or self.run_dir / plan.teacher / "last.safetensors"
-                student = str(self.init) if self.init else plan.network
-                result = distill.distill(teacher=teacher, student=student, **options)
+                result = distill.distill(teacher=teacher, student=str(init or plan.network), **options)
             else:
-                result = train.train(network=None if self.init else plan.network, init=self.init,
+                result = train.train(network=None if init else plan.network, init=init,
                                      form=train.itself if self.readable else live, **options)  # fmt: skip
             return {"finished": result.get("finished", True), **self.send(sheet.device, run, name, plan, folder)}
 

@@ -40,6 +40,7 @@ import onnx
 import onnxruntime
 import torch
 from numpy.typing import NDArray
+from onnxscript import opset18 as op
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -128,6 +129,7 @@ def to_onnx(
             _WithScores(network).eval(), (example,), dynamo=True, verbose=False, opset_version=opset,
             input_names=["input"], output_names=["output", *scores.values()],
             dynamic_shapes=None if size else (shape,),
+            custom_translation_table={torch.ops.aten.pixel_unshuffle.default: _pixel_unshuffle},
         )  # fmt: skip
     assert program is not None
     model = program.model_proto
@@ -136,6 +138,14 @@ def to_onnx(
     del model.graph.output[1:]  # the scores stay, as inner tensors
     _describe(model, io=io, size_multiple=1 if io == "image" else SIZE_MULTIPLE, scores=scores)
     return model
+
+
+def _pixel_unshuffle(x: Any, downscale_factor: int) -> Any:
+    """PyTorch's operator in two of ONNX's, whose SpaceToDepth puts the phases before the channels."""
+    phases, channels = downscale_factor**2, x.shape[1]
+    order = np.arange(phases * channels).reshape(phases, channels).T.flatten()
+    shuffled = op.SpaceToDepth(x, blocksize=downscale_factor)
+    return op.Gather(shuffled, op.Constant(value=onnx.numpy_helper.from_array(order)), axis=1)
 
 
 def widened(model: onnx.ModelProto) -> onnx.ModelProto:
