@@ -58,12 +58,12 @@ def _recipe(**changes: Any) -> train.Recipe:
 PLANS = {
     "teacher": Plan("drsformer-m", _recipe(iterations=6000, lr=5e-4), dtype="bf16"),
     "teacher-2": Plan("drsformer-m", _recipe(iterations=4000, lr=3e-4, batch=4, patch=192), "teacher", dtype="bf16"),
-    "s": Plan("drsformer-s", _recipe(iterations=8000, lr=1.2e-3, batch=16)),
-    "s-2": Plan("drsformer-s", _recipe(iterations=4000, patch=192), "s"),
+    "teacher-3": Plan("drsformer-m", _recipe(iterations=1000, lr=2e-4, batch=4, patch=192), "teacher-2", dtype="bf16"),
     "xs-2": Plan("drsformer-xs", _recipe(iterations=10000, patch=192), "xs"),
-    "half": Plan("drsformer-xs", _recipe(iterations=4000), "xs-half"),
-    "half-distilled": Plan("drsformer-xs", _recipe(iterations=4000), "xs-half", "xs-2"),
-    "half-scratch": Plan("drsformer-xs", _recipe(iterations=4000, lr=1.2e-3), "xs-half-scratch"),
+    "s": Plan("drsformer-s", _recipe(iterations=6000, lr=6e-4, patch=192), "xs-grown"),
+    "half": Plan("drsformer-xs", _recipe(iterations=3000), "xs-half"),
+    "half-distilled": Plan("drsformer-xs", _recipe(iterations=3000), "xs-half", "xs-2"),
+    "half-scratch": Plan("drsformer-xs", _recipe(iterations=3000, lr=1.2e-3), "xs-half-scratch"),
     "tiny-teacher": Plan("drsformer-tiny", _recipe(iterations=4, warmup=0, batch=2, patch=32)),
     "tiny-student": Plan("drsformer-tiny", _recipe(iterations=4, warmup=0, batch=2, patch=32), teacher="tiny-teacher"),
 }

@@ -208,7 +208,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "drsformer":        dict(width=48, depths=(4, 6, 6, 8), heads=(1, 2, 4, 8), expansion=2.66, mefc="both"),
     "drsformer-nomefc": dict(width=48, depths=(4, 6, 6, 8), heads=(1, 2, 4, 8), expansion=2.66, mefc="none"),
     "drsformer-m":      dict(width=48, depths=(2, 3, 3, 4), heads=(1, 2, 4, 8), expansion=2.66, mefc="none"),
-    "drsformer-s":      dict(width=24, depths=(2, 2, 2, 1), heads=(1, 2, 4, 8), expansion=1.0, mefc="none"),
+    "drsformer-s":      dict(width=16, depths=(2, 4, 4, 4), heads=(1, 2, 4, 8), expansion=2.0, mefc="none"),
     "drsformer-xs":     dict(width=16, depths=(1, 2, 2, 2), heads=(1, 2, 4, 8), expansion=1.0, mefc="none"),
     "drsformer-tiny":   dict(width=8, depths=(1, 1, 1, 1), heads=(1, 2, 2, 4), expansion=2.0, mefc="none"),
 }  # fmt: skip

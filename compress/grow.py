@@ -1,0 +1,162 @@
+"""Make a trained network larger without changing what it computes (Net2Net, arXiv 1511.05641).
+
+    python -m compress.grow --weights small.safetensors --depths 2 4 4 4 --hidden 2 --output larger.safetensors
+
+Blocks are added whose output is zero, hidden channels that are dead, and experts whose gates never open. Train the
+result on with `drsformer.train --init` or `compress.distill`: it starts from what the small network knows. Residual
+widths and heads stay, since LayerNorm and top-k count channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.cost import macs, params
+from compress.structures import LEVELS, level_of
+from drsformer import checkpoint
+from drsformer.config import EXPERTS, BlockConfig, LevelConfig, MEFCConfig
+from drsformer.model import DRSformer
+from drsformer.train import expect
+from runtime.cli import InputError, console, main
+
+
+def grow(
+    model: DRSformer, depths: tuple[int, int, int, int], hidden: int, experts: int = 0, seed: int = 0
+) -> DRSformer:
+    """The same function with blocks whose output is zero, up to `depths` in each level of the encoder and its mirror
+    image, `hidden` times the hidden channels of each MSFN, the new ones dead, and `experts` more of those in each step
+    of an MEFC, whose gates never open. What is new has random weights elsewhere, and stands at random places.
+
+    Raises InputError where `depths` takes blocks away, and for what cannot be grown: odd hidden widths, whose channels
+    pair up in a ring (`compress.structures`), and feed-forward networks other than the MSFN.
+    """
+    expect("--hidden", hidden, 1)
+    expect("--experts", experts, 0, len(EXPERTS))
+    torch.manual_seed(seed)
+    rng, config = np.random.default_rng(seed), model.config
+    depth = dict(zip(("encoder_level1", "encoder_level2", "encoder_level3", "latent"), depths, strict=True))
+    depth |= {f"decoder_level{i}": depths[i - 1] for i in (1, 2, 3)}
+    levels, places = {}, {}
+    for module in LEVELS:
+        level = level_of(config, module)
+        if depth[module] < len(level.blocks):
+            raise InputError(f"--depths: expected at least the {len(level.blocks)} blocks of {module}, found "
+                             f"{depth[module]}")  # fmt: skip
+        odd = any(block.hidden % 2 for block in level.blocks)
+        if not level.blocks or (hidden > 1 and (config.feed_forward != "msfn" or odd)):
+            raise InputError(f"{module}: expected blocks whose MSFN has an even hidden width, found others; leave "
+                             "--hidden out")  # fmt: skip
+        places[module] = sorted(rng.choice(depth[module], len(level.blocks), replace=False).tolist())
+        wide = [dataclasses.replace(block, hidden=hidden * block.hidden) for block in level.blocks]
+        blocks = [wide[0]] * depth[module]
+        for place, block in zip(places[module], wide, strict=True):
+            blocks[place] = block
+        levels[module] = LevelConfig(level.width, tuple(blocks))
+    e1, e2, e3, latent, d3, d2, d1 = levels.values()
+    mefcs = {name: _with_experts(mefc, experts) for name in ("mefc_early", "mefc_late")
+             if (mefc := getattr(config, name))}  # fmt: skip
+    larger = DRSformer(
+        dataclasses.replace(config, encoder=(e1, e2, e3), latent=latent, decoder=(d3, d2, d1), **mefcs)
+    ).eval()
+    old, new = model.state_dict(), larger.state_dict()
+    for module in LEVELS:
+        for i in range(depth[module]):
+            name = f"{module}.{i}"
+            if i not in places[module]:
+                new[f"{name}.attn.project_out.weight"].zero_()
+                new[f"{name}.ffn.project_out.weight"].zero_()
+                continue
+            source = f"{module}.{places[module].index(i)}"
+            block = level_of(config, module).blocks[places[module].index(i)]
+            for key in [key for key in old if key.startswith(f"{source}.") and (hidden == 1 or ".ffn." not in key)]:
+                new[key.replace(source, name, 1)].copy_(old[key])
+            if hidden > 1:
+                _widen(old, new, f"{source}.ffn", f"{name}.ffn", block, hidden, rng)
+    for key in old:
+        if not key.startswith(tuple(LEVELS)) and not key.startswith(tuple(mefcs)):
+            new[key].copy_(old[key])
+    for name in mefcs:
+        _add_experts(old, new, name, getattr(config, name), experts)
+    return larger
+
+
+def _widen(
+    old: dict[str, Tensor], new: dict[str, Tensor], source: str, name: str, block: BlockConfig, factor: int,
+    rng: np.random.Generator,
+) -> None:  # fmt: skip
+    """Spread the pairs of hidden channels of an MSFN among dead ones: what reads every other of those is zero, and what
+    writes into the rest."""
+    h, H = block.hidden, factor * block.hidden
+    for half, convolution in enumerate(("dwconv3x3_1", "dwconv5x5_1")):
+        units = torch.from_numpy(np.sort(rng.choice(H // 2, h // 2, replace=False)))
+        dead = torch.tensor([unit for unit in range(H // 2) if unit not in units.tolist()])
+        channels = half * H + torch.stack([2 * units, 2 * units + 1], 1).flatten()
+        outputs = torch.cat([units, H // 2 + units])
+        unread, unwritten = dead[::2], half * H + torch.stack([2 * dead[1::2], 2 * dead[1::2] + 1], 1).flatten()
+        new[f"{name}.project_in.weight"][unwritten] = 0
+        new[f"{name}.project_out.weight"][:, half * H + torch.cat([unread, H // 2 + unread])] = 0
+        for layer in ("project_in", "dwconv3x3", "dwconv5x5"):
+            new[f"{name}.{layer}.weight"][channels] = old[f"{source}.{layer}.weight"][half * h : (half + 1) * h]
+        new[f"{name}.{convolution}.weight"][outputs] = old[f"{source}.{convolution}.weight"]
+        columns = old[f"{source}.project_out.weight"][:, half * h : (half + 1) * h]
+        new[f"{name}.project_out.weight"][:, half * H + outputs] = columns
+
+
+def _with_experts(mefc: MEFCConfig, more: int) -> MEFCConfig:
+    return MEFCConfig(mefc.gate_hidden, tuple((*step, *EXPERTS[-more:]) if more else step for step in mefc.steps))
+
+
+def _add_experts(old: dict[str, Tensor], new: dict[str, Tensor], name: str, mefc: MEFCConfig, more: int) -> None:
+    steps, count = len(mefc.steps), len(mefc.steps[0])
+    for key in [key for key in old if key.startswith(f"{name}.")]:
+        if ".gate.2." in key:
+            gates = new[key].unflatten(0, (steps, count + more))
+            gates[:, :count] = old[key].unflatten(0, (steps, count))
+            gates[:, count:] = -40 if key.endswith("bias") else 0
+        elif key.endswith(".out.weight"):
+            new[key][:, : old[key].shape[1]] = old[key]
+        else:
+            new[key].copy_(old[key])
+
+
+def grow_checkpoint(
+    weights: Path,
+    output: Path,
+    depths: tuple[int, int, int, int],
+    hidden: int = 1,
+    experts: int = 0,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Grow a checkpoint and return the "gmacs" (at 256x256) and "params" before and after.
+
+    Args:
+        weights: Checkpoint, .safetensors or the authors' .pth.
+        output: Larger checkpoint to write, .safetensors.
+        depths: Blocks in each level of the encoder, and of the decoder in return; at least as many as there are.
+        hidden: How many times the hidden channels of each feed-forward network.
+        experts: How many more experts in each step of the compensators.
+        seed: Of the new weights and of the places where they go.
+    """
+    if output.suffix != ".safetensors":
+        raise InputError(f"--output: expected a name ending in .safetensors, found {output}")
+    small = checkpoint.load(weights)
+    larger = grow(small.model, depths, hidden, experts, seed)
+    options = {"depths": depths, "hidden": hidden, "experts": experts, "seed": seed}
+    steps = [*small.provenance.get("steps", []), {"command": "compress.grow", "options": options}]
+    provenance = {"trained_on": small.provenance.get("trained_on"), "parent": small.sha256, "steps": steps}
+    checkpoint.save(output, larger, provenance)
+    summary = {}
+    for name, config in (("before", small.model.config), ("after", larger.config)):
+        summary |= {f"gmacs_{name}": macs(config) / 1e9, f"params_{name}": params(config)}
+    console.print("{gmacs_before:.2f} -> {gmacs_after:.2f} GMAC, {params_before} -> {params_after} parameters"
+                  .format(**summary))  # fmt: skip
+    return summary
+
+
+if __name__ == "__main__":
+    main(grow_checkpoint, __doc__, summary=lambda summary: summary)
