@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runtime.cli import InputError, console, writing
+from runtime.cli import InputError, console, parse_size, writing
 
 Size = tuple[int, int]
 """Height and width."""
@@ -319,16 +319,7 @@ class Stage:
 
 def parse_sizes(texts: Sequence[str]) -> list[Size]:
     """Heights and widths from "HxW". Raises InputError for anything else."""
-    sizes = []
-    for text in texts:
-        height, _, width = text.partition("x")
-        if (
-            not (height.isdecimal() and width.isdecimal() and int(height) * int(width))
-            or (int(height) | int(width)) % 8
-        ):
-            raise InputError(f"expected sizes as HxW, two multiples of 8 such as 720x1280, found {text}")
-        sizes.append((int(height), int(width)))
-    return sizes
+    return [parse_size("sizes", text, 8) for text in texts]
 
 
 def told(size: Size) -> str:

@@ -15,7 +15,6 @@ warm, the median of several runs, which alternate between the two networks where
 
 from __future__ import annotations
 
-import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,7 @@ from drsformer.model import DRSformer
 from export.folding import fold
 from export.onnx import to_onnx
 from export.topk import with_pattern
-from runtime.cli import InputError, main, progress
+from runtime.cli import main, parse_size, progress
 from runtime.ort import OrtSession
 
 SIDE = 256
@@ -191,15 +190,6 @@ def time_networks(networks: Sequence[DRSformer], size: tuple[int, int]) -> list[
     return time_sessions(sessions, size)
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """Height and width from "HxW". Raises InputError for anything else, and for sizes that the network cannot take."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    size = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not all(size) or any(length % SIZE_MULTIPLE for length in size):
-        raise InputError(f"--size: expected HxW, two multiples of {SIZE_MULTIPLE} such as 256x256, found {text}")
-    return size
-
-
 @dataclass(frozen=True)
 class Cost:
     """What a network costs. `latency` is None where it was not measured."""
@@ -277,7 +267,7 @@ def cost(weights: Path, latency: bool = False, size: str = f"{SIDE}x{SIDE}", vs:
         size: Height and width of the image that is timed. MACs are always told at 256x256.
         vs: A second checkpoint to compare with.
     """
-    height_width = parse_size(size)
+    height_width = parse_size("size", size, SIZE_MULTIPLE)
     paths = [weights] if vs is None else [weights, vs]
     networks = [checkpoint.load(path).model for path in paths]
     times = time_networks(networks, height_width) if latency else [None] * len(paths)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialised
 from torch import Tensor
 
 from drsformer.config import EXPERTS, RELEASED_TOPK, BlockConfig, DRSformerConfig, LevelConfig, MEFCConfig
@@ -93,7 +93,7 @@ def save(
     description = {"format": FORMAT, "config": model.config.to_dict(), "provenance": provenance}
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     with writing(path) as temporary:
-        save_file(state, temporary, {METADATA_KEY: json.dumps(description)})
+        temporary.write_bytes(serialised(state, {METADATA_KEY: json.dumps(description)}))
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -324,6 +324,7 @@ def export(
         opset: Version of ONNX's operators, 18 to 23; if not given 20, or for bf16 22.
     """
     started = time.monotonic()
+    trained = checkpoint.load(weights)
     output = output or weights.with_suffix(".onnx")
     if output.suffix != ".onnx":
         raise InputError(f"--output: expected a name ending in .onnx, found {output}")
@@ -335,7 +336,6 @@ def export(
     if precision != "fp32" and not fold:
         raise InputError(f"--precision {precision}: the casts are placed in folding; leave --no-fold out")
     size = _fixed_size(height, width, io)
-    trained = checkpoint.load(weights)
     with console.status("Exporting") as status:
         network = with_pattern(trained.model.requires_grad_(False), topk)
         exported = folding.fold(network, precision) if fold else network

@@ -20,7 +20,6 @@ The flavor tensorrt has not been run: its calls were made on TensorRT for RTX an
 from __future__ import annotations
 
 import hashlib
-import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -37,7 +36,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from runtime import manifest
-from runtime.cli import InputError, console, main, progress, writing
+from runtime.cli import InputError, console, main, parse_size, progress, writing
 from runtime.manifest import Bundle, Engine, File, Flavor, Manifest, Model, Profile, Tensor
 from runtime.trt import LIBRARIES, Library, gpu, new_log
 
@@ -342,7 +341,7 @@ def _profiles(model: Model, given: dict[str, tuple[str, ...]]) -> tuple[Profile,
             raise InputError(f"the model takes only images of {_text(fixed)}: leave out --min, --opt and --max, or "
                              "export it without --height and --width")  # fmt: skip
         return (Profile(fixed, fixed, fixed),)
-    sizes = {name: [_size(name, text, model.size_multiple) for text in texts] for name, texts in given.items()}
+    sizes = {name: [parse_size(name, text, model.size_multiple) for text in texts] for name, texts in given.items()}
     count = max(1, *(len(values) for values in sizes.values()))
     for name, values in sizes.items():
         if len(values) not in (0, 1, count):
@@ -364,16 +363,6 @@ def _profile(given: dict[str, Size]) -> Profile:
         raise InputError(f"expected --min <= --opt <= --max in height and in width, found {_text(low)}, {_text(opt)} "
                          f"and {_text(high)}")  # fmt: skip
     return Profile(low, opt, high)
-
-
-def _size(name: str, text: str, multiple: int) -> Size:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text, re.ASCII)
-    if not match:
-        raise InputError(f"--{name}: expected height x width, such as 720x1280, found {text}")
-    size = int(match[1]), int(match[2])
-    if size[0] % multiple or size[1] % multiple:
-        raise InputError(f"--{name}: expected multiples of {multiple}, to which images are padded, found {text}")
-    return size
 
 
 def _height_width(model: Model) -> Size:

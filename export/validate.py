@@ -3,6 +3,7 @@
     python -m export.validate --reference W --candidate model.onnx --data Rain200L/test --max-drop-db 0.05
     python -m export.validate --reference W --candidate pruned.safetensors --data DIR --max-drop-db 0.3 --report out/
     python -m export.validate --reference W --candidate model.onnx --data photos/ --min-psnr 50
+    python -m export.validate --reference W --candidate model.onnx --data Rain200L/test --tile 256x256
 
 The reference is a checkpoint and runs in PyTorch in float32; the candidate, a .onnx file, a bundle with one or another
 checkpoint, runs in its own runtime. Both get and give uint8 images by the one contract of `runtime.session.Derainer`,
@@ -17,6 +18,9 @@ input.
 Top-k selections that flip explain most of the drift between correct runtimes, so they are counted, layer by layer, from
 the scores of both networks. The .onnx file itself makes the image that is judged; its scores come from a second run
 of a copy that returns them, at the price of twice the time and memory.
+
+With --tile the candidate restores each image in tiles, as `runtime.tiling` does with images that do not fit, and the
+reference the same image as a whole: give both the same network to see what tiles cost. Flips are not counted then.
 
 Polygraphy runs the two, one image at a time, since it keeps all outputs of a run. The metrics are those of
 `drsformer.metrics`; Polygraphy's PSNR takes the largest value of an array for its peak.
@@ -47,11 +51,12 @@ from drsformer.evaluate import TorchSession
 from export.onnx import ScoreProbe
 from export.report import Comparison, Crop, Validation, render
 from export.topk import count_flips, masks, scores_of
-from runtime.cli import InputError, main, progress, writing
+from runtime.cli import InputError, main, parse_size, progress, writing
 from runtime.images import list_images, read_rgb
 from runtime.manifest import Bundle, Drift, load
 from runtime.ort import OrtSession
 from runtime.session import Derainer, Provider, Session
+from runtime.tiling import Size
 from runtime.trt import TrtSession
 
 CROP = 96
@@ -64,7 +69,7 @@ CROPS_SHOWN = 6
 class Engine(Session, Protocol):
     """A session that tells what its attention looked at.
 
-    ks:          how many scores each mask keeps, by attention layer.
+    ks:          how many scores each mask keeps, by attention layer; the scores of others are not wanted.
     scores:      of the last run, by attention layer: (1, heads, d, 1, d).
     description: what it is, for people.
     """
@@ -102,7 +107,7 @@ class OnnxEngine(OrtSession):
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         output = super().run(batch)
-        self.scores = self._probe(batch)
+        self.scores = self._probe(batch) if self.ks else {}
         return output
 
 
@@ -135,10 +140,10 @@ def open_candidate(path: Path, provider: Provider = "auto") -> Engine:
 class Runner(BaseRunner):
     """An engine as Polygraphy sees it: `image` in; `restored`, an image as well, and the scores by layer out."""
 
-    def __init__(self, name: str, engine: Engine) -> None:
+    def __init__(self, name: str, engine: Engine, tile: Size | None = None, overlap: int | None = None) -> None:
         super().__init__(name=name)
         self.engine = engine
-        self.derain = Derainer(engine)
+        self.derain = Derainer(engine, tile=tile, overlap=overlap)
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         return TensorMetadata().add("image", DataType.from_dtype(np.dtype(np.uint8)), (None, None, 3))
@@ -160,6 +165,8 @@ def validate(
     report: Path | None = None,
     limit: int | None = None,
     provider: Provider = "auto",
+    tile: str | None = None,
+    overlap: int | None = None,
     record: bool = False,
     sign: Path | None = None,
 ) -> Validation:
@@ -178,6 +185,9 @@ def validate(
         limit: Use only so many images, the first ones.
         provider: Where both run; auto is CUDA where there is one, else the CPU. With tensorrt the engine of a bundle is
             judged.
+        tile: Height x width, such as 256x256, of tiles in which the candidate restores; by default it does what fits
+            into memory.
+        overlap: Pixels that tiles share; 64 by default, or a quarter of the shorter side.
         record: Write what was measured into the manifest of the bundle, if it keeps the budget.
         sign: Private key, Ed25519 in PEM, to sign that manifest with.
     """
@@ -185,11 +195,16 @@ def validate(
         raise InputError(f"--limit: expected at least 1, found {limit}")
     if record and not candidate.is_dir():
         raise InputError(f"--record: expected a bundle as --candidate, found {candidate}")
+    if record and tile:
+        raise InputError("--record: expected whole images, as the manifest says, found --tile")
     sources = _find(data)[:limit]
     if max_drop_db is not None and not isinstance(sources[0], Pair):
         raise InputError(f"--max-drop-db: {data} has no ground truth to measure a drop against; give --min-psnr")
     engines = TorchEngine(reference, provider), open_candidate(candidate, provider)
-    runners = [Runner("reference", engines[0]), Runner("candidate", engines[1])]
+    size = parse_size("tile", tile, engines[1].multiple) if tile else None
+    if size:
+        engines[1].ks = {}  # each tile makes selections of its own
+    runners = [Runner("reference", engines[0]), Runner("candidate", engines[1], size, overlap)]
     images: list[Comparison] = []
     worst: list[tuple[Comparison, Crop]] = []
     selections: dict[str, int] = {}
@@ -213,7 +228,9 @@ def validate(
         "candidate": engines[1].description,
         "images": f"{len(images)} of {data}" + (f", protocol {protocol}" if isinstance(sources[0], Pair) else ""),
     }
-    uncounted = [layer for layer in engines[0].ks if layer not in selections]
+    if size:
+        facts["tiles"] = f"{tile}, {runners[1].derain.plan(*size).overlap} pixels of overlap"
+    uncounted = [] if size else [layer for layer in engines[0].ks if layer not in selections]
     crops = {comparison.name: crop for comparison, crop in worst}
     validation = Validation(facts, images, selections, uncounted, crops, max_drop_db, min_psnr)
     Console().print(validation.table())

@@ -7,8 +7,10 @@ gate failed, 2 bad usage or bad input, 3 a fault of the program, with its traceb
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -48,6 +50,9 @@ def main(
     summary:     makes a JSON object of the result, printed as the last line of standard output; None prints nothing.
     status:      makes the exit status of the result.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         spec = sys.modules["__main__"].__spec__  # None for a script; tyro would show the module's path
         prog = f"python -m {spec.name}" if spec else None
@@ -63,8 +68,10 @@ def main(
             traceback.print_exc()
             sys.exit(3)
         fail(": ".join([*([str(error.filename)] if error.filename else []), error.strerror]))
+    except MemoryError as error:
+        fail(f"out of memory: {error}" if str(error) else "out of memory")
     except GateError as error:
-        print("failed: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        print("failed: " + _line(str(error)), file=sys.stderr, flush=True)
         sys.exit(1)
     except Exception:  # a fault of ours, which is not a gate that failed
         traceback.print_exc()
@@ -76,8 +83,25 @@ def main(
 
 def fail(message: str) -> NoReturn:
     """Exit with status 2 after one line on standard error."""
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    print("error: " + _line(message), file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def _line(message: str) -> str:
+    """As one line, in which nothing steers the terminal, whatever the names in it are."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+
+
+def parse_size(option: str, text: str, multiple: int = 1) -> tuple[int, int]:
+    """Height and width from "HxW", as given by an option. Raises InputError for anything else, and where one is no
+    multiple of `multiple`, to which images are padded."""
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text, re.ASCII)
+    if not match:
+        raise InputError(f"--{option}: expected height and width as HxW such as 720x1280, found {text!r}")
+    size = int(match[1]), int(match[2])
+    if size[0] % multiple or size[1] % multiple:
+        raise InputError(f"--{option}: expected multiples of {multiple}, to which images are padded, found {text}")
+    return size
 
 
 def progress(shown: bool = True, **columns: Any) -> Progress:
@@ -94,19 +118,30 @@ def progress(shown: bool = True, **columns: Any) -> Progress:
 def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path` to write to, which takes its name when the block ends and vanishes when it fails.
 
-    Missing parent folders are made. The temporary name keeps the suffix, from which libraries guess the format.
+    Missing parent folders are made. The temporary name keeps the suffix, from which libraries guess the format. Raises
+    InputError where `path` is something else than a file, which would be replaced too; an OSError, such as that of a
+    full disk, names `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    if path.exists() and not path.is_file():
+        raise InputError(f"expected a file to write, found a folder, a pipe or a device at {path}")
+    prefix = f".{path.stem}."
     try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        unnamed = error.filename is None or Path(str(error.filename)).name.startswith(prefix)
+        if unnamed and error.strerror is not None:
+            error.filename = str(path)
+        raise
 
 
 def _umask() -> int:

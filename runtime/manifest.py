@@ -24,9 +24,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import re
+import sys
 import types
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -44,6 +44,9 @@ SIGNATURE = "manifest.json.sig"
 
 DEFAULT_MULTIPLE = 8
 """Size multiple of a graph whose metadata does not name one: that of the released network."""
+
+MAX_MULTIPLE = 1024
+"""A larger one would have a small image padded to one that no memory holds."""
 
 IO = Literal["tensor", "image"]
 Role = Literal["onnx", "engine", "report"]
@@ -65,8 +68,8 @@ class File:
     role: Role
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"\w[\w.+-]*", self.name, re.ASCII) or self.name in (MANIFEST, SIGNATURE):
-            raise InputError(f"expected a plain file name of letters, digits and _.+-, found {self.name!r}")
+        if not re.fullmatch(r"\w[\w.+-]{0,254}", self.name, re.ASCII) or self.name.lower() in (MANIFEST, SIGNATURE):
+            raise InputError(f"expected a plain file name of at most 255 letters, digits and _.+-, found {self.name!r}")
         _check_sha256(self.sha256, self.name)
 
     @classmethod
@@ -110,6 +113,11 @@ class Model:
     config: dict[str, Any] | None
     weights_sha256: str | None
     provenance: dict[str, Any] | None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size_multiple <= MAX_MULTIPLE:
+            raise InputError(f"{self.file}: expected a size multiple from 1 to {MAX_MULTIPLE}, found "
+                             f"{self.size_multiple}")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -196,7 +204,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         by_name = {file.name: file for file in self.files}
-        if len(by_name) < len(self.files):
+        if len({name.lower() for name in by_name}) < len(self.files):  # some file systems do not tell A from a
             raise InputError(f"expected every file once, found {[file.name for file in self.files]}")
         described = {self.model.file: "onnx", **{engine.file: "engine" for engine in self.engines}}
         listed = {file.name: file.role for file in self.files if file.role in ("onnx", "engine")}
@@ -329,12 +337,14 @@ def parse(content: bytes) -> Manifest:
     """A manifest from its JSON. Raises InputError."""
     try:
         found = json.loads(content, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        if isinstance(found, dict) and found.get("schema") != SCHEMA:
+            raise InputError(f"expected schema {SCHEMA}, found {found.get('schema')!r:.100}; use the version of "
+                             "drsformer-deploy that made the bundle, or make it again")  # fmt: skip
+        return _parse(Manifest, found, "manifest")
+    except InputError as error:
+        raise InputError(f"{error!s:.1000}") from error  # what was found may be of any length
     except (ValueError, RecursionError) as error:
-        raise InputError(f"expected JSON, found what is not: {error}") from error
-    if isinstance(found, dict) and found.get("schema") != SCHEMA:
-        raise InputError(f"expected schema {SCHEMA}, found {found.get('schema')!r}; use the version of "
-                         "drsformer-deploy that made the bundle, or make it again")  # fmt: skip
-    return _parse(Manifest, found, "manifest")
+        raise InputError(f"expected JSON, found what is not: {error!s:.1000}") from error
 
 
 def describe(file: File, input: Tensor, output: Tensor, metadata: dict[str, str]) -> Manifest:
@@ -343,7 +353,7 @@ def describe(file: File, input: Tensor, output: Tensor, metadata: dict[str, str]
     io, multiple = contract((input, output), metadata)
     try:
         config, provenance = (json.loads(metadata.get(key, "null")) for key in ("config", "provenance"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file.name}: expected JSON as config and provenance in its metadata, found {error}"
                          ) from error  # fmt: skip
     model = Model(
@@ -368,8 +378,9 @@ def contract(tensors: Sequence[Tensor], metadata: dict[str, str]) -> tuple[IO, i
     match tensors:
         case [Tensor("input", "float32", (_, 3, _, _)), Tensor("output", "float32", _)]:
             text = metadata.get("size_multiple", str(DEFAULT_MULTIPLE))
-            if not text.isdecimal() or int(text) < 1:
-                raise InputError(f"expected a whole number as size_multiple in its metadata, found {text!r}")
+            if not re.fullmatch(r"\d{1,4}", text) or not 1 <= int(text) <= MAX_MULTIPLE:
+                raise InputError(f"expected a whole number from 1 to {MAX_MULTIPLE} as size_multiple in its metadata, "
+                                 f"found {text!r:.100}")  # fmt: skip
             return "tensor", int(text)
         case [Tensor("input", "uint8", (_, _, _, 3)), Tensor("output", "uint8", _)]:
             return "image", 1
@@ -398,7 +409,7 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         if value in arguments:
             return value
     elif kind is float:
-        if type(value) in (int, float) and math.isfinite(value):
+        if type(value) in (int, float) and abs(value) <= sys.float_info.max:
             return float(value)
     elif type(value) is (get_origin(kind) or kind):
         return value

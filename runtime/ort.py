@@ -8,6 +8,7 @@ the first image.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ from numpy.typing import NDArray
 
 from runtime.cli import InputError
 from runtime.manifest import Bundle, Tensor, contract
+from runtime.memory import Footprint, measure
 from runtime.session import to_batch, to_image
+from runtime.tiling import Size
 
 EXECUTION_PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -34,6 +37,9 @@ DTYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
 
 SHIPPED = "drsformer-xs.onnx"
 
+MAX_THREADS = 256
+"""ONNX Runtime starts as many as it is told, until the process dies of it."""
+
 
 class OrtSession:
     """A `runtime.session.Session` on ONNX Runtime.
@@ -46,12 +52,14 @@ class OrtSession:
     `--io image`, both uint8 (1, H, W, 3) of any size. `run` is the same for both: to a graph of images it hands an
     image, which loses nothing where the batch came from one, and its answer is then in steps of 1/255.
 
-    Attributes besides `multiple`: `path`, of the file; `metadata`, the strings that export wrote into it; `input` and
-    `output`; and `provider`, the one that runs. Raises InputError for a file that is missing, broken, another network
-    or other than its bundle says, and for a provider that is not there.
+    Attributes besides those of `Session`: `path`, of the file; `metadata`, the strings that export wrote into it;
+    `input` and `output`; and `provider`, the one that runs. ONNX Runtime keeps the memory of the largest image so far.
+    Raises InputError for a file that is missing, broken, another network or other than its bundle says, and for a
+    provider that is not there.
     """
 
     multiple: int
+    limits: tuple[tuple[Size, Size], ...]
     path: Path
     metadata: dict[str, str]
     input: Tensor
@@ -68,10 +76,11 @@ class OrtSession:
             self.path = content = Path(model) if model is not None else shipped_model()
             if not self.path.is_file():
                 raise InputError(f"expected an ONNX file, found no file at {self.path}")
-        if threads < 0:
-            raise InputError(f"expected 0 (all cores) or more threads, found {threads}")
+        if not 0 <= threads <= MAX_THREADS:
+            raise InputError(f"expected 0 (all cores) to {MAX_THREADS} threads, found {threads}")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
+        options.enable_mem_pattern = False  # is no faster here, and takes twice the memory from the second image on
         options.log_severity_level = 3  # errors; the warnings are about the graph's inner names
         wanted = _choose(provider)
         try:
@@ -91,6 +100,15 @@ class OrtSession:
             raise InputError(f"{self.path}: {error}") from error
         self.input, self.output = tensors
         self._takes_images = io == "image"
+        self._threads = threads
+        sides = [(1, sys.maxsize) if side == -1 else (side, side) for side in self._size()]
+        least, most = zip(*sides, strict=True)
+        self.limits = ((least, most),)
+
+    @functools.cached_property
+    def footprint(self) -> Footprint | None:
+        """Measured on the CPU when it is first asked for; None where it is not known, as on a GPU."""
+        return measure(self.path, self._threads) if self.provider == "cpu" else None
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """float32 (1, 3, H, W) RGB in [0, 1], H and W multiples of `multiple` -> the same shape, not clamped.
@@ -99,7 +117,7 @@ class OrtSession:
         memory. Safe to call from several threads.
         """
         H, W = batch.shape[2:]
-        height, width = self.input.shape[1:3] if self._takes_images else self.input.shape[2:]
+        height, width = self._size()
         if height not in (-1, H) or width not in (-1, W):
             raise InputError(f"{self.path} takes only images of {width}x{height} pixels, found {W}x{H} after padding "
                              f"to a multiple of {self.multiple}; export it without --height and --width")  # fmt: skip
@@ -110,8 +128,16 @@ class OrtSession:
         except Exception as error:
             raise InputError(f"{self.path} failed on {W}x{H} pixels: {_line(error)}") from error
 
+    def _size(self) -> tuple[int, int]:
+        """Height and width that the graph takes; -1 where it leaves it open."""
+        height, width = self.input.shape[1:3] if self._takes_images else self.input.shape[2:]
+        return height, width
+
     def _call(self, array: np.ndarray) -> np.ndarray:
-        return np.asarray(self._engine.run(["output"], {"input": array})[0])
+        answer = np.asarray(self._engine.run(["output"], {"input": array})[0])
+        if answer.shape != array.shape:
+            raise InputError(f"expected an output of shape {array.shape}, found {answer.shape}")
+        return answer
 
 
 def shipped_model() -> Path:

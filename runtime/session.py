@@ -2,12 +2,13 @@
 
 An engine is whatever offers `Session`. `Derainer` stands on any of them and is the only place that knows how an image
 becomes the network's input and back, so that no two engines can disagree about padding or rounding. It runs the whole
-image at once, as the authors do: the network's attention is global, and tiles would change its answer. Memory
-therefore grows with the image.
+image at once, as the authors do: the network's attention is global, and tiles change its answer. Memory grows with the
+image, so one that does not fit is cut into tiles all the same, by `runtime.tiling`.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime import manifest
+from runtime import manifest, tiling
 from runtime.cli import InputError
+from runtime.memory import Footprint, available
 
 if TYPE_CHECKING:
     from runtime.ort import OrtSession
@@ -25,11 +27,23 @@ if TYPE_CHECKING:
 Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
 """Where a network runs; see `open_session`."""
 
+IMAGE = 36
+"""Bytes that an image takes for each of its pixels outside of the network, from the caller's to the answer."""
+
+AMPLE = 32_000
+"""Bytes for each pixel with which no network has to be measured: `runtime.memory.MARGIN` times the most that the full
+one took in ONNX Runtime."""
+
 
 class Session(Protocol):
     """A network in one engine, ready to run.
 
-    multiple: the height and width that `run` takes are multiples of this; 1 where any size will do.
+    multiple:  the height and width that `run` takes are multiples of this; 1 where any size will do.
+
+    A session may have two attributes more; one that lacks them takes any size, and nobody knows its memory:
+
+    limits:    pairs of the smallest and the largest (height, width), one of which is enough; () for any size.
+    footprint: `runtime.memory.Footprint`, or None where it is not known. It may take seconds to measure.
     """
 
     multiple: int
@@ -46,9 +60,15 @@ class Derainer:
                 the project.
     provider:   "auto", "cpu", "cuda" or "tensorrt", see `open_session`; not for a session.
     public_key: of the one who has to have signed the bundle (PEM, Ed25519).
+    memory:     bytes that the whole process may take for one image; None is three quarters of what is free when this
+                object is made, where the system and the session tell. Threads that share one take it each.
+    tile:       height and width of the tiles into which larger images are cut, whatever the memory.
+    overlap:    pixels that those tiles share; None is 64, or a quarter of the shorter side.
 
-    Raises InputError for a model that cannot be loaded, a bundle whose files are not those of its manifest, and a
-    provider that is not there.
+    Tiles depend on the memory, and the answer on the tiles: give one of the two for the same bytes on every machine.
+
+    Raises InputError for a model that cannot be loaded, a bundle whose files are not those of its manifest, a provider
+    that is not there, and a memory, tile or overlap that cannot be.
     """
 
     session: Session
@@ -58,22 +78,42 @@ class Derainer:
         model: Session | str | os.PathLike[str] | None = None,
         provider: str = "auto",
         public_key: str | os.PathLike[str] | None = None,
+        memory: int | None = None,
+        tile: tiling.Size | None = None,
+        overlap: int | None = None,
     ) -> None:
+        if memory is not None and tile:
+            raise InputError("expected a memory or a tile, found both")
+        if overlap is not None and not tile:
+            raise InputError("expected an overlap only with a tile")
         if model is None or isinstance(model, (str, os.PathLike)):
             model = open_session(model, provider, public_key=public_key)
         elif public_key is not None:
             raise InputError("expected the path of a bundle to verify with a public key, found a session")
         self.session = model
+        self._tile, self._overlap = tile, overlap
+        if memory is None:
+            free = available()
+            self._memory = math.inf if free is None else free * 0.75
+        elif footprint := self._footprint:
+            self._memory = memory - footprint.fixed
+        else:
+            raise InputError("how much memory a network takes is known only with the provider cpu, on Linux; give the "
+                             "size of tiles in place of a memory")  # fmt: skip
+        if tile:
+            self.plan(tile[0] + 1, tile[1] + 1)  # raises for tiles into which nothing could be cut
 
-    def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def __call__(self, image: NDArray[np.uint8], on_tile: tiling.OnTile | None = None) -> NDArray[np.uint8]:
         """uint8 (H, W, 3) RGB with H, W >= 1 -> the same shape and type.
 
         This is the image contract, to the bit that of the authors' test script: divide by 255, pad right and bottom
         to the next multiple of `session.multiple` by reflection without repeating the border, run, clamp to [0, 1],
         crop, multiply by 255, round half to even. An axis that is not longer than its padding cannot be reflected
-        (the authors' script fails there); it repeats its border instead.
+        (the authors' script fails there); it repeats its border instead. If `plan` says so it is the padded image
+        that is cut into tiles; `on_tile` is told how many of them are done, and of how many.
 
-        Raises InputError for any other array, and where the network answers with NaN or infinity.
+        Raises InputError for any other array, for an image whose tiles would not fit into the memory, and where the
+        network answers with NaN or infinity.
         """
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
@@ -81,15 +121,36 @@ class Derainer:
         if image.size == 0:
             raise InputError(f"expected an image of at least one pixel, found shape {image.shape}")
         H, W, _ = image.shape
+        plan = self.plan(H, W)
         padded = image
         for axis, length in enumerate((H, W)):
-            padding = -length % self.session.multiple
+            padding = plan.size[axis] - length
             widths = [(0, padding) if i == axis else (0, 0) for i in range(3)]
             padded = np.pad(padded, widths, mode="reflect" if length > padding else "edge")
-        restored = self.session.run(to_batch(padded))[:, :, :H, :W]
+
+        def restore(rows: slice, columns: slice) -> NDArray[np.float32]:
+            return self.session.run(to_batch(padded[rows, columns]))
+
+        restored = tiling.blend(plan, restore, on_tile)[:, :, :H, :W]
         if not np.isfinite(restored).all():
             raise InputError("the network answered with NaN or infinity; if it runs in float16, export it in float32")
         return to_image(restored)
+
+    def plan(self, height: int, width: int) -> tiling.Plan:
+        """How an image of this size is cut: as a whole if it fits. Raises InputError where not even tiles do."""
+        multiple = self.session.multiple
+        size = height + -height % multiple, width + -width % multiple
+        limits = getattr(self.session, "limits", ())
+        if self._tile:
+            return tiling.plan(size, multiple, limits, tile=self._tile, overlap=self._overlap)
+        area, pixels = size[0] * size[1], math.inf
+        if area * AMPLE > self._memory and (footprint := self._footprint):
+            pixels = (self._memory - area * IMAGE) / footprint.per_pixel
+        return tiling.plan(size, multiple, limits, pixels)
+
+    @property
+    def _footprint(self) -> Footprint | None:
+        return getattr(self.session, "footprint", None)
 
 
 def open_session(
@@ -130,5 +191,6 @@ def to_batch(image: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def to_image(batch: NDArray[np.float32]) -> NDArray[np.uint8]:
     """float32 (1, 3, H, W), clamped to [0, 1] and rounded half to even -> uint8 (H, W, 3)."""
-    levels = np.rint(np.clip(batch[0], 0, 1) * 255).astype(np.uint8)
-    return np.ascontiguousarray(levels.transpose(1, 2, 0))
+    levels = np.clip(batch[0], 0, 1)
+    levels *= 255
+    return np.ascontiguousarray(np.rint(levels, out=levels).astype(np.uint8).transpose(1, 2, 0))

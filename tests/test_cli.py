@@ -8,7 +8,7 @@ from typing import Annotated
 import pytest
 import tyro
 
-from runtime.cli import InputError, main, writing
+from runtime.cli import InputError, main, parse_size, writing
 
 
 @dataclass(frozen=True)
@@ -83,3 +83,15 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
         _ = temporary.write_text("second") / 0
     assert path.read_text() == "first"
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["", "8", "8x", "0x8", "8x-8", "8x8x8", "8.0x8", "٣x٣", "8x9999999", "axb"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(InputError, match="--size: expected height and width as HxW such as 720x1280, found"):
+        parse_size("size", text)
+
+
+def test_sizes():
+    assert parse_size("size", "720x1281") == (720, 1281)
+    with pytest.raises(InputError, match="--tile: expected multiples of 8, to which images are padded, found 720x1281"):
+        parse_size("tile", "720x1281", 8)

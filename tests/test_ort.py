@@ -115,6 +115,7 @@ def test_static_graph_takes_its_size_only(tmp_path):
     assert set(Derainer(session)(image).ravel()) == {50}
     with pytest.raises(InputError, match=r"24x16 pixels, found 16x24 .*without --height"):
         Derainer(session)(image.transpose(1, 0, 2))
+    assert set(Derainer(session)(np.full((33, 24, 3), 100, np.uint8)).ravel()) == {50}  # three tiles of its size
 
 
 def test_says_when_a_run_fails(tmp_path):

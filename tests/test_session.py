@@ -141,10 +141,11 @@ def test_refuses_a_network_that_fails(value):
         Derainer(Constant(value))(random_image(2, 2))
 
 
-def test_threads_may_share_one():
+@pytest.mark.parametrize("tile", [None, (8, 8)])
+def test_threads_may_share_one(tile):
     images = [random_image(9, 5 + seed, seed) for seed in range(12)]
-    derain = Derainer(Network())
+    derain = Derainer(Network(), tile=tile)
     with ThreadPoolExecutor(4) as pool:
         restored = list(pool.map(derain, images))
     for image, result in zip(images, restored, strict=True):
-        np.testing.assert_array_equal(result, Derainer(Network())(image))
+        np.testing.assert_array_equal(result, Derainer(Network(), tile=tile)(image))

@@ -206,8 +206,8 @@ def test_profiles(given, expected, built):
     ("given", "line"),
     [
         ({"max": ("100x96",)}, "--max: expected multiples of 8, to which images are padded, found 100x96"),
-        ({"min": ("64",)}, "--min: expected height x width, such as 720x1280, found 64"),
-        ({"min": ("0x64",)}, "--min: expected height x width"),
+        ({"min": ("64",)}, "--min: expected height and width as HxW such as 720x1280, found '64'"),
+        ({"min": ("0x64",)}, "--min: expected height and width"),
         ({"min": ("128x64",), "max": ("64x128",)}, "expected --min <= --opt <= --max in height and in width, found"),
         ({"opt": ("8x8",) * 2, "max": ("8x8",) * 3}, "--opt: expected one size, or 3 as for the other options, found"),
     ],

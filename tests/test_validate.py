@@ -365,3 +365,39 @@ def test_bundle_that_misses_the_budget_records_nothing(folder, tmp_path):
 def test_only_bundles_record(folder):
     with pytest.raises(InputError, match="--record: expected a bundle"):
         validate(folder / "reference.safetensors", folder / "model.onnx", folder / "pairs", record=True)
+
+
+def test_tiles_against_the_whole(folder, tmp_path, capsys):
+    reference = folder / "reference.safetensors"
+    found = validate(reference, reference, folder / "pairs", tile="16x24", overlap=4, report=tmp_path)
+    assert "Flips are not counted" not in capsys.readouterr().out
+    assert found.facts["tiles"] == "16x24, 4 pixels of overlap"
+    assert "16x24, 4 pixels of overlap" in (tmp_path / "report.html").read_text()
+    assert found.totals["psnr_between"] < 60  # attention looks at tiles only
+    assert "flipped" not in found.summary()
+    session = TorchSession(checkpoint.load(reference).model, "cpu")
+    tiled = Derainer(session, tile=(16, 24), overlap=4)(random_image(29, 37, 0))
+    assert found.images[0].candidate_psnr == psnr(tiled, read_rgb(folder / "pairs" / "target" / "0.png"))
+    found = validate(reference, reference, folder / "pairs", tile="64x64")
+    assert found.totals["max_difference"] == 0  # each image is one tile
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(tile="64"), "--tile: expected height and width as HxW such as 720x1280, found '64'"),
+        (dict(tile="64x60"), "--tile: expected multiples of 8"),
+        (dict(overlap=8), "overlap only with a tile"),
+        (dict(tile="64x64", overlap=40), "overlap of 0 to 32 pixels"),
+    ],
+)
+def test_refuses_tiles_that_are_none(folder, options, message):
+    reference = folder / "reference.safetensors"
+    with pytest.raises(InputError, match=message):
+        validate(reference, reference, folder / "plain", **options)
+
+
+def test_what_tiles_cost_is_not_recorded(folder, tmp_path):
+    describe_onnx(Path(shutil.copy(folder / "model.onnx", tmp_path))).save(tmp_path)
+    with pytest.raises(InputError, match="--record: expected whole images"):
+        validate(folder / "reference.safetensors", tmp_path, folder / "pairs", tile="16x16", record=True)
