@@ -9,11 +9,12 @@ Not kept: XMP and text, and the thumbnail, which would still show the rain; a pa
 
 Refused, rather than silently made worse: more than 8 bits a channel, CMYK and other colour spaces, animations and
 files of several pages (a stereo or burst photograph in one JPEG file counts as its first image), and images of more
-pixels than Pillow takes for safe.
+pixels than the limit against decompression bombs, see `refuse_bomb`.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import warnings
@@ -33,6 +34,9 @@ FORMATS = {
 """Pillow's format by the suffix of the file to write. Files to read are told by their content."""
 
 SUFFIXES = tuple(FORMATS)
+
+LONGEST_SIDE = {"JPEG": 65535, "WEBP": 16383}
+"""Pixels of the longest side that a format has numbers for; the others have more than memory."""
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 """Pillow's modes that become RGB, or RGB and alpha, without loss."""
@@ -65,11 +69,15 @@ class Photo:
     icc_profile: bytes = b""
 
     def check(self, path: str | os.PathLike[str]) -> None:
-        """Raise InputError where the format that the suffix of `path` stands for is unknown or would lose
-        transparency. An alpha channel that is opaque throughout is nothing to lose."""
+        """Raise InputError where the format that the suffix of `path` stands for is unknown, cannot hold so large an
+        image or would lose transparency. An alpha channel that is opaque throughout is nothing to lose."""
         suffix = Path(path).suffix
         if suffix.lower() not in FORMATS:
             raise InputError(f"expected an image file ending in {', '.join(SUFFIXES)} to write, found {path}")
+        longest = LONGEST_SIDE.get(FORMATS[suffix.lower()])
+        if longest is not None and max(self.rgb.shape) > longest:
+            raise InputError(f"{path} cannot be written: a {suffix} file holds at most {longest} pixels a side; "
+                             "write it as .png or .tif")  # fmt: skip
         if FORMATS[suffix.lower()] in ("JPEG", "BMP") and self.alpha is not None and self.alpha.min() < 255:
             raise InputError(f"{path}: a {suffix} file cannot hold the transparency of this image; "
                              "write it as .png, .webp or .tif")  # fmt: skip
@@ -79,8 +87,8 @@ class Photo:
 
         JPEG in quality 95 without chroma subsampling; WebP in quality 95 if the image came from a lossy file, else
         without loss; TIFF uncompressed, as Pillow's compressor cannot take EXIF data. BMP holds neither EXIF nor an
-        ICC profile, WebP has no grey. Raises InputError as `check` does and where the format cannot hold so large an
-        image or so much EXIF data.
+        ICC profile, WebP has no grey. Raises InputError as `check` does and where the format cannot hold so much EXIF
+        data.
         """
         self.check(path)
         image = Image.fromarray(self.rgb)
@@ -94,31 +102,31 @@ class Photo:
             "WEBP": dict(quality=95, lossless=not self.lossy, exact=True),  # exact: colours also where transparent
         }
         around = {k: v for k, v in dict(exif=self.exif, icc_profile=self.icc_profile).items() if v}
+        encoded = io.BytesIO()  # on a full disk some of Pillow's encoders would raise what they raise for bad images
         try:
-            with writing(path) as temporary:
-                image.save(temporary, file_format, **options.get(file_format, {}), **around)
-        except OSError as error:
-            if error.strerror is not None:  # the disk, not the image
-                raise
+            image.save(encoded, file_format, **options.get(file_format, {}), **around)
+        except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be written: {error}") from error
-        except ValueError as error:
-            raise InputError(f"{path} cannot be written: {error}") from error
+        with writing(path) as temporary:
+            temporary.write_bytes(encoded.getbuffer())
 
 
 def load(path: str | os.PathLike[str]) -> Photo:
     """Read a PNG, JPEG, WebP, BMP or TIFF file, told by its content. Raises InputError for a file that is missing,
     broken, or refused (the head of this file says which)."""
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for a writer
+        raise InputError(f"{path}: expected an image file, found a folder, a pipe or a device")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=sorted({*FORMATS.values()})) as image:
+                refuse_bomb(path, *image.size)
                 _refuse_unfit(path, image)
                 image.load()
                 webp = image.format == "WEBP"
                 return _photo(image, lossy=_is_lossy_webp(path) if webp else image.format in ("JPEG", "MPO"))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        reason = f"more than {Image.MAX_IMAGE_PIXELS} pixels, too many to open safely; make it smaller first"
+    except Image.DecompressionBombError:  # by Pillow itself, at twice the limit
+        reason = _bomb()
     except UnidentifiedImageError:
         reason = "not a PNG, JPEG, WebP, BMP or TIFF image, or cut off at its start"
     except InputError:
@@ -143,6 +151,21 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
     return sorted(path for path in files if path.is_file())
 
 
+def refuse_bomb(path: str | os.PathLike[str], width: int, height: int) -> None:
+    """Raise InputError for an image of more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, before they are decoded: a small
+    file can claim to hold billions, and take all the memory there is. The limit, 89 million unless it is set, is
+    Pillow's for the whole process; None is no limit."""
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        raise InputError(f"{path}: {_bomb()}")
+
+
+def _bomb() -> str:
+    return (
+        f"more than {Image.MAX_IMAGE_PIXELS} pixels, the limit against files made to exhaust the memory; raise it if "
+        "you trust the file (runtime.derain: --max-pixels; Python: PIL.Image.MAX_IMAGE_PIXELS)"
+    )
+
+
 def _refuse_unfit(path: str | os.PathLike[str], image: ImageFile.ImageFile) -> None:
     if re.search(r";16[BLN]", str(image.tile)):  # colours of 16 bits, which Pillow would cut to 8 and call RGB
         raise InputError(f"{path}: 16 bits a channel, where the network works on 8; convert it to 8 first")
@@ -150,7 +173,7 @@ def _refuse_unfit(path: str | os.PathLike[str], image: ImageFile.ImageFile) -> N
         raise InputError(
             f"{path}: expected grey, RGB or palette colours of 8 bits, found {image.mode}; convert it first"
         )
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # n_frames reads all pages of a TIFF file
         raise InputError(f"{path}: an animation or a file of several pages; split it into single images first")
 
 

@@ -1,8 +1,12 @@
 """`python -m runtime.derain` on files and folders, and the promise that the runtime runs without PyTorch."""
 
+import errno
+import os
+import resource
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +14,7 @@ import pytest
 from PIL import Image
 
 from runtime import InputError
-from runtime.derain import derain
+from runtime.derain import _bytes, derain
 from tests.test_ort import write_network
 
 ROOT = Path(__file__).parents[1]
@@ -69,11 +73,29 @@ def test_folder_into_folder(network, photos, tmp_path, monkeypatch, capsys):
     assert value(photos / "a.png") == 100
 
 
-def test_replaces_what_is_there(network, photos, tmp_path):
+def test_a_file_is_replaced(network, photos, tmp_path):
+    target = tmp_path / "a.png"
+    target.write_text("old")
+    for _ in range(2):
+        report = derain(photos / "a.png", target, model=network)
+        assert (report.restored, report.skipped) == ([target], 0)
+        assert value(target) == 50
+
+
+def test_what_is_done_is_left_out_of_a_folder(network, photos, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
-    output.mkdir()
-    (output / "a.png").write_text("old")
-    derain(photos, output, model=network)
+    for names in ({"a.png", "b.JPG", "c.webp"}, set(), {"b.JPG"}):
+        if names == {"b.JPG"}:  # was changed since
+            os.utime(photos / "b.JPG", (time.time() + 10,) * 2)
+        report = derain(photos, output, model=network)
+        assert {path.name for path in report.restored} == names
+        assert report.skipped == 3 - len(names)
+    os.utime(photos / "b.JPG", (0, 0))
+    capsys.readouterr()
+    assert command(monkeypatch, photos, output, "--model", network, "--provider", "cpu") == 0
+    assert capsys.readouterr().out == f"0 of 3 images restored on cpu, 3 had been before: {output}\n"
+    (output / "a.png").write_text("anything")
+    assert len(derain(photos, output, model=network, overwrite=True).restored) == 3
     assert value(output / "a.png") == 50
 
 
@@ -94,13 +116,177 @@ def test_broken_images_are_named_and_the_others_done(network, photos, tmp_path, 
     assert printed.out.splitlines()[-1].startswith("3 of 6 images restored")
 
 
-def test_names_the_image_that_the_network_refuses(photos, tmp_path):
-    network = write_network(tmp_path / "static.onnx", shape=(1, 3, 8, 16))
+class Session:
+    """Halves every value, after a while. Refuses what is wider than 24 pixels."""
+
+    multiple, provider = 1, "nowhere"
+
+    def __init__(self, seconds=0.0):
+        self.seconds = seconds
+
+    def run(self, batch):
+        time.sleep(self.seconds)
+        if batch.shape[3] == 32:
+            raise MemoryError
+        if batch.shape[3] > 24:
+            raise InputError("too wide")
+        return batch / 2
+
+
+@pytest.fixture
+def session(monkeypatch):
+    monkeypatch.setattr("runtime.derain.open_session", lambda *options: Session())
+
+
+def test_names_the_image_that_the_network_refuses(session, photos, tmp_path):
     Image.new("RGB", (40, 7)).save(photos / "wide.png")
-    report = derain(photos, tmp_path / "out", model=network)
+    Image.new("RGB", (32, 7)).save(photos / "heavy.png")
+    report = derain(photos, tmp_path / "out")
     assert len(report.restored) == 3
-    assert len(report.failures) == 1
-    assert str(photos / "wide.png") in report.failures[0]
+    heavy, wide = report.failures
+    assert heavy.startswith(f"{photos / 'heavy.png'}: not enough memory")
+    assert wide == f"{photos / 'wide.png'}: too wide"
+
+
+def test_a_thousand_images_with_ten_broken(session, tmp_path):
+    photos, output = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    Image.new("RGB", (4, 4), (100,) * 3).save(photos / "000.png")
+    whole = (photos / "000.png").read_bytes()
+    for i in range(1000):
+        (photos / f"{i:03}.png").write_bytes(whole if i % 100 != 57 else whole[: 4 * (i // 100)])
+    report = derain(photos, output)
+    assert [path.name for path in report.restored] == [f"{i:03}.png" for i in range(1000) if i % 100 != 57]
+    assert len(report.failures) == 10
+    for i, failure in enumerate(report.failures):
+        assert failure.startswith(f"{photos / f'{i}57.png'}: ")
+    assert {path.name for path in output.iterdir()} == {path.name for path in report.restored}
+    assert {value(path) for path in output.iterdir()} == {50}
+    again = derain(photos, output)
+    assert (again.restored, again.skipped, again.failures) == ([], 990, report.failures)
+
+
+SLOW = """
+import sys
+from pathlib import Path
+import runtime.derain
+from tests.test_derain import Session
+runtime.derain.open_session = lambda *options: Session(0.02)
+runtime.derain.derain(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_a_run_that_was_killed_can_be_started_again(session, tmp_path):
+    photos, output = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for i in range(200):
+        Image.new("RGB", (20, 20), (i,) * 3).save(photos / f"{i:03}.png")
+    run = subprocess.Popen([sys.executable, "-c", SLOW, photos, output], cwd=ROOT)
+    while len(list(output.glob("*.png"))) < 10:
+        assert run.poll() is None
+        time.sleep(0.01)
+    run.kill()
+    run.wait()
+    done = {path: path.stat().st_mtime_ns for path in output.glob("[0-9]*.png")}
+    assert 10 <= len(done) < 200
+    report = derain(photos, output)
+    assert report.skipped == len(done)
+    assert len(report.restored) == 200 - len(done)
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    for i in range(200):
+        assert value(output / f"{i:03}.png") == round(i / 2)
+    others = [path.name for path in output.iterdir() if not path.name[0].isdigit()]
+    assert len(others) <= 1, others  # the one that was being written, hidden
+    assert all(name.startswith(".") for name in others)
+
+
+def test_every_image_is_in_one_shard(session, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (4, 4)).save(photos / "000.png")
+    for i in range(1, 200):
+        (photos / f"{i:03}.png").write_bytes((photos / "000.png").read_bytes())
+    shards = [[path.name for path in derain(photos, tmp_path / "out", shard=f"{i}/3").restored] for i in (1, 2, 3)]
+    assert sorted(name for names in shards for name in names) == [f"{i:03}.png" for i in range(200)]
+    assert all(40 < len(names) < 95 for names in shards), [len(names) for names in shards]
+    for i in range(100):  # the others stay where they are when images go
+        (photos / f"{i:03}.png").unlink()
+    again = [path.name for path in derain(photos, tmp_path / "other", shard="2/3").restored]
+    assert again == [name for name in shards[1] if name >= "100"]
+    assert derain(photos, tmp_path / "empty", shard="1/100000").restored == []
+    for text in ("0/3", "4/3", "1", "1/0", "1/3/5", "-1/3", "a/b", "", "1 /3", "¹/3"):
+        with pytest.raises(InputError, match="--shard: expected I/N"):
+            derain(photos, tmp_path / "out", shard=text)
+    with pytest.raises(InputError, match="--shard is for folders"):
+        derain(photos / "199.png", tmp_path / "out.png", shard="1/2")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".tif", ".png", ".bmp", ".webp"])
+def test_a_full_disk_ends_it_and_is_named(session, tmp_path, suffix):
+    """The largest size that a file may have stands in for what the disk has left."""
+    photos, output = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    Image.new("RGB", (4, 4)).save(photos / "a.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)).save(photos / f"b{suffix}")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    try:
+        with pytest.raises(OSError, match=os.strerror(errno.EFBIG)) as error:
+            derain(photos, output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.filename == str(output / f"b{suffix}")
+    assert [path.name for path in output.iterdir()] == ["a.png"]
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_network_runs(photos, tmp_path, monkeypatch, capsys):
+    def refuse(*, dir):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), dir / "tmpname")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    network = write_network(tmp_path / "nan.onnx", scale=float("nan"))  # would be refused on the first image
+    for source in (photos, photos / "a.png"):
+        assert command(monkeypatch, source, tmp_path / "out" / "a.png", "--model", network) == 2
+        out, err = capsys.readouterr()
+        folder = tmp_path / "out" / "a.png" if source == photos else tmp_path / "out"
+        assert (out, err) == ("", f"error: {folder}: {os.strerror(errno.EROFS)}\n")
+        if folder.is_dir():
+            folder.rmdir()
+
+
+def test_large_images_are_tiled(network, photos, tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (500, 300), (100,) * 3).save(photos / "large.png")
+    for option, text in (("--tile", "64x128"), ("--memory", "4GB")):
+        target = tmp_path / f"{option}.png"
+        options = ("--model", network, "--provider", "cpu", option, text)
+        assert command(monkeypatch, photos / "large.png", target, *options) == 0
+        assert value(target) == 50
+    capsys.readouterr()
+    for option, text in (
+        ("--tile", "64"), ("--tile", "0x64"), ("--tile", "64x64x3"), ("--memory", "4XB"), ("--memory", "much"),
+        ("--memory", "-4GB"), ("--memory", "1e9"),
+    ):  # fmt: skip
+        assert command(monkeypatch, photos, tmp_path / "out", "--model", network, option, text) == 2
+        assert capsys.readouterr().err.startswith(f"error: {option}: expected ")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("7", 7), ("4GB", 4 * 10**9), ("4 gb", 4 * 10**9), ("1.5MB", 1500000), ("2KiB", 2048), ("3GiB", 3 * 2**30)],
+)
+def test_memory_has_units(text, number):
+    assert _bytes(text) == number
+
+
+def test_the_limit_of_pixels_can_be_moved(network, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 69)  # 9x7 and 10x7, the second above it
+    report = derain(photos, tmp_path / "out", model=network)
+    assert [path.name for path in report.restored] == ["a.png"]
+    assert "more than 69 pixels" in report.failures[0]
+    assert "--max-pixels" in report.failures[0]
+    assert not derain(photos, tmp_path / "out", model=network, max_pixels=1000).failures
+    with pytest.raises(InputError, match="--max-pixels: expected 1 or more"):
+        derain(photos, tmp_path / "out", model=network, max_pixels=0)
 
 
 def test_bad_arguments_end_with_one_line_and_status_2(network, photos, tmp_path, monkeypatch, capsys):
@@ -159,6 +345,8 @@ class NoTorch:
 sys.meta_path.insert(0, NoTorch())
 import runtime
 for module in pkgutil.walk_packages(runtime.__path__, "runtime."):
+    if module.name == "runtime.triton":
+        continue  # can be imported in the server only
     importlib.import_module(module.name)
     print(module.name)
 sys.argv[0] = "derain"

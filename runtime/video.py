@@ -1,0 +1,424 @@
+"""Video files with everything around the pictures: what goes in with them comes out with them.
+
+    from runtime import Derainer
+    from runtime.video import restore
+
+    restore(Derainer(), "rainy.mp4", "clean.mp4")
+
+Each frame is restored by itself. Decoding, restoring and encoding run at the same time, a few frames apart, so memory
+does not grow with the length of the video. H.264 is written, into MP4, MOV or Matroska.
+
+Kept: the time of each frame, also where the frame rate varies; size, pixel shape and chroma subsampling; the colour
+matrix and range, by which the frames become RGB and YUV again, primaries and transfer curve; rotation and mirroring,
+where the network sees the frames upright, as it was trained; sound and subtitles, copied bit for bit; chapters, titles
+and languages.
+
+Not kept, and remarked on: more than 8 bits a channel, transparency, interlacing, subtitles that the format cannot
+hold, cover images, data, and all video streams but one. Refused: HDR, whose curve needs more than 8 bits, and sound
+that the format cannot hold.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from runtime.cli import InputError, console, progress, writing
+from runtime.images import refuse_bomb
+from runtime.pipeline import pipeline
+
+try:
+    import av
+except ImportError as error:
+    raise InputError("videos are read and written by PyAV, which is not installed; run: pip install av") from error
+from av.container import InputContainer, OutputContainer
+from av.error import ArgumentError, FFmpegError, InvalidDataError
+from av.packet import Packet
+from av.stream import Disposition, Stream
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+
+FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
+"""FFmpeg's format by the suffix of the file to write. Files to read are told by their content."""
+
+READABLE = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,mxf"
+"""FFmpeg's formats that hold a video in one file. It knows others, playlists for one, that open any file they name."""
+
+MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}
+"""The number that FFmpeg's scaler has for a colour matrix, by its code in ITU-T H.273: BT.709, FCC, BT.601 for 625 and
+525 lines, SMPTE 240M, BT.2020."""
+
+BT709, BT601, UNSPECIFIED = 1, 5, 2
+HDR = {16: "PQ", 18: "HLG"}
+"""Transfer curves that need more than 8 bits, by their code in H.273."""
+
+OF_THE_FILE = ("major_brand", "minor_version", "compatible_brands", "encoder")
+"""Metadata that tells how the old file was written."""
+
+EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
+"""Flags without which the scaler takes faster and coarser ways between RGB and YUV."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a video.
+
+    frames:   how many were restored and written.
+    failures: one line for each fault of the source, although a target was written.
+    """
+
+    frames: int
+    failures: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A frame.
+
+    rgb:  uint8 (H, W, 3), upright.
+    time: when it is shown, in units of the video stream's time base.
+    """
+
+    rgb: NDArray[np.uint8]
+    time: int
+
+
+def restore(
+    derain: Callable[[NDArray[np.uint8]], NDArray[np.uint8]],
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    crf: int = 18,
+) -> Result:
+    """Restore a video file into another, whole or not at all. Progress is shown on a terminal.
+
+    derain: uint8 (H, W, 3) RGB -> the same, such as a Derainer.
+    crf:    x264's quality, from 0, the best, to 51.
+
+    Damaged frames are left out and counted; of a file that breaks off, what comes before is restored. On ctrl-C the
+    frame at hand is dropped, the frames before it become the target, which is playable, and KeyboardInterrupt goes on.
+
+    Raises InputError where the source is no video or one that is refused, where the target's format cannot hold it,
+    and for a frame that `derain` refuses; OSError where the target cannot be written.
+    """
+    source, target = Path(source), Path(target)
+    if target.suffix.lower() not in FORMATS:
+        raise InputError(f"expected a video file ending in {', '.join(FORMATS)} to write, found {target}")
+    if not 0 <= crf <= 51:
+        raise InputError(f"--crf: expected 0 to 51, found {crf}")
+    interruption = None
+    with _open(source) as container, writing(target) as temporary, _create(temporary, target) as output:
+        reader = _Reader(source, container)
+        writer = _Writer(target, output, reader, crf)
+        for remark in (*reader.remarks(), *writer.remarks):
+            console.print(f"remark: {source}: {remark}", soft_wrap=True, markup=False, highlight=False)
+        try:
+            _run(derain, reader, writer)
+        except KeyboardInterrupt as error:
+            if not writer.frames:
+                raise
+            interruption = error
+        writer.flush()
+    if interruption:
+        told = f"{writer.frames} of {reader.expected or '?'} frames restored before the interruption: {target}"
+        console.print(told, soft_wrap=True, markup=False, highlight=False)
+        raise interruption
+    failures = [] if reader.breaks_off() is None else [f"{source}: {reader.breaks_off()}"]
+    if damaged := reader.damaged + writer.damaged:
+        failures.append(f"{source}: damaged packets, left out or patched up: {damaged}")
+    return Result(writer.frames, failures)
+
+
+def _run(derain: Callable[[NDArray[np.uint8]], NDArray[np.uint8]], reader: _Reader, writer: _Writer) -> None:
+    with progress(rate="{task.fields[rate]}") as bar:
+        task = bar.add_task("deraining", total=reader.expected, rate="")
+
+        def work(item: Picture | Packet) -> Picture | Packet:
+            if isinstance(item, Packet):
+                return item
+            try:
+                return replace(item, rgb=derain(item.rgb))
+            except InputError as error:
+                raise InputError(f"{reader.path}: {error}") from error
+
+        def consume(item: Picture | Packet) -> None:
+            writer.write(item)
+            if isinstance(item, Picture):
+                bar.update(task, advance=1, rate=f"{bar.tasks[0].speed or 0:.2f} frames/s")
+
+        pipeline(reader.items, work, consume)
+
+
+def _open(path: Path) -> InputContainer:
+    if not path.is_file():
+        raise InputError(f"{path}: expected a video file, found none")
+    try:
+        options = {"format_whitelist": READABLE, "protocol_whitelist": "file"}
+        return av.open(f"file:{path}", container_options=options, metadata_errors="replace")
+    except FFmpegError as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a video, or cut off so that nothing can be read"
+        raise InputError(f"{path}: {reason}") from error
+
+
+@contextmanager
+def _create(temporary: Path, target: Path) -> Iterator[OutputContainer]:
+    """The file to write, whose errors tell of `target`. Those of the source do not get here."""
+    try:
+        with av.open(f"file:{temporary}", "w", FORMATS[target.suffix.lower()]) as output:
+            yield output
+    except FFmpegError as error:
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        raise InputError(f"{target} cannot be written: {error.strerror}") from error
+
+
+class _Converter:
+    """Turns the frames of a video into upright RGB and back, by their own colour matrix and range; FFmpeg would guess.
+
+    first: the first frame; all others are taken to be like it, and scaled to its size where they are not.
+    """
+
+    def __init__(self, path: Path, first: VideoFrame) -> None:
+        if first.color_trc in HDR:
+            raise InputError(f"{path}: HDR ({HDR[first.color_trc]}), where the network works on 8 bits a channel; "
+                             "map its tones to SDR first")  # fmt: skip
+        self.width, self.height = first.width, first.height
+        unknown = BT709 if first.width >= 1280 or first.height > 576 else BT601  # as players have it
+        code = {0: BT709, UNSPECIFIED: unknown}.get(first.colorspace, first.colorspace)
+        if code not in MATRICES:
+            raise InputError(f"{path}: colour matrix {code} of H.273 is unknown here; convert it to BT.709 first")
+        self._matrix = MATRICES[code]
+        full = first.color_range == ColorRange.JPEG or first.format.name.startswith("yuvj")
+        self.range = ColorRange.JPEG if full and not first.format.is_rgb else ColorRange.MPEG
+        self.colorspace = BT709 if first.format.is_rgb else first.colorspace
+        self.pixel_format = _pixel_format(first)
+        matrix = first.side_data.get("DISPLAYMATRIX")
+        self.display_matrix = struct.unpack("=9i", bytes(matrix)) if matrix else None
+        self._orientation = _orientation(self.display_matrix)
+        self._to_rgb, self._from_rgb = VideoReformatter(), VideoReformatter()
+
+    def rgb(self, frame: VideoFrame) -> NDArray[np.uint8]:
+        """uint8 (H, W, 3), upright."""
+        swap, rows, columns = self._orientation
+        converted = self._to_rgb.reformat(
+            frame, self.width, self.height, "rgb24", src_colorspace=self._matrix, src_color_range=self.range,
+            dst_color_range=ColorRange.JPEG, interpolation=EXACT,
+        )  # fmt: skip
+        image = np.asarray(converted.to_ndarray(), np.uint8)
+        return (image.swapaxes(0, 1) if swap else image)[::rows, ::columns]
+
+    def frame(self, rgb: NDArray[np.uint8]) -> VideoFrame:
+        """What `rgb` gives, in the format to encode."""
+        swap, rows, columns = self._orientation
+        image = rgb[::rows, ::columns]
+        image = np.ascontiguousarray(image.swapaxes(0, 1) if swap else image)
+        return self._from_rgb.reformat(
+            VideoFrame.from_ndarray(image, "rgb24"), format=self.pixel_format, dst_colorspace=self._matrix,
+            src_color_range=ColorRange.JPEG, dst_color_range=self.range, interpolation=EXACT,
+        )  # fmt: skip
+
+
+def _pixel_format(frame: VideoFrame) -> str:
+    """The format of 8 bits with the chroma subsampling of a frame; without subsampling where the size is odd."""
+    across, down = 4 // frame.format.chroma_width(4), 4 // frame.format.chroma_height(4)
+    if len(frame.format.components) < 3 and not frame.format.has_palette:  # grey
+        across, down = 2, 2
+    if frame.width % across or frame.height % down:
+        return "yuv444p"
+    return {(2, 1): "yuv422p", (2, 2): "yuv420p"}.get((across, down), "yuv444p")
+
+
+def _orientation(matrix: tuple[int, ...] | None) -> tuple[bool, int, int]:
+    """Whether a display matrix swaps rows and columns, and the steps, 1 or -1, in which to go through the rows and
+    the columns after that. A matrix that does not turn by right angles is left to the player.
+
+    A pixel in column p and row q is shown at column a p + c q and row b p + d q; the matrix is a b u c d v x y w.
+    """
+    if matrix is None:
+        return False, 1, 1
+    a, b, _, c, d = matrix[:5]
+    if a == d == 0:
+        return True, 1 if b > 0 else -1, 1 if c > 0 else -1
+    if b == c == 0:
+        return False, 1 if d > 0 else -1, 1 if a > 0 else -1
+    return False, 1, 1
+
+
+class _Reader:
+    """The streams of an open video file, and what comes out of them.
+
+    stream:    the video stream.
+    copied:    the streams whose packets are copied.
+    items:     pictures, and packets to copy, in the order of the file, with times from its start.
+    converter: between frames and pictures.
+    first:     the first frame.
+    expected:  how many frames there probably are; None where nothing tells.
+    damaged:   how many packets were so far.
+    """
+
+    def __init__(self, path: Path, container: InputContainer) -> None:
+        self.path, self.container = path, container
+        covers = Disposition.attached_pic | Disposition.timed_thumbnails
+        videos = [stream for stream in container.streams.video
+                  if stream.codec_context is not None and not stream.disposition & covers]  # fmt: skip
+        if not videos:
+            raise InputError(f"{path}: expected a video, found no video stream in it, or none that FFmpeg can decode")
+        self.stream = max(videos, key=lambda stream: stream.width * stream.height)
+        refuse_bomb(path, self.stream.width, self.stream.height)
+        if Image.MAX_IMAGE_PIXELS is not None:  # frames can be larger than the file says
+            self.stream.codec_context.options = {"max_pixels": str(Image.MAX_IMAGE_PIXELS)}
+        self.copied: list[Stream] = [*container.streams.audio, *container.streams.subtitles]
+        self.rate = self.stream.guessed_rate or Fraction(25)
+        self.time_base = self.stream.time_base or 1 / self.rate
+        self._start = max(Fraction(container.start_time or 0, av.time_base), Fraction(0))
+        self._length = Fraction(container.duration or 0, av.time_base)
+        self._end = Fraction(0)
+        self.damaged = 0
+        self.expected = self.stream.frames or round(self._length * self.rate) or None
+        self.first, decoded = self._peek(self._decode())
+        self.converter = _Converter(path, self.first)
+        self.items = self._pictures(decoded)
+
+    def remarks(self) -> list[str]:
+        """One line for each thing that is not kept."""
+        remarks = []
+        kept = [self.stream, *self.copied]
+        if dropped := [f"{stream.type} {stream.index}" for stream in self.container.streams if stream not in kept]:
+            remarks.append(f"streams that are dropped: {', '.join(dropped)}")
+        components = self.first.format.components
+        bits = max(component.bits for component in components)
+        if bits > 8:
+            remarks.append(f"{bits} bits a channel become 8")
+        if any(component.is_alpha for component in components):
+            remarks.append("transparency is dropped")
+        if self.first.interlaced_frame:
+            remarks.append("interlaced frames are taken for whole ones; deinterlace first for a better result")
+        return remarks
+
+    def breaks_off(self) -> str | None:
+        """Where the file ends before its time, once all of it is read."""
+        stores_length = self.container.format.name.startswith(("mov", "matroska"))  # of others FFmpeg guesses, badly
+        if stores_length and self._length - self._end > 0.5:
+            return f"breaks off after {float(self._end):.1f} of {float(self._length):.1f} s"
+        return None
+
+    def _decode(self) -> Iterator[VideoFrame | Packet]:
+        """All frames, and the packets to copy."""
+        packets = self.container.demux()
+        while True:
+            try:
+                packet = next(packets)
+            except (StopIteration, FFmpegError):  # an error is told at the end, as a file that breaks off
+                return
+            if packet.pts is not None and packet.duration is not None:
+                self._end = max(self._end, (packet.pts + packet.duration) * packet.time_base - self._start)
+            if packet.stream is self.stream:
+                frames, damaged = [], packet.is_corrupt
+                try:
+                    frames = self.stream.decode(packet)
+                except FFmpegError:
+                    damaged = True
+                self.damaged += damaged or any(frame.is_corrupt for frame in frames)
+                yield from frames
+            elif packet.stream in self.copied and packet.size:
+                if packet.is_corrupt:
+                    self.damaged += 1
+                else:
+                    yield packet
+
+    def _peek(self, decoded: Iterator[VideoFrame | Packet]) -> tuple[VideoFrame, Iterator[VideoFrame | Packet]]:
+        """The first frame, and everything again from the start."""
+        read = []
+        for item in decoded:
+            read.append(item)
+            if isinstance(item, VideoFrame):
+                return item, chain(read, decoded)
+        raise InputError(f"{self.path}: not one frame of its video stream can be decoded")
+
+    def _pictures(self, decoded: Iterator[VideoFrame | Packet]) -> Iterator[Picture | Packet]:
+        """Frames become pictures, and all times count from the start of the file."""
+        step = max(1, round(1 / self.rate / self.time_base))
+        time = -step
+        for item in decoded:
+            start = round(self._start / (item.time_base or self.time_base))
+            if isinstance(item, Packet):
+                item.pts, item.dts = (None if t is None else t - start for t in (item.pts, item.dts))
+                yield item
+            else:
+                time = time + step if item.pts is None else max(time + 1, item.pts - start)  # the encoder needs order
+                yield Picture(self.converter.rgb(item), time)
+
+
+class _Writer:
+    """Encodes pictures into an open container, and copies packets into it.
+
+    frames:  how many were written.
+    damaged: how many packets could not be copied.
+    remarks: one line for each thing that the format cannot hold.
+    """
+
+    def __init__(self, path: Path, output: OutputContainer, reader: _Reader, crf: int) -> None:
+        self._output, self._converter = output, reader.converter
+        self.frames = self.damaged = 0
+        self.remarks: list[str] = []
+        try:
+            self._stream = output.add_stream("libx264", rate=reader.rate, options={"crf": str(crf)})
+        except ValueError as error:
+            raise InputError("this PyAV was built without x264; run: pip install av") from error
+        context, converter, first = self._stream.codec_context, reader.converter, reader.first
+        context.width, context.height, context.pix_fmt = first.width, first.height, converter.pixel_format
+        context.time_base = reader.time_base
+        context.sample_aspect_ratio = reader.stream.sample_aspect_ratio or Fraction(0)
+        context.colorspace, context.color_range = converter.colorspace, converter.range
+        context.color_primaries, context.color_trc = first.color_primaries, first.color_trc
+        self._stream.set_display_matrix(converter.display_matrix)
+        _label(self._stream, reader.stream)
+        if converter.pixel_format == "yuv444p" and (first.width | first.height) % 2:
+            self.remarks.append("of an odd size, so its chroma is not subsampled; some players cannot show that")
+        self._copies: dict[int, Stream] = {}
+        for stream in reader.copied:
+            try:
+                copy = output.add_stream_from_template(stream)
+            except ValueError as error:
+                what = f"{stream.type} {stream.index} ({stream.name})"
+                if stream.type == "audio":
+                    raise InputError(f"{path}: {path.suffix} cannot hold {what}; write .mkv instead") from error
+                self.remarks.append(f"{path.suffix} cannot hold {what}, which is dropped; .mkv might")
+                continue
+            _label(copy, stream)
+            self._copies[stream.index] = copy
+        output.metadata.update({k: v for k, v in reader.container.metadata.items() if k not in OF_THE_FILE})
+        output.set_chapters(reader.container.chapters())
+        output.start_encoding()
+
+    def write(self, item: Picture | Packet) -> None:
+        if isinstance(item, Packet):
+            if item.stream.index in self._copies:
+                item.stream = self._copies[item.stream.index]
+                try:
+                    self._output.mux(item)
+                except (InvalidDataError, ArgumentError):  # the latter for times that make no sense
+                    self.damaged += 1
+            return
+        frame = self._converter.frame(item.rgb)
+        frame.pts, frame.time_base = item.time, self._stream.codec_context.time_base
+        self._output.mux(self._stream.encode(frame))
+        self.frames += 1
+
+    def flush(self) -> None:
+        """Write the frames that the encoder has kept back."""
+        self._output.mux(self._stream.encode(None))
+
+
+def _label(target: Stream, source: Stream) -> None:
+    target.metadata.update({key: value for key, value in source.metadata.items() if key in ("language", "title")})
+    target.disposition = source.disposition
