@@ -1,0 +1,125 @@
+#include "choice.hpp"
+
+#include <algorithm>
+#include <sstream>
+
+namespace derainer {
+
+namespace {
+
+std::vector<int> numbers(const std::string& version) {
+    std::vector<int> result;
+    std::istringstream parts(version);
+    for (std::string part; std::getline(parts, part, '.');) {
+        if (!part.empty() && part.size() < 10 && part.find_first_not_of("0123456789") == std::string::npos) {
+            result.push_back(std::stoi(part));
+        }
+    }
+    return result;
+}
+
+bool has(const Engine& engine, const char* flag) { return engine.flags.count(flag) > 0; }
+
+bool runs_on(const Engine& engine, const std::string& capability) {
+    if (has(engine, "hardware_compatible")) {  // Ampere and later
+        return numbers(capability) >= std::vector<int>{8, 0};
+    }
+    const auto& built_for = engine.compute_capabilities;
+    return std::find(built_for.begin(), built_for.end(), capability) != built_for.end();
+}
+
+bool fits_version(const Engine& engine, const std::string& version) {
+    return has(engine, "version_compatible") ? numbers(version) >= numbers(engine.version) : version == engine.version;
+}
+
+std::string describe(const std::vector<Engine>& engines) {
+    std::string text;
+    for (const Engine& engine : engines) {
+        text += (text.empty() ? "" : "; ") + engine.flavor + " " + engine.version + " for";
+        for (const std::string& capability : engine.compute_capabilities) {
+            text += " " + capability;
+        }
+    }
+    return text.empty() ? "no engine" : text;
+}
+
+std::string describe(const std::vector<Profile>& profiles) {
+    std::string text;
+    for (const Profile& profile : profiles) {
+        text += (text.empty() ? "" : " or ") + to_string(profile.min) + " to " + to_string(profile.max);
+    }
+    return text.empty() ? "no size" : text;
+}
+
+/// Whether tiles of an axis may share so many pixels.
+bool overlaps(std::int64_t length, std::int64_t tile, std::int64_t overlap) {
+    return overlap >= 0 && (length <= tile || 2 * overlap <= tile);
+}
+
+std::int64_t count(std::int64_t length, std::int64_t tile, std::int64_t overlap) {
+    return length <= tile ? 1 : (length - overlap + tile - overlap - 1) / (tile - overlap);
+}
+
+}  // namespace
+
+const Engine& choose_engine(const Bundle& bundle, const std::string& flavor, const std::string& version,
+                            const std::string& capability) {
+    const std::vector<Engine>& engines = bundle.manifest.engines;
+    const auto fits_gpu = [&](const Engine& e) { return e.flavor == flavor && runs_on(e, capability); };
+    const auto newest = std::find_if(engines.rbegin(), engines.rend(), fits_gpu);
+    DERAINER_CHECK(newest != engines.rend(), bundle.folder.string() + ": expected an engine of flavor " + flavor +
+                                                 " for this GPU of compute capability " + capability + ", found " +
+                                                 describe(engines) + "; add one with python -m export.tensorrt");
+    const auto found = std::find_if(engines.rbegin(), engines.rend(),
+                                    [&](const Engine& e) { return fits_gpu(e) && fits_version(e, version); });
+    DERAINER_CHECK(found != engines.rend(), (bundle.folder / newest->file).string() + ": expected version " +
+                                                newest->version + " of the library, which it was built with, found " +
+                                                version + "; install that one or build the engine again");
+    DERAINER_CHECK(!has(*found, "strip_weights"), (bundle.folder / found->file).string() +
+                                                      ": expected an engine with its weights, found one that was "
+                                                      "stripped; build it without --strip-weights");
+    return *found;
+}
+
+std::size_t choose_profile(const Engine& engine, Size size) {
+    const auto found = std::find_if(engine.profiles.begin(), engine.profiles.end(),
+                                    [&](const Profile& profile) { return profile.takes(size); });
+    DERAINER_CHECK(found != engine.profiles.end(), engine.file + " takes images of height x width " +
+                                                       describe(engine.profiles) + ", found " + to_string(size) +
+                                                       "; build it with another --min and --max");
+    return static_cast<std::size_t>(found - engine.profiles.begin());
+}
+
+Cut choose_tiles(const Engine& engine, Size size, std::int64_t multiple, Size tile,
+                 std::optional<std::int64_t> overlap) {
+    const bool asked = tile != Size{};
+    DERAINER_CHECK(
+        !asked || (tile.height > 0 && tile.width > 0 && tile.height % multiple == 0 && tile.width % multiple == 0),
+        "expected tiles in multiples of " + std::to_string(multiple) + " pixels, found " + to_string(tile));
+    std::optional<Cut> best;
+    std::int64_t fewest = 0;
+    for (const Profile& profile : engine.profiles) {
+        const Size largest{profile.max.height / multiple * multiple, profile.max.width / multiple * multiple};
+        const Size most = asked ? tile : largest;
+        const Cut cut{{std::min(size.height, most.height), std::min(size.width, most.width)},
+                      overlap.value_or(std::min(kOverlap, std::min(most.height, most.width) / 4))};
+        if (!profile.takes(cut.tile) || !overlaps(size.height, cut.tile.height, cut.overlap) ||
+            !overlaps(size.width, cut.tile.width, cut.overlap)) {
+            continue;
+        }
+        const std::int64_t tiles =
+            count(size.height, cut.tile.height, cut.overlap) * count(size.width, cut.tile.width, cut.overlap);
+        if (!best || tiles < fewest) {
+            best = cut;
+            fewest = tiles;
+        }
+    }
+    const std::string tiles = asked ? " in tiles of " + to_string(tile) : "";
+    const std::string shared = overlap ? " with an overlap of " + std::to_string(*overlap) : "";
+    DERAINER_CHECK(best.has_value(), engine.file + " takes images of height x width " + describe(engine.profiles) +
+                                         ", found " + to_string(size) + tiles + shared +
+                                         "; build it with another --min and --max");
+    return *best;
+}
+
+}  // namespace derainer

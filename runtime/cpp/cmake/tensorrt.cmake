@@ -1,0 +1,53 @@
+# Finds CUDA and the library that DERAINER_FLAVOR names. Sets DERAINER_ENGINE to whether both are here, and then
+# DERAINER_LIBRARY_SOURCE, and makes the target derainer_tensorrt.
+#
+# The SDK is looked for where TENSORRT_ROOT or TENSORRT_RTX_ROOT says, where the vendor's CMake package is, and in the
+# system's folders. TENSORRT_INCLUDE_DIR and TENSORRT_LIBRARY may be given instead, since the packages on PyPI have
+# libraries without headers, and without the names that a linker looks for.
+
+set(DERAINER_ENGINE OFF)
+if(DERAINER_FLAVOR STREQUAL "tensorrt")
+  set(title "TensorRT")
+  set(vendor TensorRT-Enterprise)
+  set(root TENSORRT_ROOT)
+  set(name nvinfer)
+  set(DERAINER_LIBRARY_SOURCE tensorrt.cpp)
+elseif(DERAINER_FLAVOR STREQUAL "rtx")
+  set(title "TensorRT for RTX")
+  set(vendor TensorRT-RTX)
+  set(root TENSORRT_RTX_ROOT)
+  set(name tensorrt_rtx)
+  set(DERAINER_LIBRARY_SOURCE tensorrt_rtx.cpp)
+else()
+  message(FATAL_ERROR "DERAINER_FLAVOR: expected tensorrt or rtx, found ${DERAINER_FLAVOR}")
+endif()
+
+find_package(CUDAToolkit QUIET)
+find_package(${vendor} CONFIG QUIET HINTS "${${root}}")
+set(hints ${${root}})
+if(${vendor}_FOUND)
+  list(APPEND hints ${${vendor}_DIR}/../../.. ${${vendor}_DIR}/../..)
+endif()
+find_path(TENSORRT_INCLUDE_DIR NvInfer.h HINTS ${hints} PATH_SUFFIXES include)
+find_library(TENSORRT_LIBRARY ${name} HINTS ${hints} PATH_SUFFIXES lib lib64)
+
+set(missing "")
+if(NOT CUDAToolkit_FOUND)
+  string(APPEND missing "\n  CUDA's headers and runtime: install the toolkit, or set CUDAToolkit_ROOT")
+endif()
+if(NOT TENSORRT_INCLUDE_DIR)
+  string(APPEND missing "\n  NvInfer.h of ${title}: install its SDK and set ${root}, or set TENSORRT_INCLUDE_DIR")
+endif()
+if(NOT TENSORRT_LIBRARY)
+  string(APPEND missing "\n  lib${name}.so: install the SDK of ${title} and set ${root}, or set TENSORRT_LIBRARY")
+endif()
+if(missing)
+  message(WARNING "Only the core library is built (bundles, image contract, tiles), no Derainer. Missing:${missing}")
+  return()
+endif()
+
+message(STATUS "${title}: ${TENSORRT_INCLUDE_DIR}, ${TENSORRT_LIBRARY}; CUDA ${CUDAToolkit_VERSION}")
+set(DERAINER_ENGINE ON)
+add_library(derainer_tensorrt INTERFACE)
+target_include_directories(derainer_tensorrt SYSTEM INTERFACE ${TENSORRT_INCLUDE_DIR})
+target_link_libraries(derainer_tensorrt INTERFACE ${TENSORRT_LIBRARY} CUDA::cudart)

@@ -1,0 +1,100 @@
+/// Takes the rain out of images, on an NVIDIA GPU: a bundle made by `export.tensorrt`, in C++.
+///
+///     #include <derainer/derainer.hpp>
+///
+///     try {
+///         derainer::Options options;
+///         options.public_key = "public.pem";               // optional: refuse what its owner did not sign
+///         derainer::Derainer derain("bundle", options);    // verifies every file, then loads the engine
+///
+///         // One image on the host: rows of `width` pixels of 3 bytes, red first, `stride` bytes apart; any size.
+///         std::vector<std::uint8_t> clean(height * stride);
+///         derain.run(rgb, height, width, stride, clean.data());
+///
+///         // Several of them, where the host prepares the next one while the GPU works.
+///         derain.run({{frames[0], height, width, stride, out[0]}, {frames[1], height, width, stride, out[1]}});
+///
+///         // What is on the GPU already, in the network's own format, without waiting.
+///         derain.enqueue(device_input, device_output, 720, 1280, stream);
+///     } catch (const derainer::Error& error) {
+///         std::cerr << error.what() << "\n";               // one line: expected, found, how to mend, what failed
+///     }
+///
+///     find_package(derainer REQUIRED)                      # CMake
+///     target_link_libraries(app PRIVATE derainer::derainer)
+///
+/// Everything around the network is as `runtime.Derainer` does it in Python, to the byte; `restore.hpp` has the image
+/// contract. Images larger than the engine takes are cut into overlapping tiles; the network looks at the whole of what
+/// it is given, so that tiles change its answer.
+///
+/// Threads may share a Derainer: they take turns, in any order. Only moving and destroying it is not for while another
+/// thread uses it. After an Error it can be used again, unless CUDA itself failed for good.
+///
+/// Written against the vendor's API and tested against stand-ins; it has not run on a GPU yet.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "common.hpp"
+#include "restore.hpp"
+
+extern "C" {
+typedef struct CUstream_st* cudaStream_t;  // as in CUDA's headers, which need not be here
+}
+
+namespace derainer {
+
+struct Options {
+    /// Of the one who has to have signed the bundle: Ed25519 in PEM. Empty: nobody has to.
+    std::filesystem::path public_key;
+    /// CUDA's number of the GPU.
+    int device = 0;
+    /// Size of the tiles into which larger images are cut, in multiples of `multiple`. 0x0: as large as the engine
+    /// takes, and none where it takes the whole image.
+    Size tile;
+    /// Pixels that tiles share, at most half a tile; 64, or a quarter of a small tile, if not given.
+    std::optional<std::int64_t> overlap;
+    /// For how many sizes of images or tiles what is set up is kept, at least 1; the longest unused goes first.
+    std::size_t sizes = 8;
+    /// Replay the launches of a size from its second run on.
+    bool cuda_graphs = true;
+};
+
+class Derainer {
+public:
+    /// Memory on the GPU and pinned memory of the host are taken here, for the largest size that the engine takes and
+    /// two tiles at a time; memory for what lies between the network's layers grows with the largest size so far.
+    /// Throws Error where there is no GPU, no engine for it and this library, and for a bundle that is not what its
+    /// manifest or signature says.
+    explicit Derainer(const std::filesystem::path& bundle, const Options& options = {});
+    Derainer(Derainer&&) noexcept;
+    Derainer& operator=(Derainer&&) noexcept;
+    ~Derainer();
+
+    /// Restore an image on the host into `out`, which has the same size and stride and may be `rgb`. Throws Error for
+    /// a size that the engine does not take, for want of memory, and where the network answers with NaN or infinity.
+    void run(const std::uint8_t* rgb, std::int64_t height, std::int64_t width, std::size_t stride, std::uint8_t* out);
+
+    /// Restore several images, of equal or different sizes, as `run` does each. After an Error some are not written.
+    void run(const std::vector<Image>& images);
+
+    /// Let `stream` restore what is on the GPU, and come back at once; `cudaStreamSynchronize(stream)` waits for it.
+    /// In the network's own format, float32 (1, 3, height, width) in [0, 1] or uint8 (1, height, width, 3), see `io`; a
+    /// size that a profile takes, in multiples of `multiple`. The output is neither clamped nor rounded. The Derainer
+    /// has to outlive the work. A size that is new waits for the GPU.
+    void enqueue(const void* input, void* output, std::int64_t height, std::int64_t width, cudaStream_t stream);
+
+    Io io() const;
+    std::int64_t multiple() const;
+
+private:
+    class Implementation;
+    std::unique_ptr<Implementation> implementation_;
+};
+
+}  // namespace derainer

@@ -1,0 +1,85 @@
+/// Takes the rain out of a PNG file.
+///
+///     derain rainy.png clean.png bundle/
+///     derain rainy.png clean.png bundle/ public.pem
+///
+/// Exit status: 0, or 2 after one line that says what is wrong.
+#include <cerrno>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <iostream>
+#include <string>
+#include <vector>
+
+#include <png.h>
+
+#include "derainer.hpp"
+
+namespace {
+
+/// An 8-bit PNG file without transparency, as RGB.
+struct Png {
+    std::int64_t height;
+    std::int64_t width;
+    std::vector<std::uint8_t> rgb;
+
+    static Png read(const std::string& path) {
+        png_image image = {};
+        image.version = PNG_IMAGE_VERSION;
+        check(png_image_begin_read_from_file(&image, path.c_str()), image, path);
+        if ((image.format & (PNG_FORMAT_FLAG_ALPHA | PNG_FORMAT_FLAG_LINEAR)) != 0) {
+            png_image_free(&image);
+            throw derainer::Error(path + ": expected 8 bits a channel and no transparency, found another image",
+                                  "image.format");
+        }
+        image.format = PNG_FORMAT_RGB;
+        Png png{image.height, image.width, std::vector<std::uint8_t>(std::size_t{3} * image.width * image.height)};
+        check(png_image_finish_read(&image, nullptr, png.rgb.data(), 0, nullptr), image, path);
+        return png;
+    }
+
+    /// Whole or not at all.
+    void write(const std::string& path) const {
+        png_image image = {};
+        image.version = PNG_IMAGE_VERSION;
+        image.height = static_cast<png_uint_32>(height);
+        image.width = static_cast<png_uint_32>(width);
+        image.format = PNG_FORMAT_RGB;
+        const std::string temporary = path + ".part";
+        const int written = png_image_write_to_file(&image, temporary.c_str(), 0, rgb.data(), 0, nullptr);
+        if (written == 0 || std::rename(temporary.c_str(), path.c_str()) != 0) {
+            const std::string reason = written == 0 ? image.message : std::strerror(errno);
+            std::remove(temporary.c_str());
+            throw derainer::Error(path + " cannot be written: " + reason, "png_image_write_to_file");
+        }
+    }
+
+private:
+    static void check(int done, const png_image& image, const std::string& path) {
+        if (done == 0) {
+            throw derainer::Error(path + ": expected a PNG image, found none: " + image.message, "png_image");
+        }
+    }
+};
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    if (count != 4 && count != 5) {
+        std::cerr << "usage: derain IN.png OUT.png BUNDLE [PUBLIC_KEY]\n";
+        return 2;
+    }
+    try {
+        Png png = Png::read(arguments[1]);
+        derainer::Options options;
+        options.public_key = count == 5 ? arguments[4] : "";
+        derainer::Derainer derain(arguments[3], options);
+        derain.run(png.rgb.data(), png.height, png.width, static_cast<std::size_t>(3 * png.width), png.rgb.data());
+        png.write(arguments[2]);
+    } catch (const std::exception& error) {
+        std::cerr << error.what() << "\n";
+        return 2;
+    }
+}

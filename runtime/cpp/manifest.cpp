@@ -1,0 +1,389 @@
+#include "manifest.hpp"
+
+#include <algorithm>
+#include <fstream>
+#include <map>
+#include <optional>
+
+#include <nlohmann/json.hpp>
+
+#include "crypto.hpp"
+
+namespace derainer {
+
+namespace {
+
+using nlohmann::json;
+
+constexpr const char* kMend = "; fetch or build the bundle again";
+constexpr int kMaxDepth = 64;
+
+/// As JSON, so that nothing in it can steer a terminal; cut where it is long.
+std::string quote(const json& value) {
+    const std::string text = value.dump(-1, ' ', true, json::error_handler_t::replace);
+    return text.size() <= 200 ? text : text.substr(0, 200) + "...";
+}
+
+[[noreturn]] void refuse(const std::string& where, const std::string& expected, const json& found) {
+    throw Error(where + ": expected " + expected + ", found " + quote(found), where);
+}
+
+/// An object of the manifest: it has all of these fields and no others. The getters throw Error for another type.
+class Object {
+public:
+    Object(const json& value, std::string where, const std::vector<std::string>& names)
+        : value_(value), where_(std::move(where)) {
+        const auto known = [&](const std::string& name) { return value.contains(name); };
+        if (!value.is_object() || value.size() != names.size() || !std::all_of(names.begin(), names.end(), known)) {
+            refuse(where_, "an object with the fields " + quote(names), value);
+        }
+    }
+
+    std::string text(const char* name) const {
+        return get(name, "a string", [](const json& v) { return v.is_string(); }).get<std::string>();
+    }
+
+    std::string choice(const char* name, const std::vector<std::string>& choices) const {
+        const auto known = [&](const json& v) {
+            return v.is_string() && std::count(choices.begin(), choices.end(), v.get<std::string>()) > 0;
+        };
+        return get(name, "one of " + quote(choices), known).get<std::string>();
+    }
+
+    std::int64_t integer(const char* name) const { return get(name, "an integer", is_integer).get<std::int64_t>(); }
+
+    const json& object(const char* name) const {
+        return get(name, "an object", [](const json& v) { return v.is_object(); });
+    }
+
+    const json& list(const char* name) const {
+        return get(name, "a list", [](const json& v) { return v.is_array(); });
+    }
+
+    std::vector<std::int64_t> integers(const char* name) const {
+        const auto all = [](const json& v) { return v.is_array() && std::all_of(v.begin(), v.end(), is_integer); };
+        return get(name, "a list of integers", all).get<std::vector<std::int64_t>>();
+    }
+
+    Size size(const char* name) const {
+        const std::vector<std::int64_t> numbers = integers(name);
+        if (numbers.size() != 2) {
+            refuse(where_ + "." + name, "a height and a width", value_.at(name));
+        }
+        return {numbers[0], numbers[1]};
+    }
+
+    /// Fields that may be null, and are of no use here beyond that.
+    void check_optional(const std::vector<const char*>& names, bool (json::*is)() const noexcept,
+                        const std::string& expected) const {
+        for (const char* name : names) {
+            get(name, expected + " or null", [&](const json& v) { return v.is_null() || (v.*is)(); });
+        }
+    }
+
+    const std::string& where() const { return where_; }
+
+private:
+    /// Such as Python's and C++'s readers both can hold.
+    static bool is_integer(const json& v) {
+        return v.is_number_integer() && (!v.is_number_unsigned() || v.get<std::uint64_t>() <= INT64_MAX);
+    }
+
+    template <class Predicate>
+    const json& get(const char* name, const std::string& expected, Predicate fits) const {
+        const json& field = value_.at(name);
+        if (!fits(field)) {
+            refuse(where_ + "." + name, expected, field);
+        }
+        return field;
+    }
+
+    const json& value_;
+    std::string where_;
+};
+
+template <class Parse>
+auto parse_list(const json& list, const std::string& where, Parse parse_one) {
+    std::vector<decltype(parse_one(list, where))> result;
+    for (std::size_t i = 0; i < list.size(); ++i) {
+        result.push_back(parse_one(list[i], where + "[" + std::to_string(i) + "]"));
+    }
+    return result;
+}
+
+bool is_digit(char c) { return c >= '0' && c <= '9'; }
+
+bool is_word(char c) { return is_digit(c) || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_'; }
+
+std::string lower(std::string text) {
+    std::transform(text.begin(), text.end(), text.begin(),
+                   [](char c) { return 'A' <= c && c <= 'Z' ? c + ('a' - 'A') : c; });
+    return text;
+}
+
+bool is_plain_name(const std::string& name) {
+    const auto plain = [](char c) { return is_word(c) || c == '.' || c == '+' || c == '-'; };
+    return !name.empty() && is_word(name[0]) && std::all_of(name.begin(), name.end(), plain) &&
+           lower(name) != kManifest && lower(name) != kSignature;
+}
+
+bool is_sha256(const std::string& text) {
+    const auto digit = [](char c) { return is_digit(c) || (c >= 'a' && c <= 'f'); };
+    return text.size() == 64 && std::all_of(text.begin(), text.end(), digit);
+}
+
+/// Such as "8.6".
+bool is_capability(const std::string& text) {
+    const std::size_t point = text.find('.');
+    const auto digits = [&](std::size_t from, std::size_t to) {
+        return from < to && std::all_of(text.begin() + from, text.begin() + to, is_digit);
+    };
+    return point != std::string::npos && digits(0, point) && digits(point + 1, text.size());
+}
+
+File parse_file(const json& value, const std::string& where) {
+    const Object object(value, where, {"name", "sha256", "size", "role"});
+    File file{object.text("name"), object.text("sha256"), object.integer("size"),
+              object.choice("role", {"onnx", "engine", "report"})};
+    DERAINER_CHECK(is_plain_name(file.name),
+                   "expected a plain file name of letters, digits and _.+-, found " + quote(file.name));
+    DERAINER_CHECK(is_sha256(file.sha256),
+                   file.name + ": expected a SHA-256 of 64 digits 0-9 and a-f, found " + quote(file.sha256));
+    return file;
+}
+
+void check_tensor(const json& value, const std::string& where) {
+    const Object object(value, where, {"name", "dtype", "shape"});
+    object.text("name");
+    object.text("dtype");
+    object.integers("shape");
+}
+
+Model parse_model(const json& value, const std::string& where) {
+    const Object object(value, where,
+                        {"file", "io", "input", "output", "size_multiple", "precision", "topk", "config",
+                         "weights_sha256", "provenance"});
+    check_tensor(object.object("input"), where + ".input");
+    check_tensor(object.object("output"), where + ".output");
+    object.check_optional({"precision", "topk", "weights_sha256"}, &json::is_string, "a string");
+    object.check_optional({"config", "provenance"}, &json::is_object, "an object");
+    const Io io = object.choice("io", {"tensor", "image"}) == "image" ? Io::image : Io::tensor;
+    Model model{object.text("file"), io, object.integer("size_multiple")};
+    DERAINER_CHECK(1 <= model.size_multiple && model.size_multiple <= kMaxMultiple,
+                   where + ": expected a size multiple from 1 to " + std::to_string(kMaxMultiple) + ", found " +
+                       std::to_string(model.size_multiple));
+    return model;
+}
+
+Profile parse_profile(const json& value, const std::string& where) {
+    const Object object(value, where, {"min", "opt", "max"});
+    Profile profile{object.size("min"), object.size("opt"), object.size("max")};
+    const auto ordered = [](std::int64_t min, std::int64_t opt, std::int64_t max) {
+        return 1 <= min && min <= opt && opt <= max;
+    };
+    DERAINER_CHECK(ordered(profile.min.height, profile.opt.height, profile.max.height) &&
+                       ordered(profile.min.width, profile.opt.width, profile.max.width),
+                   where + ": expected 1 <= min <= opt <= max, found " + quote(value));
+    return profile;
+}
+
+/// An engine, and the hash of the model that it was built from.
+std::pair<Engine, std::string> parse_engine(const json& value, const std::string& where) {
+    const Object object(
+        value, where,
+        {"file", "flavor", "version", "compute_capabilities", "profiles", "flags", "onnx_sha256", "build_seconds"});
+    object.check_optional({"build_seconds"}, &json::is_number, "a number");
+    Engine engine{
+        object.text("file"), object.choice("flavor", {"rtx", "tensorrt"}), object.text("version"), {}, {}, {}};
+    for (const json& capability : object.list("compute_capabilities")) {
+        if (!capability.is_string() || !is_capability(capability.get<std::string>())) {
+            refuse(where, "compute capabilities such as \"8.6\"", capability);
+        }
+        engine.compute_capabilities.push_back(capability.get<std::string>());
+    }
+    engine.profiles = parse_list(object.list("profiles"), where + ".profiles", parse_profile);
+    for (const auto& flag : object.object("flags").items()) {
+        engine.flags.insert(flag.key());
+    }
+    return {engine, object.text("onnx_sha256")};
+}
+
+/// The name of the file that was measured.
+std::string parse_drift(const json& value, const std::string& where) {
+    const Object object(value, where,
+                        {"file", "provider", "data", "protocol", "images", "psnr_between", "max_difference",
+                         "reference_psnr", "candidate_psnr", "drop_db", "reference_ssim", "candidate_ssim"});
+    object.text("provider");
+    object.text("data");
+    object.integer("images");
+    object.integer("max_difference");
+    object.check_optional({"protocol"}, &json::is_string, "a string");
+    object.check_optional(
+        {"psnr_between", "reference_psnr", "candidate_psnr", "drop_db", "reference_ssim", "candidate_ssim"},
+        &json::is_number, "a number");  // JSON has no infinite ones
+    return object.text("file");
+}
+
+/// JSON without fields that are there twice, of which two readers may take different ones.
+json parse_json(const std::string& content) {
+    std::vector<std::set<std::string>> seen;
+    const auto strict = [&](int depth, json::parse_event_t event, const json& parsed) {
+        DERAINER_CHECK(depth <= kMaxDepth, "expected JSON, found what is nested too deep");
+        if (event == json::parse_event_t::object_start) {
+            seen.emplace_back();
+        } else if (event == json::parse_event_t::object_end) {
+            seen.pop_back();
+        } else if (event == json::parse_event_t::key && !seen.back().insert(parsed.get<std::string>()).second) {
+            throw Error("expected JSON, found a field twice: " + quote(parsed), "one field of a name");
+        }
+        return true;
+    };
+    try {
+        return json::parse(content, strict);
+    } catch (const json::exception& error) {
+        throw Error("expected JSON, found what is not: " + quote(error.what()), "json::parse(content)");
+    }
+}
+
+/// The path of a file in a folder; none where there is none. Throws Error for a link that leads out.
+std::optional<std::filesystem::path> inside(const std::filesystem::path& folder, const std::string& name) {
+    const std::filesystem::path path = folder / name;
+    std::error_code failed;
+    if (!std::filesystem::is_regular_file(path, failed)) {
+        return std::nullopt;
+    }
+    const std::filesystem::path real = std::filesystem::canonical(path, failed);
+    DERAINER_CHECK(!failed && real.parent_path() == std::filesystem::canonical(folder, failed),
+                   path.string() + ": expected a file inside the bundle, found a link to " + real.string());
+    return path;
+}
+
+/// Opens a file of the right size, at its start.
+std::ifstream open(const std::filesystem::path& folder, const File& file) {
+    const auto path = inside(folder, file.name);
+    DERAINER_CHECK(path.has_value(), folder.string() + ": expected " + file.name + " of " + std::to_string(file.size) +
+                                         " bytes, found no such file");
+    std::ifstream stream(*path, std::ios::binary | std::ios::ate);
+    DERAINER_CHECK(stream.good(), path->string() + " cannot be read");
+    const std::int64_t size = stream.tellg();
+    DERAINER_CHECK(size == file.size, path->string() + ": expected " + std::to_string(file.size) + " bytes, found " +
+                                          std::to_string(size) + kMend);
+    stream.seekg(0);
+    return stream;
+}
+
+void compare(const std::filesystem::path& folder, const File& file, const std::string& sha256) {
+    DERAINER_CHECK(sha256 == file.sha256,
+                   (folder / file.name).string() + ": expected SHA-256 " + file.sha256 + ", found " + sha256 + kMend);
+}
+
+void check_signature(const std::filesystem::path& folder, const std::string& content,
+                     const std::filesystem::path& public_key) {
+    const auto signature = inside(folder, kSignature);
+    DERAINER_CHECK(signature.has_value(), folder.string() + ": expected a bundle signed for " + public_key.string() +
+                                              ", found no " + kSignature);
+    DERAINER_CHECK(verify_ed25519(content, read_file(*signature), public_key),
+                   signature->string() + ": expected a signature of " + kManifest + " for " + public_key.string() +
+                       ", found another; the manifest was changed or signed by somebody else");
+}
+
+}  // namespace
+
+bool Profile::takes(Size size) const {
+    return min.height <= size.height && size.height <= max.height && min.width <= size.width && size.width <= max.width;
+}
+
+const File& Bundle::file(const std::string& name) const {
+    const auto found =
+        std::find_if(manifest.files.begin(), manifest.files.end(), [&](const File& file) { return file.name == name; });
+    DERAINER_CHECK(found != manifest.files.end(), folder.string() + ": expected a file of the bundle, found " + name);
+    return *found;
+}
+
+std::string Bundle::read(const std::string& name) const {
+    const File& entry = file(name);
+    std::ifstream stream = open(folder, entry);
+    std::string content(static_cast<std::size_t>(entry.size), '\0');
+    DERAINER_CHECK(stream.read(content.data(), entry.size), (folder / name).string() + " cannot be read");
+    compare(folder, entry, sha256(content));
+    return content;
+}
+
+void Bundle::verify() const {
+    std::vector<char> block(1 << 20);
+    for (const File& entry : manifest.files) {
+        std::ifstream stream = open(folder, entry);
+        Sha256 hash;
+        do {
+            stream.read(block.data(), static_cast<std::streamsize>(block.size()));
+            hash.add(block.data(), static_cast<std::size_t>(stream.gcount()));
+        } while (stream);
+        compare(folder, entry, hash.hex());
+    }
+}
+
+Bundle load(const std::filesystem::path& folder, const std::filesystem::path& public_key) {
+    const auto path = inside(folder, kManifest);
+    DERAINER_CHECK(path.has_value(), "expected a bundle, which is a folder with a " + std::string(kManifest) +
+                                         ", found none at " + folder.string());
+    const std::string content = read_file(*path);
+    if (!public_key.empty()) {
+        check_signature(folder, content, public_key);
+    }
+    try {
+        return {folder, parse(content)};
+    } catch (const Error& error) {
+        throw Error(path->string() + ": " + error.message(), error.expression());
+    }
+}
+
+Manifest parse(const std::string& content) {
+    const json found = parse_json(content);
+    if (found.is_object()) {
+        const json schema = found.value("schema", json());
+        DERAINER_CHECK(schema == kSchema, "expected schema " + std::to_string(kSchema) + ", found " + quote(schema) +
+                                              "; use the version of drsformer-deploy that made the bundle, or make it "
+                                              "again");
+    }
+    const Object object(found, "manifest", {"schema", "created_by", "model", "files", "engines", "drift"});
+    object.integer("schema");
+    const auto engines = parse_list(object.list("engines"), "manifest.engines", parse_engine);
+    Manifest manifest{object.text("created_by"),
+                      parse_model(object.object("model"), "manifest.model"),
+                      parse_list(object.list("files"), "manifest.files", parse_file),
+                      {}};
+
+    std::map<std::string, std::string> listed;  // roles by name
+    std::map<std::string, std::string> described{{manifest.model.file, "onnx"}};
+    std::string onnx_sha256;
+    std::set<std::string> names;
+    for (const File& file : manifest.files) {
+        DERAINER_CHECK(names.insert(lower(file.name)).second,  // some file systems do not tell A from a
+                       "expected every file once, found " + quote(file.name) + " twice");
+        if (file.role != "report") {
+            listed[file.name] = file.role;
+        }
+        if (file.name == manifest.model.file) {
+            onnx_sha256 = file.sha256;
+        }
+    }
+    for (const auto& [engine, built_from] : engines) {
+        DERAINER_CHECK(described.emplace(engine.file, "engine").second,
+                       "expected every engine described once, found " + quote(engine.file) + " twice");
+        manifest.engines.push_back(engine);
+    }
+    DERAINER_CHECK(described == listed, "expected one model and the engines under files, each described once, found " +
+                                            quote(listed) + " there and " + quote(described) + " described");
+    for (const auto& [engine, built_from] : engines) {
+        DERAINER_CHECK(built_from == onnx_sha256, engine.file + " was built from another model: expected SHA-256 " +
+                                                      onnx_sha256 + ", found " + quote(built_from) +
+                                                      "; build it again");
+    }
+    for (const std::string& measured : parse_list(object.list("drift"), "manifest.drift", parse_drift)) {
+        DERAINER_CHECK(described.count(measured) == 1,
+                       "expected a drift of one of " + quote(described) + ", found one of " + quote(measured));
+    }
+    return manifest;
+}
+
+}  // namespace derainer

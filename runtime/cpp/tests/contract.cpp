@@ -1,0 +1,68 @@
+/// What tests/test_cpp.py compares with Python byte by byte. Raw bytes come from stdin and go to stdout.
+///
+///     contract tensor HEIGHT WIDTH MULTIPLE                           # uint8 (H, W, 3) -> padded float32 (3, H', W')
+///     contract levels HEIGHT WIDTH                                    # float32 (3, H, W) -> uint8 (H, W, 3)
+///     contract restore HEIGHT WIDTH MULTIPLE TILE_H TILE_W OVERLAP    # uint8 (H, W, 3) -> the same, by the stand-in
+///     contract parse FOLDER    # for each manifest in it, by name, one line: nothing, or why it is refused
+#include <algorithm>
+#include <filesystem>
+#include <iostream>
+#include <iterator>
+#include <string>
+
+#include "crypto.hpp"
+#include "host_network.hpp"
+#include "network.hpp"
+#include "refusal.hpp"
+
+using namespace derainer;
+
+namespace {
+
+void parse_all(const std::filesystem::path& folder) {
+    const std::filesystem::directory_iterator files(folder);
+    std::vector<std::filesystem::path> paths(begin(files), end(files));
+    std::sort(paths.begin(), paths.end());
+    for (const std::filesystem::path& path : paths) {
+        std::cout << refusal([&] { parse(read_file(path)); }) << "\n";
+    }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    try {
+        const std::string verb = arguments[1];
+        if (verb == "parse") {
+            parse_all(arguments[2]);
+            return 0;
+        }
+        const auto number = [&](int i) { return i < count ? std::stoll(arguments[i]) : 0; };
+        const std::int64_t height = number(2);
+        const std::int64_t width = number(3);
+        const std::int64_t multiple = std::max<std::int64_t>(number(4), 1);
+        const std::string given{std::istreambuf_iterator<char>(std::cin), {}};
+
+        std::string tensor;
+        const auto keep = [&](const float* input, float* output, std::size_t h, std::size_t w) {
+            tensor.assign(reinterpret_cast<const char*>(input), 3 * h * w * sizeof(float));
+            stand_in(input, output, h, w);
+        };
+        const auto answer = [&](const float*, float* output, std::size_t, std::size_t) {
+            std::copy(given.begin(), given.end(), reinterpret_cast<char*>(output));
+        };
+        std::vector<std::uint8_t> image(static_cast<std::size_t>(3 * height * width));
+        if (verb != "levels") {
+            std::copy_n(given.begin(), image.size(), image.begin());
+        }
+        HostNetwork network(multiple, verb == "levels" ? HostNetwork::Function(answer) : HostNetwork::Function(keep));
+        const Size tile =
+            verb == "restore" ? Size{number(5), number(6)} : Size{padded(height, multiple), padded(width, multiple)};
+        const Image whole{image.data(), height, width, static_cast<std::size_t>(3 * width), image.data()};
+        restore(network, {{whole, tile, number(7)}});
+        std::cout << (verb == "tensor" ? tensor : std::string(image.begin(), image.end()));
+    } catch (const std::exception& error) {
+        std::cerr << error.what() << "\n";
+        return 2;
+    }
+}

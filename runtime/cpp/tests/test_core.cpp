@@ -1,0 +1,197 @@
+/// What needs no GPU, on the golden vectors that the Python tests read as well; tests/test_cpp.py compares the rest
+/// with Python byte by byte.
+#include <fstream>
+#include <limits>
+
+#include <nlohmann/json.hpp>
+
+#include "catch.hpp"
+#include "choice.hpp"
+#include "crypto.hpp"
+#include "host_network.hpp"
+#include "network.hpp"
+#include "tiling.hpp"
+
+using namespace derainer;
+
+namespace {
+
+const nlohmann::json& golden() {
+    static const nlohmann::json vectors = nlohmann::json::parse(std::ifstream(DERAINER_GOLDEN));
+    return vectors;
+}
+
+Bundle bundle_of(const std::vector<Engine>& engines) { return {"bundle", {"", {"", Io::tensor, 8}, {}, engines}}; }
+
+const std::vector<Profile> profiles = {{{64, 64}, {128, 128}, {256, 512}}, {{64, 64}, {512, 512}, {1090, 700}}};
+
+}  // namespace
+
+TEST_CASE("tiles and weights are the golden ones") {
+    for (const auto& axis : golden()["axes"]) {
+        const std::vector<Tile> tiles = cut(axis["length"], axis["tile"], axis["overlap"]);
+        REQUIRE(tiles.size() == axis["starts"].size());
+        for (std::size_t i = 0; i < tiles.size(); ++i) {
+            CHECK(tiles[i].start == axis["starts"][i].get<std::int64_t>());
+            REQUIRE(tiles[i].weights.size() == axis["weights"][i].size());
+            for (std::size_t k = 0; k < tiles[i].weights.size(); ++k) {
+                REQUIRE(tiles[i].weights[k] == std::stof(axis["weights"][i][k].get<std::string>()));
+            }
+        }
+    }
+}
+
+TEST_CASE("padding is the golden one") {
+    for (const auto& axis : golden()["padding"]) {
+        CHECK(padded_index(axis["length"], axis["multiple"]) == axis["index"].get<std::vector<std::int64_t>>());
+    }
+}
+
+TEST_CASE("restored images are the golden ones, in any number of lanes") {
+    for (const auto& image : golden()["images"]) {
+        const std::size_t height = image["height"];
+        const std::size_t width = image["width"];
+        for (const std::size_t lanes : {1, 2, 3}) {
+            HostNetwork network(image["multiple"], stand_in, lanes);
+            Size tile{padded(image["height"], image["multiple"]), padded(image["width"], image["multiple"])};
+            if (!image["tile"].is_null()) {
+                tile = {image["tile"][0], image["tile"][1]};
+            }
+            std::vector<std::uint8_t> pixels = golden_image(height, width, 3 * width);
+            const Image task{pixels.data(), image["height"], image["width"], 3 * width, pixels.data()};
+            restore(network, {{task, tile, image["overlap"]}});
+            CHECK(sha256({pixels.begin(), pixels.end()}) == image["sha256"].get<std::string>());
+        }
+    }
+}
+
+TEST_CASE("several images come out as each of them, and nothing between rows is touched") {
+    HostNetwork network(8, stand_in);
+    const std::vector<std::uint8_t> original = golden_image(33, 47, 150);
+    std::vector<std::uint8_t> single(original.size(), 7);
+    restore(network, {{{original.data(), 33, 47, 150, single.data()}, {16, 24}, 4}});
+    std::vector<std::uint8_t> first(original.size(), 7);
+    std::vector<std::uint8_t> second(original.size(), 7);
+    std::vector<std::uint8_t> third = original;
+    restore(network, {{{original.data(), 33, 47, 150, first.data()}, {16, 24}, 4},
+                      {{original.data(), 11, 5, 150, second.data()}, {16, 8}, 0},
+                      {{third.data(), 33, 47, 150, third.data()}, {16, 24}, 4}});
+    CHECK(first == single);
+    for (std::size_t y = 0; y < 33; ++y) {
+        for (std::size_t i = 0; i < 150; ++i) {
+            CHECK(third[y * 150 + i] == (i < 141 ? single[y * 150 + i] : 0));
+            CHECK(second[y * 150 + i] == (y < 11 && i < 15 ? second[y * 150 + i] : 7));
+        }
+    }
+}
+
+TEST_CASE("what is no image is refused") {
+    HostNetwork network(8, stand_in);
+    std::uint8_t pixel[3] = {};
+    const auto run = [&](Image image) { return refusal([&] { restore(network, {{image, {8, 8}, 0}}); }); };
+    CHECK(run({pixel, 1, 1, 3, pixel}).empty());
+    CHECK(contains(run({pixel, 0, 5, 15, pixel}), "at least one pixel, found 0x5 [image.height >= 1"));
+    CHECK(contains(run({pixel, 1, -1, 3, pixel}), "at least one pixel"));
+    CHECK(contains(run({nullptr, 1, 1, 3, pixel}), "null pointer"));
+    CHECK(contains(run({pixel, 1, 1, 3, nullptr}), "null pointer"));
+    CHECK(contains(run({pixel, 1, 2, 5, pixel}), "found a stride of 5"));
+}
+
+TEST_CASE("NaN and infinity are an error, unless they are cropped") {
+    for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
+                            -std::numeric_limits<float>::infinity()}) {
+        std::size_t place = 0;
+        HostNetwork network(8, [&](const float* input, float* output, std::size_t height, std::size_t width) {
+            stand_in(input, output, height, width);
+            output[place] = bad;
+        });
+        std::vector<std::uint8_t> image = golden_image(5, 12, 36);
+        const Image task{image.data(), 5, 12, 36, image.data()};
+        for (const Size tile : {Size{8, 16}, Size{8, 8}}) {
+            place = 0;
+            CHECK(contains(refusal([&] { restore(network, {{task, tile, 2}}); }), "NaN or infinity"));
+            place = static_cast<std::size_t>(tile.width) * 7;
+            CHECK(refusal([&] { restore(network, {{task, tile, 2}}); }).empty());
+        }
+    }
+}
+
+TEST_CASE("levels are clamped and rounded half to even") {
+    const std::vector<std::pair<float, int>> answers = {{-0.5F, 0},      {-0.0F, 0},      {0.5F / 255, 0},
+                                                        {1.5F / 255, 2}, {2.5F / 255, 2}, {0.999F, 255},
+                                                        {1.0F, 255},     {7.0F, 255}};
+    for (const auto& [answer, level] : answers) {
+        HostNetwork network(1, [&, answer = answer](const float*, float* output, std::size_t, std::size_t) {
+            std::fill_n(output, 3, answer);
+        });
+        std::uint8_t pixel[3] = {9, 9, 9};
+        restore(network, {{{pixel, 1, 1, 3, pixel}, {1, 1}, 0}});
+        CHECK(int{pixel[0]} == level);
+    }
+}
+
+TEST_CASE("tiles that are none") {
+    CHECK(contains(refusal([] { cut(100, 8, 5); }), "at most half of them"));
+    CHECK(contains(refusal([] { cut(100, 8, -1); }), "at most half of them"));
+    CHECK(contains(refusal([] { cut(0, 8, 0); }), "expected tiles"));
+    CHECK(cut(8, 8, 5).size() == 1);
+}
+
+TEST_CASE("the newest engine that fits is taken") {
+    const Engine first{"first", "tensorrt", "11.4.0.106", {"8.6"}, profiles, {}};
+    Engine second = first;
+    second.file = "second";
+    Bundle bundle = bundle_of({first, second, {"other", "rtx", "1.7.1.116", {"8.6", "8.9"}, profiles, {}}});
+    const auto choose = [&](const char* version, const char* capability) {
+        return choose_engine(bundle, "tensorrt", version, capability).file;
+    };
+    CHECK(choose("11.4.0.106", "8.6") == "second");
+    CHECK(choose_engine(bundle, "rtx", "1.7.1.116", "8.9").file == "other");
+    CHECK(contains(refusal([&] { choose("11.4.0.106", "8.9"); }),
+                   "for this GPU of compute capability 8.9, found tensorrt"));
+    CHECK(contains(refusal([&] { choose("11.5.0.1", "8.6"); }), "bundle/second: expected version 11.4.0.106"));
+
+    bundle.manifest.engines[0].flags = {"version_compatible"};
+    CHECK(choose("11.10.0.1", "8.6") == "first");
+    CHECK(choose("11.4.0.106", "8.6") == "second");
+    CHECK(contains(refusal([&] { choose("11.3.9.999", "8.6"); }), "expected version"));
+    bundle.manifest.engines[1].flags = {"hardware_compatible"};
+    CHECK(choose("11.4.0.106", "12.0") == "second");
+    CHECK(contains(refusal([&] { choose("11.4.0.106", "7.5"); }), "for this GPU"));
+    bundle.manifest.engines[1].flags = {"strip_weights"};
+    CHECK(contains(refusal([&] { choose("11.4.0.106", "8.6"); }), "without --strip-weights"));
+    CHECK(contains(refusal([&] { choose_engine(bundle_of({}), "rtx", "1", "8.6"); }), "found no engine"));
+}
+
+TEST_CASE("an image is whole where a profile takes it, else in the fewest tiles") {
+    const Engine engine{"plan", "rtx", "1", {"8.6"}, profiles, {}};
+    const auto tiles = [&](Size size, Size tile = {}, std::optional<std::int64_t> overlap = {}) {
+        return choose_tiles(engine, size, 8, tile, overlap);
+    };
+    CHECK(choose_profile(engine, {64, 512}) == 0);
+    CHECK(choose_profile(engine, {257, 512}) == 1);
+    CHECK(contains(refusal([&] { choose_profile(engine, {8, 64}); }),
+                   "plan takes images of height x width 64x64 to 256x512 or"));
+    CHECK(tiles({256, 512}).tile == Size{256, 512});
+    CHECK(tiles({1088, 696}).tile == Size{1088, 696});
+    CHECK(tiles({256, 2000}).tile == Size{256, 696});
+    CHECK(tiles({2000, 3000}).tile == Size{1088, 696});
+    CHECK(tiles({2000, 3000}).overlap == 64);
+    CHECK(tiles({2000, 3000}, {128, 128}).tile == Size{128, 128});
+    CHECK(tiles({2000, 3000}, {128, 128}).overlap == 32);
+    CHECK(tiles({2000, 3000}, {128, 128}, 0).overlap == 0);
+    CHECK(tiles({2000, 512}, {}, 200).tile == Size{1088, 512});  // too much for the first profile
+    CHECK(contains(refusal([&] { tiles({2000, 3000}, {}, 400); }), "found 2000x3000 with an overlap of 400"));
+    CHECK(contains(refusal([&] { tiles({2000, 3000}, {}, -1); }), "with an overlap of -1"));
+    CHECK(tiles({72, 72}, {128, 128}).tile == Size{72, 72});
+    CHECK(contains(refusal([&] { tiles({8, 3000}); }), "found 8x3000; build it with another --min"));
+    CHECK(contains(refusal([&] { tiles({512, 512}, {8, 8}); }), "in tiles of 8x8"));
+    CHECK(contains(refusal([&] { tiles({2000, 3000}, {1096, 512}); }), "in tiles of 1096x512"));
+    CHECK(contains(refusal([&] { tiles({512, 512}, {128, 0}); }), "found 128x0"));
+    CHECK(contains(refusal([&] { tiles({512, 512}, {130, 128}); }), "multiples of 8 pixels, found 130x128"));
+}
+
+TEST_CASE("SHA-256 is that of the standard") {
+    CHECK(sha256("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    CHECK(sha256("") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+}

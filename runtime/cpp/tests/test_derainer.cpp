@@ -1,0 +1,341 @@
+/// Derainer on stand-ins for CUDA and TensorRT that check what they are asked for; with TensorRT's and with RTX's
+/// source.
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <thread>
+
+#include <unistd.h>
+
+#include "catch.hpp"
+#include "crypto.hpp"
+#include "derainer.hpp"
+#include "fake.hpp"
+#include "library.hpp"
+#include "network.hpp"
+
+using namespace derainer;
+
+namespace {
+
+/// A bundle with an engine of two profiles, 8x8 to 32x40 and 8x48 to 16x128, in a folder of its own.
+class TestBundle {
+public:
+    explicit TestBundle(const std::string& plan = "tensor", const std::string& flags = "{}") {
+        fake = Fake();
+        char pattern[] = "/tmp/derainer-XXXXXX";
+        parent_ = ::mkdtemp(pattern);
+        folder = parent_ / "bundle";
+        std::filesystem::create_directory(folder);
+        write("model.onnx", "weights");
+        write("plan.engine", plan);
+        const std::string tensor = R"("dtype": "any", "shape": [1, 3, -1, -1]})";
+        const std::string io = plan == "image" ? R"("image", "size_multiple": 1)" : R"("tensor", "size_multiple": 8)";
+        write("manifest.json", R"({"schema": 1, "created_by": "test", "drift": [], "model": {"file": "model.onnx",
+            "input": {"name": "input", )" +
+                                   tensor + R"(, "output": {"name": "output", )" + tensor + R"(,
+            "precision": null, "topk": null, "config": null, "weights_sha256": null, "provenance": null, "io": )" +
+                                   io + R"(},
+            "files": [)" + entry("model.onnx", "onnx") +
+                                   ", " + entry("plan.engine", "engine") + R"(],
+            "engines": [{"file": "plan.engine", "flavor": ")" +
+                                   Library::flavor + R"(", "version": "11.4.0.106",
+            "compute_capabilities": ["8.6"], "flags": )" +
+                                   flags + R"(, "build_seconds": 1,
+            "onnx_sha256": ")" + sha256("weights") +
+                                   R"(", "profiles": [
+            {"min": [8, 8], "opt": [32, 40], "max": [32, 40]}, {"min": [8, 48], "opt": [8, 48],
+            "max": [16, 128]}]}]})");
+    }
+    ~TestBundle() { std::filesystem::remove_all(parent_); }
+    TestBundle(const TestBundle&) = delete;
+    TestBundle& operator=(const TestBundle&) = delete;
+
+    void write(const std::string& name, const std::string& content) const {
+        std::ofstream(folder / name, std::ios::binary) << content;
+    }
+
+    std::filesystem::path cache() const {
+        return folder.string() + "." + sha256(read_file(folder / "plan.engine")).substr(0, 12) + ".cache";
+    }
+
+    std::filesystem::path folder;
+
+private:
+    std::string entry(const std::string& name, const std::string& role) const {
+        const std::string content = read_file(folder / name);
+        return R"({"name": ")" + name + R"(", "sha256": ")" + sha256(content) + R"(", "size": )" +
+               std::to_string(content.size()) + R"(, "role": ")" + role + R"("})";
+    }
+
+    std::filesystem::path parent_;
+};
+
+using Pixels = std::vector<std::uint8_t>;
+
+/// What the restored golden image has to be, if it fits whole; by plain loops.
+Pixels expected(std::size_t height, std::size_t width) {
+    std::vector<float> answer(3 * height * width);
+    const Pixels image = golden_image(height, width, 3 * width);
+    std::vector<float> input(answer.size());
+    for (std::size_t i = 0; i < image.size(); ++i) {
+        input[(i % 3) * height * width + i / 3] = static_cast<float>(image[i]) / 255.0F;
+    }
+    stand_in(input.data(), answer.data(), height, width);
+    Pixels result;
+    for (std::size_t i = 0; i < image.size(); ++i) {
+        result.push_back(static_cast<std::uint8_t>(std::nearbyint(answer[(i % 3) * height * width + i / 3] * 255.0F)));
+    }
+    return result;
+}
+
+Pixels run(Derainer& derain, std::size_t height, std::size_t width) {
+    Pixels image = golden_image(height, width, 3 * width);
+    derain.run(image.data(), static_cast<std::int64_t>(height), static_cast<std::int64_t>(width), 3 * width,
+               image.data());
+    return image;
+}
+
+}  // namespace
+
+TEST_CASE("images come out restored, again and again, at several sizes") {
+    const TestBundle bundle;
+    Derainer derain(bundle.folder);
+    CHECK(derain.io() == Io::tensor);
+    CHECK(derain.multiple() == 8);
+    for (int i = 0; i < 3; ++i) {
+        CHECK(run(derain, 16, 128) == expected(16, 128));
+        CHECK(run(derain, 16, 24) == expected(16, 24));
+        CHECK(run(derain, 8, 8) == expected(8, 8));
+    }
+    CHECK(fake.count("malloc host") == 4);
+    CHECK(fake.contexts == 3);
+    CHECK(fake.count("capture") == (Library::captures ? 0 : 3));  // in the second run of each size
+    CHECK(fake.count("launch") == (Library::captures ? 0 : 6));
+}
+
+TEST_CASE("larger images are cut into the golden tiles") {
+    const TestBundle bundle;
+    Options options;
+    options.overlap = 12;
+    Derainer derain(bundle.folder, options);
+    for (int i = 0; i < 3; ++i) {  // as in tests/golden/tiling.json
+        const Pixels image = run(derain, 97, 101);
+        CHECK(sha256({image.begin(), image.end()}) ==
+              "11300dd21134a6810ce09d7ded8d1890a1b3b1bc2d3c4b9424885b7a91db35f3");
+    }
+}
+
+TEST_CASE("several images at once, and in place of each other's memory") {
+    const TestBundle bundle;
+    Derainer derain(bundle.folder);
+    const std::vector<std::pair<std::size_t, std::size_t>> sizes = {{16, 24}, {8, 8},   {32, 40},
+                                                                    {16, 24}, {97, 30}, {8, 8}};
+    std::vector<Pixels> images;
+    std::vector<Image> tasks;
+    for (const auto& [height, width] : sizes) {
+        images.push_back(golden_image(height, width, 3 * width));
+    }
+    for (std::size_t i = 0; i < sizes.size(); ++i) {
+        const auto [height, width] = sizes[i];
+        tasks.push_back({images[i].data(), static_cast<std::int64_t>(height), static_cast<std::int64_t>(width),
+                         3 * width, images[i].data()});
+    }
+    derain.run(tasks);
+    for (std::size_t i = 0; i < sizes.size(); ++i) {
+        const auto [height, width] = sizes[i];
+        CHECK(images[i] == run(derain, height, width));
+    }
+    CHECK(fake.in_order);
+    derain.run(std::vector<Image>{});
+    CHECK(contains(refusal([&] { derain.run(images[0].data(), 0, 8, 24, images[0].data()); }), "at least one pixel"));
+    CHECK(contains(refusal([&] { derain.run(images[0].data(), 8, 8, 23, images[0].data()); }), "a stride of 23"));
+    CHECK(contains(refusal([&] { derain.run(images[0].data(), 8, 200, 600, nullptr); }), "null pointer"));
+}
+
+TEST_CASE("images of a graph that takes images") {
+    const TestBundle bundle("image");
+    Derainer derain(bundle.folder);
+    for (const auto& [height, width] : std::vector<std::pair<std::size_t, std::size_t>>{{9, 11}, {70, 50}}) {
+        const Pixels image = golden_image(height, width, 3 * width);
+        const Pixels restored = run(derain, height, width);
+        for (std::size_t i = 0; i < image.size(); ++i) {
+            REQUIRE(int{restored[i]} == 255 - image[i]);
+        }
+    }
+}
+
+TEST_CASE("work on the stream of the caller") {
+    const TestBundle bundle;
+    cudaStream_t stream = nullptr;
+    cudaStreamCreateWithFlags(&stream, 0);
+    std::vector<float> input(3 * 16 * 24, 0.5F);
+    std::vector<float> output(input.size());
+    std::vector<float> answer(input.size());
+    {
+        Derainer derain(bundle.folder);
+        CHECK(run(derain, 16, 24) == expected(16, 24));
+        derain.enqueue(input.data(), output.data(), 16, 24, stream);
+        CHECK(output[0] == 0.0F);  // nobody has waited for it
+        CHECK(run(derain, 16, 24) == expected(16, 24));
+        cudaStreamSynchronize(stream);
+        stand_in(input.data(), answer.data(), 16, 24);
+        CHECK(output == answer);
+        CHECK(
+            contains(refusal([&] { derain.enqueue(input.data(), output.data(), 12, 24, stream); }), "multiples of 8"));
+        CHECK(contains(refusal([&] { derain.enqueue(input.data(), output.data(), 64, 64, stream); }), "found 64x64"));
+        std::fill(output.begin(), output.end(), 0.0F);
+        derain.enqueue(input.data(), output.data(), 16, 24, stream);
+        CHECK(run(derain, 32, 40) == expected(32, 40));  // with more memory, for which it waits
+        CHECK(output == answer);
+        std::fill(output.begin(), output.end(), 0.0F);
+        derain.enqueue(input.data(), output.data(), 16, 24, stream);
+    }
+    CHECK(output == answer);  // it waits at the end of its life
+    CHECK(fake.in_order);
+    cudaStreamDestroy(stream);
+}
+
+TEST_CASE("memory grows with the largest size so far, and does not leak") {
+    const TestBundle bundle;
+    const std::size_t before = fake.memory;
+    {
+        Derainer derain(bundle.folder);
+        const std::size_t lanes = 4 * 16 * 128 * 3 * sizeof(float);
+        CHECK(before - fake.memory == lanes);
+        run(derain, 8, 16);
+        CHECK(before - fake.memory == lanes + 8 * 16 * 3 * 4);
+        run(derain, 16, 16);
+        run(derain, 8, 16);
+        CHECK(before - fake.memory == lanes + 16 * 16 * 3 * 4);
+        fake.memory = 8 * 16 * 3 * 4;
+        const std::string error = refusal([&] { run(derain, 32, 40); });
+        CHECK(contains(error, "CUDA failed with cudaErrorMemoryAllocation; use smaller tiles"));
+        CHECK(contains(error, "[cudaMalloc(&pointer, bytes)]"));
+        CHECK(run(derain, 8, 16) == expected(8, 16));
+        fake.memory = before - lanes - 8 * 16 * 3 * 4;
+    }
+    CHECK(fake.memory == before);
+    CHECK(fake.contexts == 0);
+}
+
+TEST_CASE("of many sizes the longest unused goes") {
+    const TestBundle bundle;
+    Options options;
+    options.sizes = 1;
+    options.cuda_graphs = false;
+    Derainer derain(bundle.folder, options);
+    for (const std::size_t height : {32, 24, 16, 8, 32}) {
+        CHECK(run(derain, height, 40) == expected(height, 40));
+        CHECK(run(derain, height, 40) == expected(height, 40));
+    }
+    CHECK(fake.contexts == 1);
+    CHECK(fake.count("capture") == 0);
+    options.sizes = 0;
+    CHECK(contains(refusal([&] { Derainer none(bundle.folder, options); }), "at least one size"));
+}
+
+TEST_CASE("threads take turns") {
+    const TestBundle bundle;
+    Derainer derain(bundle.folder);
+    const Pixels small = expected(16, 24);
+    const Pixels large = run(derain, 50, 60);
+    std::vector<std::thread> threads;
+    std::vector<char> right(8);
+    for (std::size_t i = 0; i < right.size(); ++i) {
+        threads.emplace_back([&, i] {
+            right[i] = 1;
+            for (int k = 0; k < 5; ++k) {
+                right[i] &= static_cast<char>(i % 2 == 0 ? run(derain, 16, 24) == small : run(derain, 50, 60) == large);
+            }
+        });
+    }
+    for (std::thread& thread : threads) {
+        thread.join();
+    }
+    CHECK(std::count(right.begin(), right.end(), 1) == 8);
+}
+
+TEST_CASE("the GPU that is asked for, and the current one afterwards") {
+    const TestBundle bundle;
+    Options options;
+    options.device = 2;
+    CHECK(contains(refusal([&] { Derainer(bundle.folder, options); }), "expected a GPU from 0 to 0, found 2"));
+    fake.devices = 3;
+    fake.device = 1;
+    {
+        Derainer derain(bundle.folder, options);
+        CHECK(fake.device == 1);
+        run(derain, 8, 8);
+        CHECK(fake.device == 1);
+        Derainer moved(std::move(derain));
+        Derainer other(bundle.folder);
+        moved = std::move(other);
+        CHECK(run(moved, 8, 8) == expected(8, 8));
+    }
+    CHECK(fake.device == 1);
+    CHECK(fake.contexts == 0);
+}
+
+TEST_CASE("without a GPU, nothing of TensorRT is touched") {
+    const TestBundle bundle;
+    for (const int devices : {0, -1}) {
+        fake.devices = devices;
+        CHECK(contains(refusal([&] { Derainer derain(bundle.folder); }), "CUDA finds no NVIDIA GPU with a driver"));
+    }
+    CHECK(fake.calls.empty());
+}
+
+TEST_CASE("nothing that is not verified is deserialised") {
+    const TestBundle bundle;
+    bundle.write("plan.engine", "tenser");
+    CHECK(contains(refusal([&] { Derainer derain(bundle.folder); }), "expected SHA-256"));
+    bundle.write("plan.engine", "tensor");
+    bundle.write("model.onnx", "Weights");
+    CHECK(contains(refusal([&] { Derainer derain(bundle.folder); }), "model.onnx: expected SHA-256"));
+    CHECK(fake.calls.empty());
+}
+
+TEST_CASE("what TensorRT says is passed on in one line") {
+    const TestBundle bundle("other!");
+    CHECK(contains(refusal([&] { Derainer derain(bundle.folder); }), "plan.engine is refused: a plan of another kind"));
+    const TestBundle good;
+    Derainer derain(good.folder);
+    fake.failing = true;
+    CHECK(contains(refusal([&] { run(derain, 8, 8); }), "failed: out of luck [context.execution->enqueueV3(stream)]"));
+    fake.failing = false;
+    CHECK(run(derain, 8, 8) == expected(8, 8));
+    fake.failing = true;
+    refusal([&] { run(derain, 8, 8); });  // in the capture
+    fake.failing = false;
+    CHECK(run(derain, 8, 8) == expected(8, 8));
+    CHECK(run(derain, 8, 8) == expected(8, 8));
+}
+
+TEST_CASE("only an engine that says so may bring code") {
+    const TestBundle strict;
+    { Derainer derain(strict.folder); }
+    CHECK(!fake.host_code_allowed);
+    const TestBundle later("tensor", R"({"version_compatible": true})");
+    { Derainer derain(later.folder); }
+    CHECK(fake.host_code_allowed);
+}
+
+TEST_CASE("kernels are kept beside the bundle, in a file that is our own") {
+    if (!Library::captures) {
+        SUCCEED("TensorRT compiles no kernels at run time");
+        return;
+    }
+    const TestBundle bundle;
+    fake.kernels = "compiled";
+    { Derainer derain(bundle.folder); }
+    CHECK(read_file(bundle.cache()) == "compiled");
+    fake.kernels = "";
+    { Derainer derain(bundle.folder); }
+    CHECK(fake.kernels == "compiled");
+    fake.kernels = "";
+    std::filesystem::permissions(bundle.cache(), std::filesystem::perms(0666));
+    { Derainer derain(bundle.folder); }
+    CHECK(fake.kernels.empty());
+    CHECK(std::distance(std::filesystem::directory_iterator(bundle.folder.parent_path()), {}) == 2);
+}

@@ -1,0 +1,358 @@
+"""The C++ library: its own tests under sanitizers, and the same verdicts and the same bytes as Python.
+
+Built once, into a temporary folder. What needs TensorRT runs on stand-ins there; where its SDK is (TENSORRT_ROOT), the
+real one is compiled and linked as well.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from runtime import Derainer, InputError
+from runtime.manifest import load, parse
+from tests.test_manifest import ENGINES, flip, make_keys, rewrite, write_bundle
+from tests.test_trt import PROFILES, make_bundle
+
+SOURCE = Path(__file__).parents[1] / "runtime" / "cpp"
+PACKAGES = "g++ cmake nlohmann-json3-dev libssl-dev catch2 libpng-dev"
+
+
+def missing() -> str:
+    """What cannot be found of what it takes to build."""
+    headers = {"nlohmann-json": "nlohmann/json.hpp", "OpenSSL": "openssl/evp.h", "Catch2": "catch2", "libpng": "png.h"}
+    folders = [Path("/usr/include"), Path("/usr/local/include")]
+    lacking = [tool for tool in ("cmake", "c++") if not shutil.which(tool)]
+    lacking += [name for name, header in headers.items() if not any((f / header).exists() for f in folders)]
+    return ", ".join(lacking)
+
+
+pytestmark = pytest.mark.skipif(
+    bool(missing()), reason=f"the C++ library needs {missing()}: apt-get install {PACKAGES}"
+)
+
+
+def run(*command: str | Path, input: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(command, input=input, capture_output=True)
+
+
+def succeed(*command: str | Path, input: bytes = b"") -> bytes:
+    done = run(*command, input=input)
+    assert done.returncode == 0, (done.stdout + done.stderr).decode()[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("build")
+    configured = run(
+        "cmake", "-S", SOURCE, "-B", folder, *(["-G", "Ninja"] if shutil.which("ninja") else []),
+        "-DDERAINER_SANITIZE=ON", "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", "-DCMAKE_BUILD_TYPE=Debug",
+        "-DCMAKE_CXX_FLAGS_DEBUG=-g1", f"-DCMAKE_INSTALL_PREFIX={folder / 'installed'}",
+    )  # fmt: skip
+    said = " ".join((configured.stdout + configured.stderr).decode().split())
+    assert configured.returncode == 0, said
+    assert "CUDA 1" in said or "Only the core library is built (bundles, image contract, tiles), no Derainer" in said
+    succeed("cmake", "--build", folder, "--parallel", str(len(os.sched_getaffinity(0))))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def contract(build) -> Callable[..., bytes]:
+    def contract(*arguments: object, input: bytes = b"") -> bytes:
+        return succeed(build / "tests" / "contract", *map(str, arguments), input=input)
+
+    return contract
+
+
+def test_own_tests(build):
+    assert b"100% tests passed" in succeed("ctest", "--test-dir", build, "--output-on-failure")
+
+
+def test_installed_package(build, tmp_path):
+    succeed("cmake", "--install", build)
+    succeed("cmake", "-S", SOURCE / "tests" / "consumer", "-B", tmp_path / "consumer",
+            f"-DCMAKE_PREFIX_PATH={build / 'installed'}", "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined")  # fmt: skip
+    succeed("cmake", "--build", tmp_path / "consumer")
+    consumer = tmp_path / "consumer" / "consumer"
+    done = run(consumer, write_bundle(tmp_path / "bundle"))
+    assert done.returncode == 0 or b"CUDA finds no NVIDIA GPU" in done.stderr
+    (tmp_path / "bundle" / "manifest.json").unlink()
+    done = run(consumer, tmp_path / "bundle")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[1] == b"path.has_value()"
+    info = build / "installed" / "bin" / "derainer-info"
+    assert b"found none at" in run(info, tmp_path / "bundle").stderr
+
+
+def test_example_program(build, tmp_path):
+    """PNG files through a bundle, with the golden network in place of an engine; in tiles where Python cuts, too."""
+    derain = build / "tests" / "derain_on_fakes"
+    bundle = make_bundle(tmp_path / "bundle", {"version": "11.4.0.106"}, plan=b"tensor").folder
+    session = StandIn(8)
+    session.limits = tuple((profile.min, profile.max) for profile in PROFILES)
+    rainy, clean = tmp_path / "rainy.png", tmp_path / "clean.png"
+    for height, width, mode in ((20, 30, "RGB"), (9, 100, "L"), (70, 50, "RGB"), (33, 210, "P")):
+        image = Image.fromarray(random_image(height, width)).convert(mode)
+        image.save(rainy)
+        succeed(derain, rainy, clean, bundle)
+        with Image.open(clean) as restored:
+            np.testing.assert_array_equal(np.asarray(restored), Derainer(session)(np.asarray(image.convert("RGB"))))
+    before = clean.read_bytes()
+    for mode in ("RGBA", "I;16"):
+        Image.new(mode, (8, 8)).save(rainy)
+        assert b"expected 8 bits a channel and no transparency" in run(derain, rainy, clean, bundle).stderr
+    rainy.write_bytes(before[:-20])
+    for arguments in ((rainy, clean, bundle), (tmp_path / "none.png", clean, bundle), (clean, tmp_path, bundle),
+                      (clean, clean, tmp_path), (clean, clean, bundle, tmp_path / "none.pem"), ()):  # fmt: skip
+        done = run(derain, *arguments)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+    assert clean.read_bytes() == before
+    assert not list(tmp_path.rglob("*.part"))
+
+
+# Bundles: whatever one reader refuses, the other refuses.
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory) -> Path:
+    folder = make_keys(tmp_path_factory.mktemp("keys"))
+    (folder / "text.pem").write_text("-----BEGIN PUBLIC KEY-----\n")
+    commands = (
+        ["genpkey", "-algorithm", "rsa", "-out", folder / "rsa.pem"],
+        ["pkey", "-in", folder / "private.pem", "-aes256", "-passout", "pass:x", "-out", folder / "locked.pem"],
+        ["genpkey", "-algorithm", "x25519", "-out", folder / "exchange.pem"],
+    )
+    for command in commands:
+        succeed("openssl", *command)
+    return folder
+
+
+@pytest.fixture
+def agree(build) -> Callable[..., str]:
+    def agree(bundle: Path, key: Path | None = None) -> str:
+        """Whether both accept a bundle, "" if so, or else what C++ says."""
+        try:
+            load(bundle, key).verify()
+            accepted = True
+        except InputError:
+            accepted = False
+        done = run(build / "derainer-info", bundle, *([key] if key else []))
+        said = done.stderr.decode()
+        assert (done.returncode, accepted) in ((0, True), (2, False)), said
+        assert len(said.splitlines()) == (0 if accepted else 1), said
+        return said
+
+    return agree
+
+
+def move_out(bundle: Path, name: str) -> None:
+    shutil.move(bundle / name, bundle.parent / name)
+    (bundle / name).symlink_to(bundle.parent / name)
+
+
+def rename(name: str) -> Callable[[Path], None]:
+    return lambda b: rewrite(b, lambda m: (m["files"][0].update(name=name), m["model"].update(file=name)))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "none": (lambda b: None, ""),
+    "more files": (lambda b: (b / "notes.txt").write_text("more"), ""),
+    "a link inside": (lambda b: ((b / "model.onnx").rename(b / "real"), (b / "model.onnx").symlink_to("real")), ""),
+    "flipped bit in a plan": (lambda b: flip(b / ENGINES[0], 50, 7), "expected SHA-256"),
+    "flipped bit in the model": (lambda b: flip(b / "model.onnx", 0), "expected SHA-256"),
+    "truncated": (lambda b: os.truncate(b / ENGINES[1], 50), "bytes, found 50"),
+    "empty": (lambda b: os.truncate(b / "report.html", 0), "bytes, found 0"),
+    "longer": (lambda b: (b / "report.html").write_text("<html>\n"), "expected 6 bytes, found 7"),
+    "missing": (lambda b: (b / ENGINES[0]).unlink(), "found no such file"),
+    "a folder": (lambda b: ((b / "report.html").unlink(), (b / "report.html").mkdir()), "found no such file"),
+    "moved": (lambda b: move_out(b, "model.onnx"), "expected a file inside the bundle, found a link to"),
+    "manifest moved": (lambda b: move_out(b, "manifest.json"), "expected a file inside the bundle"),
+    "swapped": (lambda b: shutil.copy(b / ENGINES[0], b / ENGINES[1]), "expected SHA-256"),
+    "no manifest": (lambda b: (b / "manifest.json").unlink(), "expected a bundle"),
+    "no folder": (shutil.rmtree, "expected a bundle"),
+    "traversal": (rename("../model.onnx"), "expected a plain file name"),
+    "absolute": (rename("/etc/passwd"), "expected a plain file name"),
+    "hidden": (rename(".hidden"), "expected a plain file name"),
+    "backslash": (rename("a\\b"), "expected a plain file name"),
+    "itself": (rename("Manifest.json"), "expected a plain file name"),
+    "control": (rename("a\n\033[31m"), "expected a plain file name"),
+    "schema": (lambda b: rewrite(b, lambda m: m.update(schema=2)), "expected schema 1, found 2"),
+    "no schema": (lambda b: rewrite(b, lambda m: m.pop("schema")), "expected schema 1, found null"),
+    "new field": (lambda b: rewrite(b, lambda m: m["engines"][0].update(more=1)), "with the fields"),
+    "other model": (lambda b: rewrite(b, lambda m: m["engines"][0].update(onnx_sha256="0" * 64)), "another model"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_same_verdict_on_bundles(agree, tmp_path, name):
+    damage, message = DAMAGES[name]
+    bundle = write_bundle(tmp_path / "bundle")
+    damage(bundle)
+    said = agree(bundle)
+    assert message in said
+    assert bool(message) == bool(said)
+
+
+def test_same_verdict_on_signatures(agree, tmp_path, keys):
+    assert "expected a bundle signed for" in agree(write_bundle(tmp_path / "unsigned"), keys / "public.pem")
+    bundle = write_bundle(tmp_path / "bundle", key=keys / "private.pem")
+    assert agree(bundle) == agree(bundle, keys / "public.pem") == agree(bundle, keys / "private.pem") == ""
+    for other in ("others.pem", "others-private.pem"):
+        assert "signed by somebody else" in agree(bundle, keys / other)
+    for none in ("text.pem", "rsa.pem", "locked.pem", "exchange.pem"):
+        assert "expected an Ed25519 public key in PEM" in agree(bundle, keys / none)
+    assert "found no file at" in agree(bundle, keys / "none.pem")
+    for byte in (0, 17, 300, (bundle / "manifest.json").stat().st_size - 1):
+        flip(bundle / "manifest.json", byte)
+        assert "signed by somebody else" in agree(bundle, keys / "public.pem")
+        flip(bundle / "manifest.json", byte)
+    signature = (bundle / "manifest.json.sig").read_bytes()
+    for damaged in (b"", signature[:-1], signature + b"\0", bytes(64)):
+        (bundle / "manifest.json.sig").write_bytes(damaged)
+        assert "signed by somebody else" in agree(bundle, keys / "public.pem")
+    (bundle / "manifest.json.sig").write_bytes(signature)
+    flip(bundle / ENGINES[0], 3)
+    assert "expected SHA-256" in agree(bundle, keys / "public.pem")
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Of everything in a JSON value."""
+    yield path
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*path, key))
+
+
+def variants(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The manifest with another value in every place, without it, and with one more."""
+    others = [
+        None, True, 0, -1, 1, 2**63, 10**30, 1.0, 0.5, "", "1", "8.6", "a" * 64, "model.onnx", [], [0, 1], [9, 9], {},
+    ]  # fmt: skip
+    for path in places(manifest):
+        for change in (*others, "remove", "add", "again"):
+            changed = copy.deepcopy(manifest)
+            parent: Any = {"": changed}
+            for key in ("", *path[:-1]) if path else ():
+                parent = parent[key]
+            key = path[-1] if path else ""
+            found = parent[key]
+            if change == "remove":
+                del parent[key]
+            elif change == "add" and isinstance(found, dict):
+                found["added"] = None
+            elif change == "again" and isinstance(found, list) and found:
+                found.append(copy.deepcopy(found[0]))
+            else:
+                parent[key] = change
+            yield changed if path else parent.get("")
+
+
+HUGE = re.compile(rb"(?<!\w)\d{19}")
+"""Numbers beyond 64 bits, which C++ refuses where Python knows them."""
+
+STRANGE = (
+    b"", b" ", b"{", b"[]", b"null", b"1", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000, b"{}x", b'{"schema": 1}',
+    b'{"schema": 1, "schema": 1}', b'{"schema": NaN}', b'{"schema": 1}{"schema": 1}', b'{"schema": 01}',
+    b"{'schema': 1}", b'{"schema": 1,}', b'{"schema": 1e0}', b'{"schema": true}', b'{"schema": "1"}', b"// 1\n{}",
+    b'{"schema": \x01}',
+)  # fmt: skip
+
+
+def test_same_verdict_on_every_changed_field(contract, tmp_path):
+    bundle = write_bundle(tmp_path / "bundle")
+    content = (bundle / "manifest.json").read_bytes()
+    contents = [json.dumps(changed).encode() for changed in variants(json.loads(content))]
+    contents += [content, b"\n\t " + content + b"\n", *STRANGE]
+    contents += [
+        content.replace(b"30.25", number) for number in (b"1e999", b"-1e999", b"NaN", b"Infinity", b"3e1", b"30")
+    ]
+    contents += [
+        content.replace(b'"topk": "rank"', twice) for twice in (b'"topk": "rank", "topk": "rank"', b'"topk": null')
+    ]
+    folder = tmp_path / "manifests"
+    folder.mkdir()
+    for i, text in enumerate(contents):
+        (folder / f"{i:05}").write_bytes(text)
+    said = contract("parse", folder).decode().splitlines()
+    assert len(said) == len(contents) > 1000
+    accepted = 0
+    for text, refusal in zip(contents, said, strict=True):
+        try:
+            parse(text)
+            accepted += 1
+            assert not refusal or HUGE.search(text), f"only C++ refuses {text[:3000]!r}: {refusal}"
+        except InputError:
+            assert refusal, f"only Python refuses {text[:3000]!r}"
+    assert 100 < accepted < len(contents) / 2
+
+
+# The image contract, byte by byte.
+
+
+class StandIn:
+    """The golden network as a session, which keeps the last input."""
+
+    def __init__(self, multiple: int) -> None:
+        self.multiple = multiple
+        self.limits: tuple = ()
+        self.last = np.empty(0)
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        self.last = batch
+        y, x = np.indices(batch.shape[2:])
+        place = ((7 * y + 13 * x) % 32).astype(np.float32) / np.float32(31)
+        return np.float32(0.75) * batch + np.float32(0.25) * place
+
+
+def random_image(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "multiple"),
+    [(1, 1, 1), (1, 1, 8), (7, 5, 8), (4, 5, 8), (9, 16, 8), (3, 100, 8), (33, 17, 16), (40, 23, 3), (1, 9, 8)],
+)
+def test_same_padding_and_input(contract, height, width, multiple):
+    image, session = random_image(height, width), StandIn(multiple)
+    restored = Derainer(session)(image)
+    assert contract("tensor", height, width, multiple, input=image.tobytes()) == session.last.tobytes()
+    padded = session.last.shape[2:]
+    assert contract("restore", height, width, multiple, *padded, 0, input=image.tobytes()) == restored.tobytes()
+
+
+def test_same_levels(contract):
+    middle = (np.arange(256, dtype=np.float32) + np.float32(0.5)) / np.float32(255)
+    near = [middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(2))]
+    edges = np.array([-0.0, 0.0, -1e-30, 1.0, 1.0000001, 1e30, -1e30, 1e-45], np.float32)
+    values = np.concatenate([*near, edges, np.random.default_rng(0).normal(0.5, 0.5, 3000).astype(np.float32)])
+    answer = np.resize(values, (1, 3, 24, 60))
+    session = StandIn(1)
+    session.run = lambda batch: answer
+    restored = Derainer(session)(random_image(24, 60))
+    assert contract("levels", 24, 60, input=answer.tobytes()) == restored.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "multiple", "tile", "overlap"),
+    [(50, 70, 8, (32, 40), 12), (64, 64, 8, (32, 32), 16), (33, 90, 8, (48, 24), 0), (97, 41, 1, (31, 17), 8),
+     (20, 300, 4, (64, 64), 20), (130, 7, 8, (40, 48), 1)],
+)  # fmt: skip
+def test_same_tiles(contract, height, width, multiple, tile, overlap):
+    image = random_image(height, width)
+    restored = Derainer(StandIn(multiple), tile=tile, overlap=overlap)(image)
+    assert contract("restore", height, width, multiple, *tile, overlap, input=image.tobytes()) == restored.tobytes()
+    whole = Derainer(StandIn(multiple))(image)
+    assert (restored != whole).any()
