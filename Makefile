@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
+SERVE := .venv-serve
 
-.PHONY: demo test clean
+.PHONY: demo test serve-test clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -30,5 +31,14 @@ test: .venv/installed
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/pytest
 
+# A Triton server on the CPU, well and badly treated. In an environment of its own: nvidia-pytriton wants older versions.
+$(SERVE)/installed: pyproject.toml constraints-serve.txt
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/pip install --quiet --constraint constraints-serve.txt --editable . nvidia-pytriton
+	touch $@
+
+serve-test: $(SERVE)/installed
+	$(SERVE)/bin/python -m tests.serve
+
 clean:
-	rm -rf .venv $(DEMO)
+	rm -rf .venv $(SERVE) $(DEMO)

@@ -1,0 +1,46 @@
+"""What Triton Inference Server's python backend runs, in a model repository made by `export.triton`.
+
+    pip install .                                      # this package, into the server's Python
+    tritonserver --model-repository repository
+
+Only the server imports this, through the `model.py` of the repository. Each instance of the model is a process of its
+own that opens the bundle beside `model.py` and answers one image after another.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as triton  # pyright: ignore[reportMissingImports]  # there is one in the server only
+
+from runtime.cli import InputError
+from runtime.session import Derainer, open_session
+
+
+class TritonPythonModel:
+    """`input` uint8 (H, W, 3) RGB of any size -> `output` of the same shape and type, as `Derainer` gives it."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the bundle, which verifies what is used of it. Where that fails, the model does not get ready and the
+        server's log says why."""
+        options = {key: v["string_value"] for key, v in json.loads(args["model_config"])["parameters"].items()}
+        folder = Path(args["model_repository"], args["model_version"], "bundle")
+        height, width = map(int, options.get("tile", "0x0").split("x"))
+        try:
+            session = open_session(folder, options["provider"], int(options["threads"]))
+            self._derain = Derainer(session, tile=(height, width) if height else None)
+        except InputError as error:
+            raise triton.TritonModelException(str(error)) from error
+        triton.Logger.log_info(f"{args['model_instance_name']}: {folder} on {session.provider}")
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """A response to each request. What is wrong with one is the answer to that one alone."""
+        return [self._answer(triton.get_input_tensor_by_name(request, "input").as_numpy()) for request in requests]
+
+    def _answer(self, image: Any) -> Any:
+        try:
+            return triton.InferenceResponse([triton.Tensor("output", self._derain(image))])
+        except InputError as error:
+            return triton.InferenceResponse(error=triton.TritonError(str(error), triton.TritonError.INVALID_ARG))

@@ -1,0 +1,319 @@
+"""Model repositories for Triton, without the server: `make serve-test` starts one."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from export.triton import export
+from runtime import Derainer, InputError, manifest
+from runtime.manifest import Engine, File, Profile, describe_onnx
+from tests.test_manifest import FILES, flip, make_keys, write_bundle
+from tests.test_ort import write_network
+
+triton: Any = model_config_pb2
+"""Whose names are made when it is imported."""
+
+
+@pytest.fixture
+def bundle(tmp_path) -> Path:
+    """Of a network for tensors, with two engines of TensorRT for RTX."""
+    return write_bundle(tmp_path / "bundle")
+
+
+def with_plans(folder: Path, profiles: dict[str, int], **flags: bool) -> Path:
+    """Add an engine of TensorRT for each compute capability, with so many profiles."""
+    opened = manifest.load(folder).manifest
+    for capability, count in profiles.items():
+        path = folder / f"model.tensorrt.sm{capability.replace('.', '')}.engine"
+        path.write_bytes(capability.encode())
+        engine = Engine(
+            path.name, "tensorrt", "10.14.1", (capability,),
+            tuple(Profile((64, 64), (256 + 8 * i, 256), (1088, 1920)) for i in range(count)),
+            flags, opened.files[0].sha256,
+        )  # fmt: skip
+        opened = opened.with_file(File.of(path, "engine"), engine)
+    opened.save(folder)
+    return folder
+
+
+def only_model(folder: Path, **options) -> Path:
+    folder.mkdir()
+    describe_onnx(write_network(folder / "model.onnx", **options)).save(folder)
+    return folder
+
+
+def config(folder: Path) -> Any:
+    """As Triton reads it, which knows no other fields."""
+    return text_format.Parse((folder / "config.pbtxt").read_text(), triton.ModelConfig())
+
+
+def warm_ups(found: Any) -> list[list[int]]:
+    return [list(sample.inputs["input"].dims) for sample in found.model_warmup]
+
+
+def refusal(*arguments, **options) -> str:
+    with pytest.raises(InputError) as error:
+        export(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_unknown_fields_are_found():
+    with pytest.raises(text_format.ParseError):
+        text_format.Parse('nothing: "a"', triton.ModelConfig())
+
+
+# What each backend is given.
+
+
+def test_python(bundle, tmp_path):
+    made = export(bundle, tmp_path / "r", instances=3, threads=2, provider="cpu", tile="64x96", queue=5)
+    assert made.folder == tmp_path / "r" / "drsformer"
+    bundled = [f"1/bundle/{name}" for name in sorted((*FILES, "manifest.json"))]
+    assert made.files == (*bundled, "1/model.py", "config.pbtxt")
+    assert manifest.load(made.folder / "1" / "bundle") == replace(
+        manifest.load(bundle), folder=made.folder / "1" / "bundle"
+    )
+    found = config(made.folder)
+    assert (found.name, found.backend, found.max_batch_size) == ("drsformer", "python", 0)
+    for tensor, name in ((found.input[0], "input"), (found.output[0], "output")):
+        assert (tensor.name, tensor.data_type, list(tensor.dims)) == (name, triton.TYPE_UINT8, [-1, -1, 3])
+    assert [(group.count, group.kind) for group in found.instance_group] == [(3, triton.ModelInstanceGroup.KIND_MODEL)]
+    parameters = {key: value.string_value for key, value in found.parameters.items()}
+    assert parameters == {"provider": "cpu", "threads": "2", "tile": "64x96"}
+    assert found.dynamic_batching.default_queue_policy.max_queue_size == 5
+    assert warm_ups(found) == [[64, 64, 3]]
+    assert found.model_warmup[0].inputs["input"].data_type == triton.TYPE_UINT8
+
+
+def test_python_with_engines_runs_once_what_they_are_fastest_at(bundle, tmp_path):
+    assert warm_ups(config(export(bundle, tmp_path / "r").folder)) == [[256, 256, 3]]
+
+
+def test_onnxruntime(bundle, tmp_path):
+    made = export(bundle, tmp_path, "o", "onnxruntime", threads=2)
+    assert made.files == ("1/model.onnx", "config.pbtxt")
+    assert (made.folder / "1" / "model.onnx").read_bytes() == (bundle / "model.onnx").read_bytes()
+    found = config(made.folder)
+    assert (found.backend, found.max_batch_size, found.default_model_filename) == ("onnxruntime", 0, "model.onnx")
+    assert (found.input[0].data_type, list(found.input[0].dims)) == (triton.TYPE_FP32, [1, 3, -1, -1])
+    assert list(found.output[0].dims) == [1, 3, -1, -1]
+    assert found.parameters["intra_op_thread_count"].string_value == "2"
+    assert found.instance_group[0].kind == triton.ModelInstanceGroup.KIND_AUTO
+    assert warm_ups(found) == [[1, 3, 64, 64]]
+
+
+@pytest.mark.parametrize(("backend", "dims", "warm_up"), [
+    ("onnxruntime", [1, -1, -1, 3], [1, 64, 64, 3]),
+    ("python", [-1, -1, 3], [64, 64, 3]),
+])  # fmt: skip
+def test_graph_of_images(tmp_path, backend, dims, warm_up):
+    folder = only_model(tmp_path / "bundle", kind=onnx.TensorProto.UINT8)
+    found = config(export(folder, tmp_path, backend=backend).folder)
+    assert (found.input[0].data_type, list(found.input[0].dims)) == (triton.TYPE_UINT8, dims)
+    assert warm_ups(found) == [warm_up]
+
+
+@pytest.mark.parametrize(("backend", "dims", "warm_up"), [
+    ("onnxruntime", [1, 3, 16, 24], [1, 3, 16, 24]),
+    ("python", [-1, -1, 3], [16, 24, 3]),  # any image that the client's padding makes as large
+])  # fmt: skip
+def test_graph_of_one_size(tmp_path, backend, dims, warm_up):
+    found = config(export(only_model(tmp_path / "b", shape=(1, 3, 16, 24)), tmp_path, backend=backend).folder)
+    assert list(found.input[0].dims) == list(found.output[0].dims) == dims
+    assert warm_ups(found) == [warm_up]
+
+
+def test_warm_up_is_a_multiple(tmp_path):
+    folder = only_model(tmp_path / "b", metadata={"size_multiple": "48"})
+    assert warm_ups(config(export(folder, tmp_path, backend="onnxruntime").folder)) == [[1, 3, 96, 96]]
+
+
+def test_tensorrt_plan(bundle, tmp_path):
+    made = export(with_plans(bundle, {"8.6": 3, "9.0": 2}), tmp_path, "p", "tensorrt_plan", instances=2, queue=0)
+    plans = {"8.6": "model.tensorrt.sm86.engine", "9.0": "model.tensorrt.sm90.engine"}
+    assert made.files == (*(f"1/{name}" for name in plans.values()), "config.pbtxt")
+    assert "TensorRT 10.14.1, no other version" in made.needs
+    found = config(made.folder)
+    assert (found.platform, found.max_batch_size) == ("tensorrt_plan", 0)
+    assert found.default_model_filename == plans["8.6"]
+    assert dict(found.cc_model_filenames) == plans
+    assert (found.instance_group[0].count, list(found.instance_group[0].profile)) == (2, ["0", "1"])  # that both have
+    assert (found.input[0].data_type, list(found.input[0].dims)) == (triton.TYPE_FP32, [1, 3, -1, -1])
+    assert warm_ups(found) == [[1, 3, 256, 256], [1, 3, 264, 256], [1, 3, 272, 256]]
+    assert not found.HasField("dynamic_batching")
+
+
+def test_version_compatible_plan_tells_what_the_server_needs(bundle, tmp_path):
+    made = export(with_plans(bundle, {"8.6": 1}, version_compatible=True), tmp_path, backend="tensorrt_plan")
+    assert "--backend-config=tensorrt,version-compatible=true" in made.needs
+
+
+# What is refused, and that nothing is left of it.
+
+
+def test_engines_that_triton_cannot_load(bundle, tmp_path):
+    message = refusal(bundle, tmp_path / "r", backend="tensorrt_plan")
+    assert "TensorRT for RTX, which Triton cannot load" in message
+    assert "--flavor tensorrt" in message
+    assert "--backend python" in message
+    assert "found none" in refusal(only_model(tmp_path / "b"), tmp_path / "r", backend="tensorrt_plan")
+    stripped = with_plans(bundle, {"8.6": 1}, strip_weights=True)
+    assert "--strip-weights" in refusal(stripped, tmp_path / "r", backend="tensorrt_plan")
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("backend", ["python", "onnxruntime"])
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+def test_nothing_is_copied_of_a_bundle_that_is_not_whole(bundle, tmp_path, backend, name):
+    flip(bundle / name, 2, bit=6)
+    assert name in refusal(bundle, tmp_path / "r", backend=backend)
+    assert not (tmp_path / "r").exists()
+
+
+def test_signature(tmp_path):
+    keys = make_keys(tmp_path)
+    bundle = write_bundle(tmp_path / "bundle", key=keys / "private.pem")
+    assert "expected a signature" in refusal(bundle, tmp_path / "r", public_key=keys / "others.pem")
+    assert not (tmp_path / "r").exists()
+    made = export(bundle, tmp_path / "r", public_key=keys / "public.pem")
+    manifest.load(made.folder / "1" / "bundle", keys / "public.pem").verify()
+
+
+def test_bundle_that_changes_meanwhile(bundle, tmp_path, monkeypatch):
+    def verify_then_change(self: manifest.Bundle) -> None:
+        flip(bundle / "report.html", 2)
+
+    monkeypatch.setattr(manifest.Bundle, "verify", verify_then_change)
+    assert "report.html" in refusal(bundle, tmp_path / "r")
+    assert list((tmp_path / "r").iterdir()) == []
+
+
+def test_manifest_that_changes_meanwhile(bundle, tmp_path, monkeypatch):
+    other = write_bundle(tmp_path / "other", scale=0.25)
+    verify = manifest.Bundle.verify
+
+    def verify_then_change(self: manifest.Bundle) -> None:
+        verify(self)
+        shutil.copy(other / "manifest.json", bundle)
+
+    monkeypatch.setattr(manifest.Bundle, "verify", verify_then_change)
+    assert "expected SHA-256" in refusal(bundle, tmp_path / "r")
+    assert list((tmp_path / "r").iterdir()) == []
+
+
+def test_model_that_is_there_stays(bundle, tmp_path):
+    made = export(bundle, tmp_path / "r")
+    before = (made.folder / "config.pbtxt").stat()
+    assert "already there" in refusal(bundle, tmp_path / "r", instances=2)
+    assert (made.folder / "config.pbtxt").stat() == before
+    export(bundle, tmp_path / "r", "another")
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["another", "drsformer"]
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    (dict(name="../a"), "--name"), (dict(name=""), "--name"), (dict(name='a"'), "--name"), (dict(name=".a"), "--name"),
+    (dict(instances=0), "--instances"), (dict(threads=-1), "--threads"), (dict(queue=-1), "--queue"),
+    (dict(tile="0x8"), "--tile"), (dict(tile="8x8", backend="onnxruntime"), "--tile"),
+    (dict(provider="cpu", backend="onnxruntime"), "--provider"),
+    (dict(threads=1, backend="tensorrt_plan"), "--threads"),
+])  # fmt: skip
+def test_options_that_do_not_fit(tmp_path, options, told):
+    assert told in refusal(tmp_path / "none", tmp_path / "r", **options)
+
+
+def test_command(bundle, tmp_path, monkeypatch, capsys):
+    def command(*arguments: object) -> object:
+        monkeypatch.setattr(sys, "argv", ["triton", *map(str, arguments)])
+        monkeypatch.delitem(sys.modules, "export.triton", raising=False)
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_module("export.triton", run_name="__main__")
+        return stopped.value.code
+
+    assert command("--bundle", bundle, "--output", tmp_path / "r", "--tile", "64x96") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["backend"] == "python"
+    assert command("--bundle", tmp_path / "none", "--output", tmp_path / "r", "--name", "b") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# What the python backend runs.
+
+
+class Backend(SimpleNamespace):
+    """In place of the module that there is only inside the server, as far as it is used."""
+
+    class TritonModelException(Exception):  # noqa: N818
+        pass
+
+    class TritonError(Exception):
+        INVALID_ARG = 3
+
+        def __init__(self, message: str, code: int) -> None:
+            super().__init__(message)
+            self.code = code
+
+    Logger = SimpleNamespace(log_info=print)
+
+    @staticmethod
+    def Tensor(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:  # noqa: N802
+        return name, array
+
+    @staticmethod
+    def InferenceResponse(tensors=(), error=None) -> SimpleNamespace:  # noqa: N802
+        return SimpleNamespace(tensors=dict(tensors), error=error)
+
+    @staticmethod
+    def get_input_tensor_by_name(request: dict[str, np.ndarray], name: str) -> SimpleNamespace:
+        return SimpleNamespace(as_numpy=lambda: request[name])
+
+
+def started(folder: Path, monkeypatch):
+    """The model of a repository as the server starts it."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Backend)
+    monkeypatch.delitem(sys.modules, "runtime.triton", raising=False)
+    model = runpy.run_path(str(folder / "1" / "model.py"))["TritonPythonModel"]()
+    parameters = {key: {"string_value": value.string_value} for key, value in config(folder).parameters.items()}
+    model.initialize({
+        "model_config": json.dumps({"parameters": parameters}), "model_repository": str(folder),
+        "model_version": "1", "model_instance_name": "drsformer_0_0",
+    })  # fmt: skip
+    return model
+
+
+def test_each_request_has_its_own_answer(bundle, tmp_path, monkeypatch):
+    model = started(export(bundle, tmp_path / "r", threads=1, provider="cpu").folder, monkeypatch)
+    image = np.random.default_rng(0).integers(0, 256, (13, 7, 3), dtype=np.uint8)
+    requests = [image, image[:0], image[::-1].copy(), image.astype(np.float32), image[..., 0]]
+    answers = model.execute([{"input": array} for array in requests])
+    derain = Derainer(bundle, "cpu")
+    for i in (0, 2):
+        assert answers[i].error is None
+        np.testing.assert_array_equal(answers[i].tensors["output"], derain(requests[i]))
+    for i in (1, 3, 4):
+        assert (answers[i].tensors, answers[i].error.code) == ({}, Backend.TritonError.INVALID_ARG)
+        assert "expected an" in str(answers[i].error)
+
+
+def test_tiles(bundle, tmp_path, monkeypatch):
+    model = started(export(bundle, tmp_path / "r", provider="cpu", tile="64x96").folder, monkeypatch)
+    assert model._derain.plan(500, 500).tile == (64, 96)
+
+
+def test_bundle_is_verified_when_it_is_loaded(bundle, tmp_path, monkeypatch):
+    folder = export(bundle, tmp_path / "r", provider="cpu").folder
+    flip(folder / "1" / "bundle" / "model.onnx", 100)
+    with pytest.raises(Backend.TritonModelException, match="expected SHA-256"):
+        started(folder, monkeypatch)
