@@ -1,0 +1,271 @@
+"""Quantisation: what gets pairs and what never does, the ranking, the budget, and what cannot be used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from compress.quantize import Feeds, Mixtures, quantize
+from drsformer import checkpoint
+from drsformer.config import DRSformerConfig, MEFCConfig
+from drsformer.metrics import psnr
+from drsformer.model import DRSformer
+from export.folding import fold
+from export.onnx import export, to_onnx
+from export.topk import with_pattern
+from export.validate import open_candidate, validate
+from runtime.cli import GateError, InputError
+from runtime.images import Photo, read_rgb
+from runtime.ort import OrtSession
+from runtime.session import Derainer
+from tests.networks import fill
+
+SIZES = [(37, 45), (40, 48), (33, 41)]
+"""Of which each is padded to the second, for which the models are exported: that is far quicker than for any size."""
+OUTLIER = "encoder_level1.0.ffn"
+
+
+def network() -> DRSformer:
+    """A compensator and a block. One hidden channel is a thousand times as large as the others, which the layer after
+    it takes back: nothing to float32, ruin to one scale for all channels."""
+    config = DRSformerConfig.regular(width=8, depths=(1, 0, 0, 0), heads=(2, 2, 2, 2), expansion=2.0)
+    mefc = MEFCConfig(4, (("sep_conv_3x3", "avg_pool_3x3"),))
+    *upper, last = config.decoder
+    config = dataclasses.replace(
+        config, mefc_early=mefc, decoder=(*upper, dataclasses.replace(last, blocks=())), topk=("1/2", "3/4")
+    )
+    model = DRSformer(config)
+    fill(model)
+    weights = model.state_dict()  # which shares memory with the network
+    weights[f"{OUTLIER}.project_in.weight"][3] *= 1000
+    for name in ("dwconv3x3", "dwconv5x5"):
+        weights[f"{OUTLIER}.{name}.weight"][3] /= 1000
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The network as a checkpoint and two models, and pairs whose targets it nearly reaches, or wholly."""
+    folder = tmp_path_factory.mktemp("quantize")
+    checkpoint.save(folder / "reference.safetensors", network(), {})
+    export(folder / "reference.safetensors", folder / "model.onnx", height=40, width=48)
+    camera = fold(with_pattern(network().requires_grad_(False), "threshold"))
+    onnx.save(to_onnx(camera, "image", SIZES[1]), folder / "camera.onnx")
+    restore = Derainer(folder / "model.onnx")
+    for i, (H, W) in enumerate(SIZES):
+        generator = np.random.default_rng(i)
+        image = generator.integers(0, 256, (H, W, 3), dtype=np.uint8)
+        restored = restore(image)
+        noisy = np.clip(restored + generator.integers(-9, 10, image.shape), 0, 255).astype(np.uint8)
+        targets = {"pairs": noisy, "exact": restored} | ({"fixed": noisy} if i == 1 else {})
+        for name, target in targets.items():
+            Photo(image).save(folder / name / "input" / f"{i}.png")
+            Photo(target).save(folder / name / "target" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixtures(folder) -> Mixtures:
+    session = OrtSession(folder / "model.onnx", "cpu")
+    images = [np.random.default_rng(i).integers(0, 256, (H, W, 3), dtype=np.uint8) for i, (H, W) in enumerate(SIZES)]
+    return Mixtures(onnx.load(folder / "model.onnx"), Feeds(session, images))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Time little."""
+    monkeypatch.setattr("compress.cost.SECONDS", 0)
+
+
+def metadata(path: Path) -> dict[str, str]:
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+def test_what_is_quantised(folder, mixtures):
+    model = onnx.load(folder / "model.onnx")
+    types = {node.name: node.op_type for node in model.graph.node}
+    chosen = [name for names in mixtures.groups.values() for name in names]
+    assert len(chosen) == len(set(chosen))
+    assert {name for name, kind in types.items() if kind == "Conv"} <= set(chosen)
+    products = [group for group, names in mixtures.groups.items() if any(types[name] == "MatMul" for name in names)]
+    assert products == ["mefc_early.steps.0.product", "encoder_level1.0.attn.product"]
+    assert [len(mixtures.groups[group]) for group in products] == [1, 1]  # that of Q and K is not among them
+    for group in ("patch_embed", f"{OUTLIER}.weight", f"{OUTLIER}.dw5", f"{OUTLIER}.pair", f"{OUTLIER}.out", "output"):
+        assert group in mixtures.groups
+
+
+def test_pairs_are_what_tensorrt_takes(mixtures):
+    graph = mixtures.mixed(list(mixtures.groups)).graph
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    pairs = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert pairs
+    for node in pairs:
+        scale, zero = values[node.input[1]], values[node.input[2]]
+        assert zero.dtype == np.int8
+        assert not zero.any()
+        assert (scale > 0).all()
+        if node.input[0] in values:  # a weight
+            assert node.op_type == "DequantizeLinear"
+            assert scale.shape == values[node.input[0]].shape[:1]
+            assert np.abs(values[node.input[0]].astype(int)).max() <= 127
+        else:
+            assert scale.shape == ()
+    biases = {node.input[2] for node in graph.node if node.op_type == "Conv" and len(node.input) == 3}
+    assert biases
+    assert {values[bias].dtype for bias in biases} == {np.dtype(np.float32)}
+
+
+def test_only_what_is_quantised_reads_rounded_tensors(mixtures):
+    graph = mixtures.mixed(list(mixtures.groups)).graph
+    makers = {output: node for node in graph.node for output in node.output}
+    chosen = {name for names in mixtures.groups.values() for name in names}
+    for node in graph.node:
+        for tensor in node.input:
+            maker = makers.get(tensor)
+            if maker is None or maker.op_type != "DequantizeLinear":
+                continue
+            assert node.op_type != "Relu"
+            rounding = makers.get(maker.input[0])
+            source = makers.get(rounding.input[0]) if rounding else None
+            assert node.name in chosen or (source is not None and source.name in chosen)
+    (last,) = (node for node in graph.node if "output" in node.output)
+    assert "input" in last.input  # the image is added as it is
+
+
+def test_nothing_quantised_is_the_model(folder, mixtures, tmp_path):
+    onnx.save(mixtures.mixed([]), tmp_path / "none.onnx")
+    batch = np.random.default_rng(0).random((1, 3, 40, 48), dtype=np.float32)
+    np.testing.assert_array_equal(
+        OrtSession(tmp_path / "none.onnx", "cpu").run(batch), OrtSession(folder / "model.onnx", "cpu").run(batch)
+    )
+    mixed, plain = mixtures.mixed([f"{OUTLIER}.out"]), onnx.load(folder / "model.onnx")
+    assert (mixed.graph.input, mixed.graph.output) == (plain.graph.input, plain.graph.output)
+    onnx.checker.check_model(mixed, full_check=True)
+    assert sum(node.op_type == "QuantizeLinear" for node in mixed.graph.node) == 2
+
+
+def test_large_budget_frees_nothing(folder, tmp_path):
+    done = quantize(folder / "model.onnx", folder / "pairs", tmp_path / "int8.onnx", max_drop_db=100)
+    assert done.freed == ()
+    assert done.sensitivity == {}
+    assert done.drop_db == done.all_db
+    assert metadata(done.output)["precision"] == "int8"
+    kept = metadata(folder / "model.onnx")
+    assert {key: metadata(done.output)[key] for key in kept if key != "precision"} == {
+        key: value for key, value in kept.items() if key != "precision"
+    }
+    found = validate(folder / "reference.safetensors", done.output, folder / "pairs")
+    assert found.totals["drop_db"] == pytest.approx(done.drop_db, abs=0.02)  # PyTorch in place of ONNX Runtime
+    assert found.selections
+    assert open_candidate(done.output).multiple == 8
+
+
+def test_budget_frees_what_costs_most(folder, tmp_path):
+    budget = 0.5
+    done = quantize(folder / "model.onnx", folder / "pairs", tmp_path / "deep" / "int8.onnx", budget, calibrate=2)
+    assert done.drop_db <= budget < done.all_db
+    assert 0 < len(done.freed) < len(done.groups)
+    assert done.freed == tuple(done.sensitivity)[: len(done.freed)]
+    assert done.sensitivity.keys() == done.groups.keys()
+    assert list(done.sensitivity.values()) == sorted(done.sensitivity.values(), reverse=True)
+    assert min(done.sensitivity.values()) >= 0
+    assert {f"{OUTLIER}.weight", f"{OUTLIER}.dw3"} & set(done.freed[:3])
+    before, after = (Derainer(OrtSession(path, "cpu")) for path in (done.model, done.output))
+    drops = []
+    for i in range(len(SIZES)):
+        rainy, clean = (read_rgb(folder / "pairs" / kind / f"{i}.png") for kind in ("input", "target"))
+        drops.append(psnr(before(rainy), clean) - psnr(after(rainy), clean))
+    assert np.mean(drops) == pytest.approx(done.drop_db)
+    told = json.loads(metadata(done.output)["quantization"])
+    assert told["float32"] == list(done.freed)
+    assert sorted(told["int8"] + told["float32"]) == sorted(done.groups)
+    assert [path.name for path in done.output.parent.iterdir()] == ["int8.onnx"]
+
+
+def test_budget_that_cannot_be_kept(folder, tmp_path):
+    with pytest.raises(GateError, match="leave nothing to quantise"):
+        quantize(folder / "model.onnx", folder / "exact", tmp_path / "int8.onnx", max_drop_db=0, limit=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_in_and_out_of_fixed_size(folder, tmp_path):
+    done = quantize(folder / "camera.onnx", folder / "fixed", tmp_path / "int8.onnx", max_drop_db=0.5)
+    assert done.freed
+    assert done.size == SIZES[1]
+    with pytest.raises(InputError, match=r"0: .*takes only images of 48x40"):
+        quantize(folder / "camera.onnx", folder / "pairs", tmp_path / "int8.onnx", max_drop_db=0.5)
+
+
+def test_command(folder, tmp_path, monkeypatch, capsys):
+    def run(*arguments: object) -> tuple[object, str, str]:
+        monkeypatch.setattr(
+            sys, "argv", ["quantize", "--data", str(folder / "pairs"), "--limit", "1", *map(str, arguments)]
+        )
+        monkeypatch.delitem(sys.modules, "compress.quantize", raising=False)
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_module("compress.quantize", run_name="__main__")
+        return stopped.value.code, *capsys.readouterr()
+
+    status, printed, _ = run("--model", folder / "model.onnx", "--output", tmp_path / "q.onnx", "--max-drop-db", "9")
+    assert status == 0
+    assert "than float32 on this CPU in ONNX Runtime" in printed
+    summary = json.loads(printed.splitlines()[-1])
+    assert summary["drop_db"] <= 9
+    assert summary["bytes"] == (tmp_path / "q.onnx").stat().st_size
+    status, printed, error = run("--model", tmp_path / "q.onnx", "--output", tmp_path / "r.onnx", "--max-drop-db", "9")
+    assert (status, printed, error.count("\n")) == (2, "", 1)
+    assert "quantised already" in error
+
+
+def test_tensorrt_for_rtx_parses_it(mixtures):
+    pytest.importorskip("tensorrt_rtx_bindings")
+    from export.tensorrt import _Compiler
+    from runtime.trt import LIBRARIES
+
+    content = mixtures.mixed(list(mixtures.groups)).SerializeToString()
+    assert _Compiler(LIBRARIES["rtx"].load(), LIBRARIES["rtx"], content).network.num_layers
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(max_drop_db=-0.1), "--max-drop-db: expected 0 or more"),
+        (dict(max_drop_db=float("nan")), "--max-drop-db: expected 0 or more"),
+        (dict(calibrate=0), "--calibrate: expected at least 1, found 0"),
+        (dict(limit=0), "--limit: expected at least 1, found 0"),
+        (dict(output="int8.engine"), "--output: expected a name ending in .onnx"),
+        (dict(output="model.onnx"), "--output: expected another file than --model"),
+        (dict(model="missing.onnx"), "--model: expected an ONNX file, found no file at"),
+        (dict(model="truncated.onnx"), "truncated.onnx"),
+        (dict(model="half.onnx"), "--model: expected a float32 model, found one in float16"),
+        (dict(model="reference.safetensors"), "reference.safetensors"),
+        (dict(data="missing"), "missing: expected a folder of pairs"),
+        (dict(data="empty"), "empty: expected .*; found nothing"),
+        (dict(data="unpaired"), "counterpart"),
+    ],
+)
+def test_refuses_what_it_cannot_use(folder, tmp_path, options, message):
+    content = (folder / "model.onnx").read_bytes()
+    (folder / "truncated.onnx").write_bytes(content[: len(content) // 2])
+    half = onnx.load_from_string(content)
+    half.graph.initializer.add(name="half", data_type=onnx.TensorProto.FLOAT16, dims=[1], raw_data=b"\0\0")
+    onnx.save(half, folder / "half.onnx")
+    (folder / "empty").mkdir(exist_ok=True)
+    shutil.copytree(folder / "pairs", folder / "unpaired", dirs_exist_ok=True)
+    (folder / "unpaired" / "target" / "1.png").unlink()
+    options = {"model": "model.onnx", "data": "pairs", "max_drop_db": 1.0, **options}
+    output = folder / options.pop("output") if "output" in options else tmp_path / "int8.onnx"
+    model, data = (folder / options.pop(key) for key in ("model", "data"))
+    with pytest.raises(InputError, match=message) as error:
+        quantize(model, data, output, **options)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+    assert (folder / "model.onnx").read_bytes() == content
