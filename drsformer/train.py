@@ -20,6 +20,7 @@ synchronisation are Lightning Fabric's, by --devices, torchrun or `fabric run`.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -362,8 +363,10 @@ class Run:
             temporary.write_text("".join(line for line in whole if json.loads(line)["iteration"] <= iteration))
 
     def save_state(self, state: dict[str, Any]) -> None:
+        content = io.BytesIO()  # PyTorch's own error for a full disk does not say so
+        torch.save({**state, "options": json.dumps(self.options)}, content)
         with writing(self.state_path) as temporary:
-            torch.save({**state, "options": json.dumps(self.options)}, temporary)
+            temporary.write_bytes(content.getbuffer())
 
     def save_network(self, name: str, network: DRSformer, scores: dict[str, float]) -> None:
         checkpoint.save(self.output / f"{name}.safetensors", network, {**self.provenance, "scores": scores})
@@ -459,6 +462,8 @@ def fit(
     )
     if fabric.is_global_zero:
         run.clean_up(done)
+        if state:  # a killed process may not have come to this
+            run.save_network("last", averaged, scores if scored == done else {})
     if hardware.workers:
         patches.warm_up(fabric.is_global_zero)
 
@@ -525,12 +530,12 @@ def fit(
                     best = mean
                     run.save_network("best", averaged, scores)
             if save:
-                run.save_network("last", averaged, scores if scored == iteration else {})
                 run.save_state({
                     "iteration": iteration, "best": best, "scores": scores, "scored": scored,
                     "model": model.state_dict(), "average": average.state_dict() if average else None,
                     "loss": learned.state_dict(), "optimizer": optimizer.state_dict(),
                 })  # fmt: skip
+                run.save_network("last", averaged, scores if scored == iteration else {})
                 saved = time.monotonic()
             if stop:
                 break

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pickle
 import random
+import resource
 import subprocess
 import sys
 import zipfile
@@ -243,17 +244,20 @@ def test_hostile_shapes_are_told_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+def test_failed_save_leaves_the_old_file(tmp_path):
+    """The limit on the size of a file stands in for a full disk."""
     path = tmp_path / "m.safetensors"
     checkpoint.save(path, DRSformer(preset("drsformer-tiny")), {})
     before = path.read_bytes()
 
-    def full_disk(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        checkpoint.save(path, DRSformer(preset("drsformer-tiny")), {"new": True})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            checkpoint.save(path, DRSformer(preset("drsformer-tiny")), {"new": True})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.filename == str(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
     with pytest.raises(InputError, match=r"\.safetensors"):

@@ -39,7 +39,7 @@ def missing() -> str:
 
 
 pytestmark = pytest.mark.skipif(
-    bool(missing()), reason=f"the C++ library needs {missing()}: apt-get install {PACKAGES}"
+    bool(missing()) and "CI" not in os.environ, reason=f"the C++ library needs {missing()}: apt-get install {PACKAGES}"
 )
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -149,6 +150,28 @@ def test_killed_run_continues_exactly(data, tmp_path):
         assert torch.equal(killed[name], tensor), name
     iterations = [json.loads(line)["iteration"] for line in log.read_text().splitlines()]
     assert iterations == list(range(1, 41))
+
+
+def test_full_disk_leaves_the_last_state(tmp_path):
+    """The limit on the size of a file stands in for the disk."""
+    run = Run(tmp_path, {}, {})
+    run.save_state({"iteration": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            run.save_state({"iteration": 2, "model": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert run.restore() == {"iteration": 1}
+
+
+def test_run_killed_between_its_state_and_its_network_leaves_both_after_all(data, tmp_path):
+    run(data, tmp_path)
+    written = (tmp_path / "last.safetensors").read_bytes()
+    (tmp_path / "last.safetensors").unlink()
+    run(data, tmp_path)
+    assert (tmp_path / "last.safetensors").read_bytes() == written
 
 
 @pytest.mark.parametrize("launcher", ["devices", "torchrun"])
