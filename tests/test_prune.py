@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from drsformer.evaluate import TorchSession
 from drsformer.metrics import psnr
 from drsformer.model import DRSformer
 from drsformer.rain import add_rain, draw_streaks
-from runtime.cli import GateError, InputError
+from runtime.cli import GateError, InputError, main
 from runtime.images import read_rgb
 from runtime.session import Derainer
 from tests.grown import grow
@@ -172,6 +173,34 @@ def test_magnitude_is_zero_where_a_unit_has_no_weights():
     assert (scores["latent.0.attn"][0] == 0).nonzero().flatten().tolist() == [1]
 
 
+def test_magnitude_tells_blocks_apart():
+    model = network()
+    for layer in ("attn", "ffn"):
+        model.state_dict()[f"encoder_level1.1.{layer}.project_out.weight"].mul_(0.5)
+    scores, _ = importances(model, [], structures(model.config, ["depth"]), "magnitude")
+    strong, weak = scores["encoder_level1"][0].tolist()
+    assert weak < 0.5 * strong
+    assert strong + weak == pytest.approx(2)  # a block of its level counts one on the average
+    assert scores["latent"][0].tolist() == [1]
+
+
+def test_block_loses_only_what_is_left_in_it():
+    """Hidden channels that are worth little go first. What is left of their block then is worth less a MAC than those
+    of another block, though the whole of it was worth more."""
+    model, (block, cheap, dear) = network(), ("encoder_level1", "encoder_level1.0.ffn", "encoder_level1.1.ffn")
+    found = [structure for structure in structures(model.config) if structure.name in (block, cheap, dear)]
+    units = next(structure.units for structure in found if structure.name == cheap)
+    thin = config_without(model.config, found, {cheap: [list(range(units - 1))] * 2})
+    shares = [cost.macs(config) - cost.macs(config_without(config, found, {name: [[0]] * axes}))
+              for config, name, axes in ((thin, block, 1), (model.config, dear, 2))]  # fmt: skip
+    scores = {cheap: [torch.full((units,), 0.1 / units)] * 2, block: [torch.tensor([0.5, 100.0])],
+              dear: [torch.full((units,), 0.4 * shares[1] / shares[0] / 2)] * 2}  # fmt: skip
+    goal = Target("macs", cost.macs, cost.macs(thin) - 1)
+    gone = choose(model.config, found, scores, [goal], {"macs": 0}, round_to=1)
+    assert gone.keys() == {cheap, block}
+    assert gone[block] == [[0]]
+
+
 def test_planted_redundancy_is_found_in_every_kind():
     """Blocks, hidden channels and experts that do nothing go, and nothing else: the network is itself again."""
     config = DRSformerConfig.regular(8, (1, 1, 1, 1), (1, 2, 2, 4), 2.0, mefc="both", experts=2)
@@ -259,39 +288,122 @@ def test_latency_is_estimated_from_parts(monkeypatch):
     assert estimate(pruned.config) / estimate(model.config) == pytest.approx(ratio, rel=0.03)
 
 
+FAST = dict(rounds=1, importance="magnitude", round_to=2, samples=1, patch=16, limit=1, size="64x64")
+
+
+def clock(monkeypatch, more: float = 0) -> list:
+    """Stand for the clock, with so many milliseconds on top that are no part's; what was timed comes into the list."""
+    calls = []
+
+    def time(networks, size):
+        calls.append(networks)
+        return [cost.Latency(*[latency.ms + more] * 3, 1) for latency in by_macs(networks, size)]
+
+    monkeypatch.setattr(pruning, "time_networks", by_macs)
+    monkeypatch.setattr(pruning, "time_sessions", time)
+    monkeypatch.setattr(pruning, "ship", lambda network, size: network)
+    return calls
+
+
 @pytest.mark.parametrize(("macs", "measured"), [(None, 2), (0.5, 1)])
 def test_command_prunes_to_a_latency_that_the_parts_do_not_add_up_to(tmp_path, data, monkeypatch, macs, measured):
     """In a second attempt; but where another target takes it below at once, that is all."""
-    calls = []
-
-    def late(networks, size):
-        calls.append(networks)
-        return [cost.Latency(*[latency.ms + 400] * 3, 1) for latency in by_macs(networks, size)]
-
-    monkeypatch.setattr(pruning, "time_networks", by_macs)
-    monkeypatch.setattr(pruning, "time_sessions", late)
-    monkeypatch.setattr(pruning, "ship", lambda network, size: network)
+    calls = clock(monkeypatch, more=400)
     checkpoint.save(tmp_path / "w.safetensors", network(), {})
-    pruned = prune(tmp_path / "w.safetensors", [data], tmp_path / "p.safetensors", macs=macs, latency=0.8, rounds=1,
-                   importance="magnitude", round_to=2, samples=1, patch=16, limit=1, size="64x64")  # fmt: skip
+    pruned = prune(tmp_path / "w.safetensors", [data], tmp_path / "p.safetensors", macs=macs, latency=0.8, **FAST)
     assert (0 if macs else 0.784) <= pruned.summary()["ratio"]["latency"] <= 0.816
+    assert pruned.missed is None
     assert len(calls) == measured
 
 
+def test_missed_latency_is_a_failed_gate_though_the_network_is_written(tmp_path, data, monkeypatch, capsys):
+    """Here the milliseconds of an export hardly depend on the network."""
+    clock(monkeypatch, more=20000)
+    monkeypatch.setattr(pruning, "ATTEMPTS", 1)
+    checkpoint.save(tmp_path / "w.safetensors", network(), {})
+    words = ["--weights", tmp_path / "w.safetensors", "--data", data, "--output", tmp_path / "p.safetensors",
+             "--latency", "0.8", *(f"--{name.replace('_', '-')}={value}" for name, value in FAST.items())]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["prune", *map(str, words)])
+    with pytest.raises(SystemExit) as error:
+        main(prune, None, status=lambda pruned: 1 if pruned.missed else 0)
+    assert error.value.code == 1
+    assert re.search(r"failed: --latency: expected 0\.800, measured 0\.9\d\d at best", capsys.readouterr().err)
+    assert checkpoint.load(tmp_path / "p.safetensors")
+
+
+@pytest.mark.parametrize("what", ["macs", "latency", "sensitivity"])
+def test_killed_command_goes_on_from_its_last_round_or_measurement(tmp_path, data, monkeypatch, what):
+    clock(monkeypatch, more=10)
+    monkeypatch.setattr(pruning, "RATIOS", (0.9, 0.8))
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save("w.safetensors", fill(DRSformer(preset("drsformer-tiny"))), {})
+    goal = {} if what == "sensitivity" else {what: 0.7}
+    work = Path("s/work" if what == "sensitivity" else "p.safetensors.work")
+
+    def go(**options):
+        given = {"output": Path("p.safetensors"), **goal} if goal else {"sensitivity": Path("s")}
+        return prune(
+            Path("w.safetensors"), [data], **given, **{**FAST, "rounds": 2, "scope": ("ffn", "heads"), **options}
+        )
+
+    def result() -> bytes:
+        return Path("p.safetensors" if goal else "s/sensitivity.json").read_bytes()
+
+    measured, turns = pruning.importances, []
+
+    def killed_in_round(turn):
+        def importances(*args):
+            turns.append(args)
+            if len(turns) == turn:
+                raise KeyboardInterrupt
+            return measured(*args)
+
+        turns.clear()
+        monkeypatch.setattr(pruning, "importances", importances)
+
+    killed_in_round(None)
+    go()
+    whole, rounds = result(), len(turns)
+    assert not work.exists()
+    Path("p.safetensors").unlink(missing_ok=True)
+
+    killed_in_round(rounds)
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    with pytest.raises(InputError, match=r"holds steps with samples=1, not 2; give the same options"):
+        go(samples=2)
+    killed_in_round(None)
+    go()
+    assert len(turns) == 1
+    assert result() == whole
+    assert not work.exists()
+
+
 def test_sensitivity_is_written_as_table_and_plot(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(pruning, "time_networks", by_macs)
+    calls = clock(monkeypatch)
     monkeypatch.setattr(pruning, "RATIOS", (0.9, 0.89, 0.01))
     checkpoint.save(tmp_path / "w.safetensors", network(), {})
-    prune(tmp_path / "w.safetensors", [data], sensitivity=tmp_path / "s", scope=("ffn", "depth"),
-          importance="magnitude", round_to=2, rounds=1, samples=1, patch=16, limit=1)  # fmt: skip
+    prune(tmp_path / "w.safetensors", [data], sensitivity=tmp_path / "s", scope=("ffn", "depth"), **FAST)
     rows = json.loads((tmp_path / "s" / "sensitivity.json").read_text())
     assert [row["kind"] for row in rows] == ["nothing", "ffn", "ffn", "depth"]  # a block is a large step, counted once
     assert rows[0]["macs"] == 1
     assert rows[1]["macs"] == pytest.approx(0.9, rel=0.02)
     assert rows[0]["ms"] > rows[1]["ms"] > rows[2]["ms"]
+    assert [row["latency"] for row in rows] == pytest.approx([row["ms"] / rows[0]["ms"] for row in rows])
+    assert [len(networks) for networks in calls] == [2] * len(rows)  # never all of them at once
     assert rows[3]["macs"] < 0.89
     assert len((tmp_path / "s" / "sensitivity.csv").read_text().splitlines()) == 5
     assert Image.open(tmp_path / "s" / "sensitivity.png").width > 500
+
+
+@pytest.mark.parametrize("option", ["output", "sensitivity"])
+def test_place_that_cannot_be_written_is_noticed_at_once(tmp_path, data, monkeypatch, option):
+    monkeypatch.delattr(pruning, "importances")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        prune(
+            SHIPPED, [data], **{option: tmp_path / "file" / "p.safetensors"}, macs=0.5 if option == "output" else None
+        )
 
 
 def test_target_out_of_reach_says_why_and_writes_nothing(tmp_path, data):
@@ -301,7 +413,7 @@ def test_target_out_of_reach_says_why_and_writes_nothing(tmp_path, data):
         prune(
             weights, [data], output, macs=0.1, importance="magnitude", scope=("experts",), rounds=1, samples=1, patch=16
         )
-    assert not output.exists()
+    assert not list(tmp_path.glob("p.*"))
 
 
 @pytest.mark.parametrize(
@@ -313,6 +425,7 @@ def test_target_out_of_reach_says_why_and_writes_nothing(tmp_path, data):
         ({}, "expected --output with"),
         ({"macs": 0.5, "output": None}, "expected --output with"),
         ({"macs": 0.5, "output": Path("p.pth")}, r"ending in \.safetensors"),
+        ({"macs": 0.5, "output": Path("dir.safetensors")}, r"the name of a file ending in \.safetensors"),
         ({"macs": 0.5, "round_to": 0}, "--round-to"),
         ({"macs": 0.5, "samples": 0}, "--samples"),
         ({"macs": 0.5, "patch": 20}, "--patch"),
@@ -324,7 +437,9 @@ def test_target_out_of_reach_says_why_and_writes_nothing(tmp_path, data):
         ({"macs": 0.5, "weights": Path("nowhere.safetensors")}, "no such checkpoint"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, data, options, message):
+def test_bad_input_is_one_line(tmp_path, data, options, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("dir.safetensors").mkdir()
     given = {"weights": SHIPPED, "data": [data], "output": tmp_path / "p.safetensors", **options}
     with pytest.raises(InputError, match=message) as error:
         prune(**given)

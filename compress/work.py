@@ -1,0 +1,81 @@
+"""The finished steps of a long command, so that one that was killed does again only what it had not finished.
+
+    steps = Steps(Path("half.work"), {"weights": sha256, "macs": 0.5})
+    rates = steps.json("rates", lambda: measure(network))
+    half = steps.network("half", lambda: prune_network(network, patches, targets))
+
+Each step is one file, written whole or not at all, and made only where it is not there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from drsformer import checkpoint
+from drsformer.model import DRSformer
+from runtime.cli import InputError, writing
+
+OPTIONS = "options.json"
+"""What the steps in a folder depend on."""
+
+
+class Steps:
+    """Steps by their names, in a folder; without one, nothing is kept.
+
+    options: JSON-able; what the steps depend on. Raises InputError for a folder with steps of other options, or with
+             anything else.
+    """
+
+    def __init__(self, folder: Path | None = None, options: Mapping[str, Any] | None = None) -> None:
+        self.folder = folder
+        if folder is None or options is None:
+            return
+        path, wanted = folder / OPTIONS, json.loads(json.dumps(options))
+        if not path.exists():
+            if folder.exists() and any(folder.iterdir()):
+                raise InputError(f"{folder}: expected the steps of this command or no such folder, found other files")
+            with writing(path) as temporary:
+                temporary.write_text(json.dumps(wanted, indent=1) + "\n")
+        before = json.loads(path.read_text())
+        for name in (name for name in wanted if wanted[name] != before.get(name)):
+            raise InputError(f"{folder} holds steps with {name}={before.get(name)}, not {wanted[name]}; give the same "
+                             "options to go on, or remove it to start again")  # fmt: skip
+
+    def within(self, name: str) -> Steps:
+        """The steps of a part, in a folder of its own."""
+        return Steps(self.folder / name if self.folder else None)
+
+    def json(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gives, JSON-able, or has given before."""
+        if self.folder is None:
+            return make()
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            made = json.dumps(make(), indent=1)
+            with writing(path) as temporary:
+                temporary.write_text(made + "\n")
+        return json.loads(path.read_text())
+
+    def network(self, name: str, make: Callable[[], DRSformer]) -> DRSformer:
+        """The network that `make` gives, or has given before."""
+        if self.folder is None:
+            return make()
+        path = self.folder / f"{name}.safetensors"
+        if path.exists():
+            return checkpoint.load(path).model
+        made = make()
+        checkpoint.save(path, made, {})
+        return made
+
+    def remove(self) -> None:
+        """Forget them all."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder)
+
+
+ANEW = Steps()
+"""No steps are kept."""

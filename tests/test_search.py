@@ -1,0 +1,284 @@
+"""The search finds the cheapest network within a budget, goes on after a kill, and says when there is none."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from compress import cost
+from compress import prune as pruning
+from compress import search as searching
+from compress.prune import prune
+from compress.search import search
+from drsformer import checkpoint
+from drsformer.config import DRSformerConfig
+from drsformer.model import DRSformer
+from drsformer.train import Hardware, Recipe
+from export.onnx import export
+from runtime import manifest
+from runtime.cli import GateError, InputError
+from runtime.session import Derainer
+from tests.networks import fill
+
+CONFIG = DRSformerConfig.regular(8, (0, 0, 1, 1), (1, 1, 2, 2), 4.0)
+RECIPE = Recipe(iterations=2, constant=0, batch=1, patch=16)
+CPU = Hardware(accelerator="cpu", devices="1")
+
+
+def by_macs(networks, size):
+    """Stands for the clock, whose milliseconds are million MACs of anything but attention."""
+    counts = [network if isinstance(network, float) else sum(
+        item.macs for item in cost.items(network.config, *size) if item.part != "attention") / 1e6
+        for network in networks]  # fmt: skip
+    return [cost.Latency(ms, ms, ms, 1) for ms in counts]
+
+
+def stand_in(patch: pytest.MonkeyPatch) -> None:
+    for module in (pruning, searching):
+        patch.setattr(module, "time_sessions", by_macs)
+        patch.setattr(module, "ship", lambda network, size: network)
+    patch.setattr(pruning, "time_networks", by_macs)
+    patch.setattr(searching, "SAMPLES", 1)
+    patch.setattr(searching, "export", functools.partial(export, height=24, width=24))  # one size is quicker
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    stand_in(monkeypatch)
+
+
+ROWS = [{"kind": kind, "latency": latency} for kind, latency in (("nothing", 1.0), ("ffn", 0.7), ("heads", 1.01))]
+"""Sensitivity, as far as the search looks at it."""
+
+
+@pytest.fixture
+def without_ends(monkeypatch):
+    """Only the steps: no sensitivity, no export and no proof."""
+    monkeypatch.setattr(searching, "measure_sensitivity", lambda *args, **options: ROWS)
+    monkeypatch.setattr(searching, "export", lambda weights, model: model.touch())
+    monkeypatch.setattr(searching, "_bundle", lambda candidates, *args: candidates.work / "step1")
+
+
+@pytest.fixture
+def by_size(monkeypatch, without_ends):
+    """Stands for the eye: a network loses 10 dB times the part of its MACs that is gone. Nothing is trained."""
+    whole = cost.macs(CONFIG)
+    monkeypatch.setattr(searching, "evaluate_model", lambda network, pairs: types.SimpleNamespace(
+        psnr=20 + 10 * cost.macs(network.config) / whole))  # fmt: skip
+    monkeypatch.setattr(searching.Candidates, "_plot", lambda candidates: Figure())  # an empty one is quicker
+    monkeypatch.setattr(searching, "prune", functools.partial(prune, importance="magnitude", rounds=1))
+    monkeypatch.setattr(searching, "distill", lambda folder, teacher, student, *args, **options: shutil.copyfile(
+        student, folder / "last.safetensors"))  # fmt: skip
+
+
+def fill_folder(folder: Path) -> None:
+    """A checkpoint and two pairs of noise."""
+    rng = np.random.default_rng(0)
+    for kind in ("input", "target"):
+        (folder / "data" / kind).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(rng.integers(0, 255, (24, 24, 3), np.uint8)).save(folder / "data" / kind / f"{i}.png")
+    checkpoint.save(folder / "w.safetensors", fill(DRSformer(CONFIG)), {"trained_on": ["rain"]})
+
+
+def go(folder: Path, output: str = "bundle", **options):
+    given = {"max_drop_db": 9.0, "macs": 0.7, "size": "64x64", "round_to": 1, "recipe": RECIPE, "hardware": CPU}
+    return search(folder / "w.safetensors", [folder / "data"], folder / output, **{**given, **options})
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    fill_folder(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory) -> Path:
+    """A folder with what a search left."""
+    folder = tmp_path_factory.mktemp("search")
+    fill_folder(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch)
+        go(folder)
+    return folder
+
+
+def forbid(monkeypatch, *names: str) -> None:
+    for name in names:
+        monkeypatch.delattr(searching, name)
+
+
+def test_bundle_holds_the_proven_network_and_what_was_tried(searched):
+    work = searched / "bundle.work"
+    table = json.loads((work / "search.json").read_text())
+    kinds = [row["kind"] for row in table["candidates"]]
+    assert kinds == ["whole", "pruned", "distilled", "pruned", "distilled"]
+    macs = [row["macs"] for row in table["candidates"]]
+    assert macs == pytest.approx([1, 0.8, 0.8, 0.7, 0.7], rel=0.02)
+    assert all(row["latency"] < 1 for row in table["candidates"][1:])
+    assert Image.open(work / "pareto.png").width > 500
+    assert (work / "sensitivity" / "sensitivity.png").exists()
+
+    bundle = manifest.load(searched / "bundle")
+    bundle.verify()
+    assert bundle.unlisted() == []
+    assert {file.name for file in bundle.manifest.files} == {"model.onnx", "report1.html", "search.json", "pareto.png"}
+    (drift,) = bundle.manifest.drift
+    assert drift.images == 2
+    best = checkpoint.load(work / "step2" / "last.safetensors")
+    assert bundle.manifest.model.weights_sha256 == best.sha256
+    steps = [step["command"] for step in best.provenance["steps"]]
+    assert steps == ["compress.prune", "compress.distill"] * 2
+    assert best.provenance["trained_on"] == [f"{searched.name}/data"]
+    assert Derainer(searched / "bundle")(np.zeros((20, 22, 3), np.uint8)).shape == (20, 22, 3)
+
+
+def test_same_command_finds_everything_done(searched, monkeypatch):
+    forbid(monkeypatch, "prune", "distill", "measure_sensitivity", "export", "compare", "evaluate_model")
+    found = go(searched)
+    summary = json.loads(json.dumps(found.summary()))
+    assert summary["macs"] == pytest.approx(0.7, rel=0.02)
+    assert Path(summary["weights"]).exists()
+    with pytest.raises(InputError, match=r"bundle\.work holds steps with macs=0\.7, not 0\.6; give the same options"):
+        go(searched, macs=0.6)
+
+
+@pytest.mark.parametrize("name", ["distill", "evaluate_model"])
+def test_killed_search_goes_on_to_the_same_network(searched, folder, without_ends, monkeypatch, name):
+    does, calls = getattr(searching, name), []
+
+    def killed(*args, **options):
+        calls.append(name)
+        result = does(*args, **options)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(searching, name, killed)
+    with pytest.raises(KeyboardInterrupt):
+        go(folder)
+    assert not (folder / "bundle").exists()
+    go(folder)
+    assert len(calls) == {"distill": 3, "evaluate_model": 6}[name]
+    networks = [checkpoint.load(each / "bundle.work" / "step2" / "last.safetensors").model.state_dict()
+                for each in (searched, folder)]  # fmt: skip
+    assert all(torch.equal(tensor, networks[1][key]) for key, tensor in networks[0].items())
+
+
+def test_search_killed_while_it_proves_leaves_no_bundle_and_goes_on(searched, tmp_path, monkeypatch):
+    folder = tmp_path / searched.name
+    shutil.copytree(searched, folder)
+    shutil.rmtree(folder / "bundle")
+    compare = searching.compare
+    monkeypatch.setattr(searching, "compare", lambda *args, **options: compare(*args, **options) and sys.exit(9))
+    with pytest.raises(SystemExit):
+        go(folder)
+    assert not (folder / "bundle").exists()
+    monkeypatch.setattr(searching, "compare", compare)
+    go(folder)
+    manifest.load(folder / "bundle").verify()
+
+
+def test_bundle_that_fails_its_proof_is_not_left(searched, tmp_path, monkeypatch):
+    folder = tmp_path / searched.name
+    shutil.copytree(searched, folder)
+    shutil.rmtree(folder / "bundle")
+    monkeypatch.setattr(searching, "compare", lambda *args, **options: types.SimpleNamespace(
+        passed=False, totals={"drop_db": 9.5}))  # fmt: skip
+    with pytest.raises(GateError, match=r"expected at most 9 dB lost on .*data, found 9\.5000 dB in ONNX Runtime"):
+        go(folder)
+    assert not (folder / "bundle").exists()
+
+
+@pytest.mark.parametrize(("drop", "speed", "taken"), [(0.5, 0.5, True), (5.0, 0.5, False), (0.5, 1.5, False)])
+def test_int8_is_taken_where_it_is_faster_and_within_the_budget(folder, by_size, monkeypatch, drop, speed, taken):
+    def quantize(model, data, output, max_drop_db, limit):
+        assert (data, limit) == (folder / "data", 20)
+        assert max_drop_db == pytest.approx(1, abs=0.1)
+        output.touch()
+
+    monkeypatch.setitem(sys.modules, "compress.quantize", types.SimpleNamespace(quantize=quantize))
+    monkeypatch.setattr(searching, "compare", lambda *args, **options: types.SimpleNamespace(
+        totals={"candidate_psnr": 28 - drop}))  # fmt: skip
+    monkeypatch.setattr(searching, "OrtSession", lambda path, provider: speed if "int8" in path.name else 1.0)
+    found = go(folder, quantize=True, macs=0.8, max_drop_db=3.0)
+    assert found.best.kind == ("int8" if taken else "distilled")
+    rows = json.loads((folder / "bundle.work" / "search.json").read_text())["candidates"]
+    assert rows[-1]["latency"] == pytest.approx(speed * rows[-2]["latency"])
+    assert rows[-1]["drop_db"] == pytest.approx(2 + drop)
+
+
+def test_without_a_target_the_budget_is_used_up(folder, by_size, monkeypatch):
+    found = go(folder, macs=None, max_drop_db=4.5)
+    assert found.best.macs == pytest.approx(0.64, rel=0.02)  # the next would be 0.51, which loses 4.9 dB
+    assert found.weights == folder / "bundle.work" / "step2" / "last.safetensors"
+    table = json.loads((folder / "bundle.work" / "search.json").read_text())
+    assert [row["drop_db"] for row in table["candidates"][1::2]] == pytest.approx([2, 3.6, 4.88], abs=0.15)
+
+
+@pytest.mark.parametrize("macs", [None, 0.7])
+def test_budget_that_cannot_be_met_is_told(folder, by_size, macs):
+    wanted = "0.700 of the MACs" if macs else "a smaller network"
+    expected = (rf"--max-drop-db 1: expected {wanted} within it, found whole, 1\.000 of the MACs.*: "
+                r"the next step, distilled, 0\.\d+ of .*, (1\.9|2\.0)\d+ dB lost, is outside it")  # fmt: skip
+    with pytest.raises(GateError, match=expected) as error:
+        go(folder, max_drop_db=1.0, macs=macs)
+    assert "\n" not in str(error.value)
+    assert not (folder / "bundle").exists()
+    assert (folder / "bundle.work" / "pareto.png").exists()
+
+
+def test_target_that_nothing_reaches_is_told(folder, by_size):
+    with pytest.raises(GateError, match=r"0\.010 of the MACs within it, found .*: nothing more can be taken out"):
+        go(folder, macs=0.01, step=0.02, round_to=8)
+
+
+def test_latency_is_reached_by_leaving_alone_what_takes_no_time(folder, by_size, monkeypatch):
+    """The clock here does not see attention."""
+    scopes = []
+    does = searching.prune
+    monkeypatch.setattr(searching, "prune", lambda *args, **options: (scopes.append(options["scope"]),
+                                                                      does(*args, **options)))  # fmt: skip
+    found = go(folder, macs=None, latency=0.75)
+    assert found.best.latency == pytest.approx(0.75, rel=0.02)
+    assert scopes == [("ffn", "experts", "width", "depth")] * 2
+
+
+def test_network_that_never_gets_faster_is_told(folder, by_size, monkeypatch):
+    rows = [{"kind": "nothing", "latency": 1.0}, {"kind": "ffn", "latency": 1.2}]
+    monkeypatch.setattr(searching, "measure_sensitivity", lambda *args, **options: rows)
+    with pytest.raises(GateError, match="gets no faster, whatever is taken out"):
+        go(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_drop_db": -1.0}, "--max-drop-db: expected at least 0"),
+        ({"macs": 1.5}, "--macs: expected a fraction"),
+        ({"latency": 0.5}, "expected --macs or --latency, found both"),
+        ({"step": 1.0}, "--step: expected a fraction"),
+        ({"size": "20x20"}, "--size"),
+        ({"limit": 0}, "--limit: expected at least 1"),
+        ({"round_to": 0}, "--round-to: expected at least 1"),
+        ({"hardware": Hardware(devices="2")}, "--devices: a search distils on 1, found 2"),
+        ({"validate": [Path("nowhere")]}, "nowhere"),
+        ({"output": "data"}, "--output: expected a folder that is not there yet"),
+        ({"output": "w.safetensors"}, "--output: expected a folder that is not there yet"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_done(folder, options, message):
+    with pytest.raises(InputError, match=message) as error:
+        go(folder, **options)
+    assert "\n" not in str(error.value)
+    assert not list(folder.glob("*.work"))
