@@ -40,7 +40,7 @@ import onnx
 import onnxruntime
 import torch
 from numpy.typing import NDArray
-from onnxscript import opset18 as op
+from onnxscript import opset18
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -142,6 +142,7 @@ def to_onnx(
 
 def _pixel_unshuffle(x: Any, downscale_factor: int) -> Any:
     """PyTorch's operator in two of ONNX's, whose SpaceToDepth puts the phases before the channels."""
+    op: Any = opset18
     phases, channels = downscale_factor**2, x.shape[1]
     order = np.arange(phases * channels).reshape(phases, channels).T.flatten()
     shuffled = op.SpaceToDepth(x, blocksize=downscale_factor)
@@ -324,8 +325,7 @@ def export(
         opset: Version of ONNX's operators, 18 to 23; if not given 20, or for bf16 22.
     """
     started = time.monotonic()
-    trained = checkpoint.load(weights)
-    output = output or weights.with_suffix(".onnx")
+    output = output or weights.parent / f"{weights.stem or 'model'}.onnx"
     if output.suffix != ".onnx":
         raise InputError(f"--output: expected a name ending in .onnx, found {output}")
     opset = opset or (22 if precision == "bf16" else 20)
@@ -336,6 +336,7 @@ def export(
     if precision != "fp32" and not fold:
         raise InputError(f"--precision {precision}: the casts are placed in folding; leave --no-fold out")
     size = _fixed_size(height, width, io)
+    trained = checkpoint.load(weights)
     with console.status("Exporting") as status:
         network = with_pattern(trained.model.requires_grad_(False), topk)
         exported = folding.fold(network, precision) if fold else network

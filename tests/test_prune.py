@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compress import cost
 from compress import prune as pruning
+from compress.grow import grow
 from compress.prune import Target, choose, importances, latency_model, prune, prune_network
 from compress.structures import KINDS, LEVELS, config_without, level_of, structures
 from drsformer import checkpoint
@@ -29,7 +30,6 @@ from drsformer.rain import add_rain, draw_streaks
 from runtime.cli import GateError, InputError, main
 from runtime.images import read_rgb
 from runtime.session import Derainer
-from tests.grown import grow
 from tests.networks import fill, image
 
 ROOT = Path(__file__).parents[1]

@@ -1,3 +1,0 @@
-"""Planted redundancy, see `compress.grow`."""
-
-from compress.grow import grow  # noqa: F401
