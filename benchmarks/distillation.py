@@ -4,8 +4,8 @@
         --data ../shared/data --run-dir runs/terms --output runs/terms
 
 The same student, such as a pruned teacher, is distilled once for each row of `VARIANTS`, on the same patches in the
-same order, and scored on all validation pairs. OUTPUT/distillation.json, and the same as a table in OUTPUT/distillation.md,
-are written row by row; the same command goes on where it was stopped.
+same order, and scored on all validation pairs. OUTPUT/distillation.json, and the same as a table in
+OUTPUT/distillation.md, are written row by row; the same command goes on where it was stopped.
 
 It is small: few steps, one seed. Differences of some hundredths of a dB say nothing.
 """
