@@ -29,10 +29,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -50,6 +48,7 @@ from export.folding import Precision, fold
 from export.onnx import to_onnx
 from export.tensorrt import build
 from export.topk import with_pattern
+from runtime.bench import alone, peak_mib
 from runtime.cli import InputError, console, main, progress, writing
 from runtime.ort import OrtSession
 
@@ -138,24 +137,12 @@ class Contestant:
         return lambda image: torch.from_numpy(session.run(image.numpy()))
 
 
-def peak_mib() -> int:
-    """Of this process so far. What `resource` knows includes the parent's, from before the program was loaded."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) // 1024
-
-
-def restored(pickled: bytes, size: Size) -> int:
+def restored(pickled: bytes, size: Size) -> int | None:
     """Peak memory of this process with a pickled contestant that restores an image, twice."""
     call = pickle.loads(pickled).start()
     for _ in range(2):
         call(picture(size))
     return peak_mib()
-
-
-def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a process of its own."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def compete(contestants: list[Contestant], size: Size, rounds: int) -> dict[str, Row]:

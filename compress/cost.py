@@ -15,8 +15,8 @@ warm, the median of several runs, which alternate between the two networks where
 
 from __future__ import annotations
 
+import functools
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ import numpy as np
 import onnx
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from drsformer import checkpoint
@@ -34,6 +35,7 @@ from drsformer.model import DRSformer
 from export.folding import fold
 from export.onnx import to_onnx
 from export.topk import with_pattern
+from runtime.bench import alternate
 from runtime.cli import main, parse_size, progress
 from runtime.ort import OrtSession
 
@@ -44,8 +46,8 @@ PARTS = ("attention", "ffn", "mefc", "resampling")
 """What costs: the parts of the blocks, the compensators, and all convolutions between the levels, with the first and
 the last one."""
 
-RUNS, SECONDS = 11, 10.0
-"""Timed runs of each network: at least so many, and more, up to ten times as many, until all took so long together."""
+SECONDS = 10.0
+"""How long networks are timed together, see `runtime.bench.alternate`."""
 
 
 class Item(NamedTuple):
@@ -170,17 +172,9 @@ def ship(network: DRSformer, size: tuple[int, int]) -> OrtSession:
 def time_sessions(sessions: Sequence[OrtSession], size: tuple[int, int]) -> list[Latency]:
     """Time networks on an image of this size: in turn, so that what disturbs the machine disturbs all of them alike."""
     batch = np.random.default_rng(0).random((1, 3, *size), dtype=np.float32)
-    seconds: list[list[float]] = [[] for _ in sessions]
-    started = now = time.perf_counter()
-    while len(seconds[0]) < 2 + RUNS or (now - started < SECONDS and len(seconds[0]) < 10 * RUNS):
-        for session, times in zip(sessions, seconds, strict=True):
-            before = time.perf_counter()
-            session.run(batch)
-            now = time.perf_counter()
-            times.append(now - before)
-    runs = len(seconds[0]) - 2
-    quartiles = [1000 * np.quantile(times[2:], (0.25, 0.5, 0.75)) for times in seconds]
-    return [Latency(float(middle), float(low), float(high), runs) for low, middle, high in quartiles]
+    seconds = alternate([functools.partial(session.run, batch) for session in sessions], SECONDS)
+    quartiles = 1000 * np.quantile(seconds, (0.25, 0.5, 0.75), axis=1).T
+    return [Latency(middle, low, high, seconds.shape[1]) for low, middle, high in quartiles.tolist()]
 
 
 def time_networks(networks: Sequence[DRSformer], size: tuple[int, int]) -> list[Latency]:
@@ -216,7 +210,7 @@ class Cost:
 
     def tables(self) -> list[Table]:
         """For people: by module and by kind."""
-        modules = Table("module", title=f"{self.weights}: million MACs at {SIDE}x{SIDE}")
+        modules = Table("module", title=f"{escape(str(self.weights))}: million MACs at {SIDE}x{SIDE}")
         parts = [part for part in PARTS if any(item.part == part for item in self.items)]
         kinds = Table("kind")
         for column in (*parts, "all", "parameters"):

@@ -2,9 +2,9 @@
 
     python -m compress.grow --weights small.safetensors --depths 2 4 4 4 --hidden 2 --output larger.safetensors
 
-Blocks are added whose output is zero, hidden channels that are dead, and experts whose gates never open. Train the
-result on with `drsformer.train --init` or `compress.distill`: it starts from what the small network knows. Residual
-widths and heads stay, since LayerNorm and top-k count channels.
+Blocks are added whose output is zero, and hidden channels that are dead. Train the result on with `drsformer.train
+--init` or `compress.distill`: it starts from what the small network knows. Residual widths and heads stay, since
+LayerNorm and top-k count channels, and so do experts, since a gate that counts as nothing in a softmax learns nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def grow(
 ) -> DRSformer:
     """The same function with blocks whose output is zero, up to `depths` in each level of the encoder and its mirror
     image, `hidden` times the hidden channels of each MSFN, the new ones dead, and `experts` more of those in each step
-    of an MEFC, whose gates never open. What is new has random weights elsewhere, and stands at random places.
+    of an MEFC, whose gates never open, in training neither. What is new has random weights elsewhere, and stands at
+    random places.
 
     Raises InputError where `depths` takes blocks away, and for what cannot be grown: odd hidden widths, whose channels
     pair up in a ring (`compress.structures`), and feed-forward networks other than the MSFN.
@@ -47,13 +48,16 @@ def grow(
         if depth[module] < len(level.blocks):
             raise InputError(f"--depths: expected at least the {len(level.blocks)} blocks of {module}, found "
                              f"{depth[module]}")  # fmt: skip
+        if depth[module] and not level.blocks:
+            raise InputError(f"--depths: expected 0 for {module}, which has no block to make others like, found "
+                             f"{depth[module]}")  # fmt: skip
         odd = any(block.hidden % 2 for block in level.blocks)
-        if not level.blocks or (hidden > 1 and (config.feed_forward != "msfn" or odd)):
+        if hidden > 1 and (config.feed_forward != "msfn" or odd):
             raise InputError(f"{module}: expected blocks whose MSFN has an even hidden width, found others; leave "
                              "--hidden out")  # fmt: skip
         places[module] = sorted(rng.choice(depth[module], len(level.blocks), replace=False).tolist())
         wide = [dataclasses.replace(block, hidden=hidden * block.hidden) for block in level.blocks]
-        blocks = [wide[0]] * depth[module]
+        blocks = wide[:1] * depth[module]
         for place, block in zip(places[module], wide, strict=True):
             blocks[place] = block
         levels[module] = LevelConfig(level.width, tuple(blocks))
@@ -129,7 +133,6 @@ def grow_checkpoint(
     output: Path,
     depths: tuple[int, int, int, int],
     hidden: int = 1,
-    experts: int = 0,
     seed: int = 0,
 ) -> dict[str, float]:
     """Grow a checkpoint and return the "gmacs" (at 256x256) and "params" before and after.
@@ -139,14 +142,13 @@ def grow_checkpoint(
         output: Larger checkpoint to write, .safetensors.
         depths: Blocks in each level of the encoder, and of the decoder in return; at least as many as there are.
         hidden: How many times the hidden channels of each feed-forward network.
-        experts: How many more experts in each step of the compensators.
         seed: Of the new weights and of the places where they go.
     """
     if output.suffix != ".safetensors":
         raise InputError(f"--output: expected a name ending in .safetensors, found {output}")
     small = checkpoint.load(weights)
-    larger = grow(small.model, depths, hidden, experts, seed)
-    options = {"depths": depths, "hidden": hidden, "experts": experts, "seed": seed}
+    larger = grow(small.model, depths, hidden, seed=seed)
+    options = {"depths": depths, "hidden": hidden, "seed": seed}
     steps = [*small.provenance.get("steps", []), {"command": "compress.grow", "options": options}]
     provenance = {"trained_on": small.provenance.get("trained_on"), "parent": small.sha256, "steps": steps}
     checkpoint.save(output, larger, provenance)

@@ -13,8 +13,8 @@ of the residual paths, blocks. Greedily, that is taken next whose loss in import
 --rounds between which importance is measured anew. Widths end where vectors do (--round-to); in an MSFN each of the
 four parts of the folded hidden layer does.
 
-Every finished round and measurement is kept beside the output, in OUTPUT.work, until all is done: after a kill the same
-command goes on from there.
+Every finished round and measurement is kept, in OUTPUT.work or below --sensitivity, until all is done: after a kill the
+same command goes on from there.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -464,7 +465,7 @@ class Pruned:
 
     def table(self) -> Table:
         """For people: what each level was, and what it is."""
-        table = Table("level", "width", "blocks", "heads x channels", "hidden", title=str(self.output))
+        table = Table("level", "width", "blocks", "heads x channels", "hidden", title=escape(str(self.output)))
 
         def told(values: Iterable[Any]) -> str:
             return " ".join(
@@ -560,13 +561,13 @@ def prune(
         "patch": patch,
     }
     inputs = {"weights": trained.sha256, **options, "limit": limit, "size": size}
+    measured = Steps(sensitivity / "work", inputs) if sensitivity else ANEW
     if sensitivity:
-        steps = Steps(sensitivity / "work", inputs)
-        rows = measure_sensitivity(trained.model, images, patches, height_width, sensitivity, RATIOS, scope, steps,
+        rows = measure_sensitivity(trained.model, images, patches, height_width, sensitivity, RATIOS, scope, measured,
                                    **how)  # fmt: skip
-        steps.remove()
         Console().print(_sensitivity_table(rows))
     if not output:
+        measured.remove()
         return None
     steps = Steps(output.with_name(f"{output.name}.work"), inputs)  # which also shows at once that it can be written
     narrow = functools.partial(prune_network, trained.model, patches, scope=scope, rounds=rounds, **how)
@@ -580,6 +581,7 @@ def prune(
             network = narrow(targets, steps=steps)
     except GateError:
         steps.remove()
+        measured.remove()
         raise
     psnr = tuple(evaluate_model(each, images).psnr for each in (trained.model, network))
     provenance = {
@@ -590,6 +592,7 @@ def prune(
     }
     checkpoint.save(output, network, provenance)
     steps.remove()
+    measured.remove()
     pruned = Pruned(output, trained.model.config, network.config, (psnr[0], psnr[1]), len(images), times, missed)
     Console().print(pruned.table())
     print(", ".join(f"{name} {ratio:.4f}" for name, ratio in pruned.ratios().items())

@@ -72,7 +72,7 @@ class Feeds(CalibrationDataReader, Session):
     """What a graph is fed with for each image, as ONNX Runtime's calibration asks for it; a session that keeps it."""
 
     def __init__(self, session: OrtSession, images: Iterable[NDArray[np.uint8]]) -> None:
-        self.multiple = session.multiple
+        self.multiple, self.limits = session.multiple, session.limits
         self._takes_images = session.input.dtype == "uint8"
         self._images = iter(images)
         self._feed: NDArray
@@ -287,7 +287,8 @@ class Quantised:
 
     def table(self) -> Table:
         """For people."""
-        table = Table("group", title=f"{self.output}: what each group is expected to cost when it alone is quantised")
+        title = f"{escape(str(self.output))}: what each group is expected to cost when it alone is quantised"
+        table = Table("group", title=title)
         for column in ("nodes", "dB"):
             table.add_column(column, justify="right")
         table.add_column("stays")
@@ -327,7 +328,7 @@ def quantize(
         data: Folder of rainy and clean images.
         output: The .onnx file to write.
         max_drop_db: Budget for the drop in PSNR against the float32 model, mean over the images.
-        calibrate: How many images to calibrate and to rank with, spread over the folder.
+        calibrate: At most so many images to calibrate and to rank with, spread over the folder.
         limit: Use only so many images, the first ones.
         protocol: How to measure; rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
     """

@@ -36,6 +36,7 @@ from typing import Annotated, Any
 import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from compress import cost
@@ -184,8 +185,8 @@ class Candidates:
 
     def table(self, best: Candidate) -> Table:
         """For people; what was taken is marked."""
-        table = Table("", "network", title=str(self.work))
-        for column in ("parameters", "MACs", "time", "ms", *self.rows[0].psnr, "drop, dB"):
+        table = Table("", "network", title=escape(str(self.work)))
+        for column in ("parameters", "MACs", "time", "ms", *map(escape, self.rows[0].psnr), "drop, dB"):
             table.add_column(column, justify="right")
         for each in self.rows:
             table.add_row("*" if each == best else "", each.kind, str(each.params), f"{each.macs:.3f}",
@@ -241,6 +242,8 @@ def search(
             raise InputError(f"--{name}: expected a fraction between 0 and 1, found {part:g}")
     if macs and latency:
         raise InputError("expected --macs or --latency, found both")
+    if not output.name:
+        raise InputError(f"--output: expected the name of a folder, found {output}")
     if hardware.devices != "1":
         raise InputError(f"--devices: a search distils on 1, found {hardware.devices}; compress.distill takes several")
     if compute_capability:
@@ -252,6 +255,9 @@ def search(
     sources, height_width = validate or data, parse_size("size", size, SIZE_MULTIPLE)
     found = Material(validate=sources, validate_limit=limit).validation()
     folders = {folder: pairs for folder, (_, pairs) in zip(sources, found, strict=True)}
+    if len({short(folder) for folder in folders}) < len(folders):
+        raise InputError("--validate: expected folders whose last two names differ, found "
+                         f"{' '.join(map(str, sources))}; rename one")  # fmt: skip
     patches = Patches([find_pairs(folder) for folder in data], recipe)
     steps = Steps(work, {
         "weights": checkpoint.load(weights).sha256, "data": [short(folder) for folder in data],
@@ -285,7 +291,7 @@ def search(
         distill(path.parent, weights, student, data, recipe=recipe, hardware=hardware)
 
     for number in itertools.count(1):
-        if goal and getattr(best, name) <= goal * (1 + NEAR):
+        if best.file and goal and getattr(best, name) <= goal * (1 + NEAR):
             break
         try:
             pruned = candidates.add("pruned", f"step{number}/pruned.safetensors", thin)
@@ -331,7 +337,7 @@ def _quantized(candidates: Candidates, best: Candidate, model: Path, data: Path,
             "int8.onnx", model, best, lambda path: quantize(model, data, path, left, limit=limit)
         )
     except GateError as error:
-        console.print(f"INT8 is not taken: {error}", soft_wrap=True)
+        console.print(f"INT8 is not taken: {error}", soft_wrap=True, markup=False)
         return best, model
     if int8.drop_db > candidates.budget or int8.latency >= best.latency:
         console.print(f"INT8 is not taken: {int8}", soft_wrap=True)

@@ -288,7 +288,7 @@ class FoldedExperts(nn.Module):
                     layers = [pointwise, relu]
                 expert = nn.Sequential(*layers)
             if _is_dilated(expert):
-                self.dilated.append(_on_phases(expert[0]))
+                self.dilated.append(_on_phases(cast("nn.Sequential", expert)[0]))
             else:
                 self.experts.append(expert)
             columns.append(matrix)

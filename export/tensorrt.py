@@ -20,7 +20,6 @@ The flavor tensorrt has not been run: its calls were made on TensorRT for RTX an
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +37,7 @@ from rich.table import Table
 from runtime import manifest
 from runtime.cli import InputError, console, main, parse_size, progress, writing
 from runtime.manifest import Bundle, Engine, File, Flavor, Manifest, Model, Profile, Tensor
+from runtime.memory import peak
 from runtime.trt import LIBRARIES, Library, gpu, new_log
 
 MODEL = "model.onnx"
@@ -169,7 +169,7 @@ def build(
         flags=flags, onnx_sha256=hashlib.sha256(content).hexdigest(), build_seconds=round(seconds, 1),
     )  # fmt: skip
     bundle = described.with_file(File.of(path, "engine"), engine).save(output, sign)
-    built = Built(bundle, engine, compiler.network.num_layers, plan.nbytes, time.monotonic() - started, _peak_memory())
+    built = Built(bundle, engine, compiler.network.num_layers, plan.nbytes, time.monotonic() - started, peak())
     Console().print(built.table())
     return built
 
@@ -381,16 +381,6 @@ def _text(size: Size) -> str:
 
 def _flag(option: str) -> str:
     return "--" + option.replace("_", "-")
-
-
-def _peak_memory() -> int | None:
-    """Of this process so far, in bytes."""
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

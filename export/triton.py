@@ -106,8 +106,6 @@ def export(
     for option, value, least in (("instances", instances, 1), ("threads", threads, 0), ("queue", queue, 0)):
         if value < least:
             raise InputError(f"--{option}: expected {least} or more, found {value}")
-    if tile:
-        parse_size("tile", tile)
     for option, given in (("threads", threads), ("provider", provider != "auto"), ("tile", tile)):
         if given and option not in OPTIONS[backend]:
             raise InputError(f"--{option} is not for the backend {backend}: leave it out")
@@ -116,6 +114,8 @@ def export(
         raise InputError(f"{folder} is already there: remove it, or give another --name or --output")
     opened = manifest.load(bundle, public_key)
     opened.verify()
+    if tile:
+        parse_size("tile", tile, opened.manifest.model.size_multiple)
     engines = _engines(opened, backend, provider)
     lines = [
         *_interface(name, backend, opened.manifest.model, engines),

@@ -185,8 +185,8 @@ def validate(
         limit: Use only so many images, the first ones.
         provider: Where both run; auto is CUDA where there is one, else the CPU. With tensorrt the engine of a bundle is
             judged.
-        tile: Height x width, such as 256x256, of tiles in which the candidate restores; by default it does what fits
-            into memory.
+        tile: Height x width, such as 256x256, of tiles in which the candidate restores; if not given, an image that it
+            cannot take as a whole is refused.
         overlap: Pixels that tiles share; 64 by default, or a quarter of the shorter side.
         record: Write what was measured into the manifest of the bundle, if it keeps the budget.
         sign: Private key, Ed25519 in PEM, to sign that manifest with.
@@ -212,6 +212,10 @@ def validate(
         for source in bar.track(sources, description="Comparing"):
             image, target = source.load() if isinstance(source, Pair) else (read_rgb(source), None)
             try:
+                plan = runners[1].derain.plan(*image.shape[:2])
+                if not size and plan.count > 1:
+                    raise InputError(f"expected an image that the candidate takes as a whole, found one for {plan}; "
+                                     "give --tile to judge tiles")  # fmt: skip
                 ours, theirs = (results[0] for _, results in Comparator.run(runners, data_loader=[{"image": image}]))
                 selections = _shared_selections(*engines)
                 flips = {layer: count_flips(ours[layer], theirs[layer], engines[0].ks[layer]) for layer in selections}

@@ -40,6 +40,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from runtime import memory
 from runtime.cli import InputError, main, parse_size, progress
 from runtime.session import Derainer, Provider, open_session
 
@@ -182,13 +183,9 @@ def peak_memory(
 
 
 def peak_mib() -> int | None:
-    """Of this process so far; None on other systems than Linux. What `resource` knows there includes the parent's, from
-    before the program was loaded."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    return int(status.partition("VmHWM:")[2].split()[0]) // 1024
+    """Of this process so far, see `runtime.memory.peak`."""
+    found = memory.peak()
+    return None if found is None else found // 2**20
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -71,7 +71,7 @@ def main(
     except MemoryError as error:
         fail(f"out of memory: {error}" if str(error) else "out of memory")
     except GateError as error:
-        print("failed: " + _line(str(error)), file=sys.stderr, flush=True)
+        print("failed: " + one_line(str(error)), file=sys.stderr, flush=True)
         sys.exit(1)
     except Exception:  # a fault of ours, which is not a gate that failed
         traceback.print_exc()
@@ -83,11 +83,11 @@ def main(
 
 def fail(message: str) -> NoReturn:
     """Exit with status 2 after one line on standard error."""
-    print("error: " + _line(message), file=sys.stderr, flush=True)
+    print("error: " + one_line(message), file=sys.stderr, flush=True)
     sys.exit(2)
 
 
-def _line(message: str) -> str:
+def one_line(message: str) -> str:
     """As one line, in which nothing steers the terminal, whatever the names in it are."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
 

@@ -35,7 +35,7 @@ from typing import Annotated
 import tyro
 from PIL import Image
 
-from runtime.cli import InputError, main, parse_size, progress
+from runtime.cli import InputError, main, one_line, parse_size, progress
 from runtime.images import SUFFIXES, Photo, list_images, load
 from runtime.pipeline import pipeline
 from runtime.session import Derainer, Provider, open_session
@@ -120,7 +120,7 @@ def derain(
         report = replace(report, skipped=len(files) - len(todo))
         count = f"{len(report.restored)} of {len(files)} images" if input.is_dir() else "1 image"
     for failure in report.failures:
-        print(f"error: {failure}", file=sys.stderr)
+        print(f"error: {one_line(failure)}", file=sys.stderr)
     before = f", {report.skipped} had been before" if report.skipped else ""
     print(f"{count} restored on {session.provider}{before}: {output}")
     return report

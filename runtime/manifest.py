@@ -161,6 +161,8 @@ class Engine:
     build_seconds: float | None = None
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.+-]{1,100}", self.version, re.ASCII):
+            raise InputError(f"{self.file}: expected a version such as 11.4.0.106, found {self.version!r:.200}")
         for capability in self.compute_capabilities:
             if not re.fullmatch(r"\d+\.\d+", capability, re.ASCII):
                 raise InputError(f"{self.file}: expected compute capabilities such as 8.6, found {capability!r}")
@@ -336,7 +338,7 @@ def load(folder: str | os.PathLike[str], public_key: str | os.PathLike[str] | No
 def parse(content: bytes) -> Manifest:
     """A manifest from its JSON. Raises InputError."""
     try:
-        found = json.loads(content, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        found = json.loads(content.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
         if isinstance(found, dict) and found.get("schema") != SCHEMA:
             raise InputError(f"expected schema {SCHEMA}, found {found.get('schema')!r:.100}; use the version of "
                              "drsformer-deploy that made the bundle, or make it again")  # fmt: skip

@@ -4,11 +4,12 @@
     from runtime import memory
 
     memory.available()                              # bytes, or None
+    memory.peak()                                   # bytes, or None
     memory.measure(Path("model.onnx"), threads=2)   # Footprint(fixed=75608064, per_pixel=2769.7), or None
 
 Nothing in an ONNX file tells what a runtime needs for it, and ONNX Runtime does not tell either, so it is measured: a
 process of its own loads the network and restores one small image, and the system says how far its memory has grown.
-Only Linux tells, in /proc; elsewhere both functions answer None.
+Only Linux tells, in /proc; elsewhere all of them answer None.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 PROC = Path("/proc")
+STATUS = PROC / "self" / "status"
 CGROUP = Path("/sys/fs/cgroup")
 
 SIDE = 256
@@ -59,13 +61,22 @@ def available() -> int | None:
         return free
 
 
+def peak() -> int | None:
+    """The most that this process has taken so far, in bytes. What `resource` knows includes the parent's, from before
+    the program was loaded."""
+    try:
+        return _kilobytes(STATUS, "VmHWM")
+    except (OSError, LookupError):
+        return None
+
+
 def measure(model: Path, threads: int = 0) -> Footprint | None:
     """The footprint of an ONNX file on the CPU, with so many threads. Takes as long as to load it and to restore an
     image of 256x256 pixels. None where it cannot be measured."""
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     try:
         found = subprocess.run(
-            [sys.executable, "-m", "runtime.memory", str(model), str(threads)],
+            [sys.executable, "-P", "-m", "runtime.memory", str(model), str(threads)],  # -P: not from here
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
             capture_output=True, check=True,
         )  # fmt: skip
@@ -81,10 +92,9 @@ def _grow(model: Path, threads: int) -> Footprint:
     session = OrtSession(model, "cpu", threads)
     (_, most), side = session.limits[0], math.ceil(SIDE / session.multiple) * session.multiple
     h, w = (side if limit == sys.maxsize else limit for limit in most)
-    status = PROC / "self" / "status"
-    fixed = _kilobytes(status, "VmRSS")
+    fixed = _kilobytes(STATUS, "VmRSS")
     session.run(np.zeros((1, 3, h, w), np.float32))
-    return Footprint(fixed, MARGIN * (_kilobytes(status, "VmHWM") - fixed) / (h * w))
+    return Footprint(fixed, MARGIN * (_kilobytes(STATUS, "VmHWM") - fixed) / (h * w))
 
 
 def _kilobytes(path: Path, name: str) -> int:

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtime.cli import InputError, console, progress, writing
+from runtime.cli import InputError, console, one_line, progress, writing
 from runtime.images import refuse_bomb
 from runtime.pipeline import pipeline
 
@@ -120,7 +120,7 @@ def restore(
         reader = _Reader(source, container)
         writer = _Writer(target, output, reader, crf)
         for remark in (*reader.remarks(), *writer.remarks):
-            console.print(f"remark: {source}: {remark}", soft_wrap=True, markup=False, highlight=False)
+            console.print(one_line(f"remark: {source}: {remark}"), soft_wrap=True, markup=False, highlight=False)
         try:
             _run(derain, reader, writer)
         except KeyboardInterrupt as error:
@@ -130,7 +130,7 @@ def restore(
         writer.flush()
     if interruption:
         told = f"{writer.frames} of {reader.expected or '?'} frames restored before the interruption: {target}"
-        console.print(told, soft_wrap=True, markup=False, highlight=False)
+        console.print(one_line(told), soft_wrap=True, markup=False, highlight=False)
         raise interruption
     failures = [] if reader.breaks_off() is None else [f"{source}: {reader.breaks_off()}"]
     if damaged := reader.damaged + writer.damaged:

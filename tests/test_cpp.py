@@ -115,7 +115,8 @@ def test_example_program(build, tmp_path):
         assert b"expected 8 bits a channel and no transparency" in run(derain, rainy, clean, bundle).stderr
     rainy.write_bytes(before[:-20])
     for arguments in ((rainy, clean, bundle), (tmp_path / "none.png", clean, bundle), (clean, tmp_path, bundle),
-                      (clean, clean, tmp_path), (clean, clean, bundle, tmp_path / "none.pem"), ()):  # fmt: skip
+                      (clean, clean, tmp_path), (clean, clean, bundle, tmp_path / "none.pem"),
+                      (clean, clean, bundle, ""), ()):  # fmt: skip
         done = run(derain, *arguments)
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1
@@ -187,6 +188,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "absolute": (rename("/etc/passwd"), "expected a plain file name"),
     "hidden": (rename(".hidden"), "expected a plain file name"),
     "backslash": (rename("a\\b"), "expected a plain file name"),
+    "long": (rename("a" * 256), "expected a plain file name"),
     "itself": (rename("Manifest.json"), "expected a plain file name"),
     "control": (rename("a\n\033[31m"), "expected a plain file name"),
     "schema": (lambda b: rewrite(b, lambda m: m.update(schema=2)), "expected schema 1, found 2"),
@@ -206,7 +208,7 @@ def test_same_verdict_on_bundles(agree, tmp_path, name):
     assert bool(message) == bool(said)
 
 
-def test_same_verdict_on_signatures(agree, tmp_path, keys):
+def test_same_verdict_on_signatures(build, agree, tmp_path, keys):
     assert "expected a bundle signed for" in agree(write_bundle(tmp_path / "unsigned"), keys / "public.pem")
     bundle = write_bundle(tmp_path / "bundle", key=keys / "private.pem")
     assert agree(bundle) == agree(bundle, keys / "public.pem") == agree(bundle, keys / "private.pem") == ""
@@ -215,6 +217,7 @@ def test_same_verdict_on_signatures(agree, tmp_path, keys):
     for none in ("text.pem", "rsa.pem", "locked.pem", "exchange.pem"):
         assert "expected an Ed25519 public key in PEM" in agree(bundle, keys / none)
     assert "found no file at" in agree(bundle, keys / "none.pem")
+    assert run(build / "derainer-info", bundle, "").returncode == 2  # as of a variable that is not set
     for byte in (0, 17, 300, (bundle / "manifest.json").stat().st_size - 1):
         flip(bundle / "manifest.json", byte)
         assert "signed by somebody else" in agree(bundle, keys / "public.pem")

@@ -12,8 +12,9 @@ import torch
 
 from benchmarks import graph as benchmark
 from benchmarks.contestants import from_preset
-from benchmarks.graph import FORMS, LIMITS, Contestant, alone, exported, formed, graph, missed, restored
+from benchmarks.graph import FORMS, LIMITS, Contestant, exported, formed, graph, missed, restored
 from drsformer.config import PRESETS
+from runtime.bench import alone
 from runtime.cli import InputError
 
 MICRO = "micro"

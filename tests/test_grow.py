@@ -42,6 +42,8 @@ def test_refusals():
         grow(small(), (1, 1, 1, 2), 1)
     with pytest.raises(InputError, match="even hidden width"):
         grow(small(expansion=2.66), (1, 2, 1, 2), 2)
+    with pytest.raises(InputError, match="--depths: expected 0 for encoder_level1, which has no block"):
+        grow(small(depths=(0, 2, 1, 2)), (1, 2, 1, 2), 1)
     with pytest.raises(InputError, match="--hidden: expected at least 1"):
         grow(small(), (1, 2, 1, 2), 0)
 

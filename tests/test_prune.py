@@ -396,6 +396,21 @@ def test_sensitivity_is_written_as_table_and_plot(tmp_path, data, monkeypatch):
     assert Image.open(tmp_path / "s" / "sensitivity.png").width > 500
 
 
+def test_sensitivity_is_kept_until_the_network_is_pruned_too(tmp_path, data, monkeypatch):
+    calls = clock(monkeypatch)
+    monkeypatch.setattr(pruning, "RATIOS", (0.9,))
+    checkpoint.save(tmp_path / "w.safetensors", network(), {})
+    given = {"output": tmp_path / "p.safetensors", "macs": 0.9, "sensitivity": tmp_path / "s", "scope": ("ffn",)}
+    monkeypatch.setattr(pruning, "_sensitivity_table", lambda rows: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prune(tmp_path / "w.safetensors", [data], **given, **FAST)
+    measured = len(calls)
+    monkeypatch.setattr(pruning, "_sensitivity_table", lambda rows: "")
+    prune(tmp_path / "w.safetensors", [data], **given, **FAST)
+    assert len(calls) == measured
+    assert not (tmp_path / "s" / "work").exists()
+
+
 @pytest.mark.parametrize("option", ["output", "sensitivity"])
 def test_place_that_cannot_be_written_is_noticed_at_once(tmp_path, data, monkeypatch, option):
     monkeypatch.delattr(pruning, "importances")

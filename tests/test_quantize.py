@@ -196,6 +196,12 @@ def test_budget_that_cannot_be_kept(folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_images_larger_than_the_model_are_cut(folder, tmp_path):
+    for kind in ("input", "target"):
+        Photo(np.random.default_rng(0).integers(0, 256, (56, 70, 3), dtype=np.uint8)).save(tmp_path / kind / "0.png")
+    assert quantize(folder / "model.onnx", tmp_path, tmp_path / "int8.onnx", max_drop_db=9.0).images == 1
+
+
 def test_images_in_and_out_of_fixed_size(folder, tmp_path):
     done = quantize(folder / "camera.onnx", folder / "fixed", tmp_path / "int8.onnx", max_drop_db=0.5)
     assert done.freed

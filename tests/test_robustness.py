@@ -311,6 +311,13 @@ def test_names_that_are_no_text_or_steer_a_terminal(network, photo, tmp_path):
     assert run.returncode == 2
     assert run.stderr.startswith("error: ")
     assert run.stderr[:-1].isprintable()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "\x1b[2J\nbroken.png").touch()
+    folders = [*arguments[:3], tmp_path / "in", tmp_path / "out", "--model", network]
+    run = subprocess.run(folders, capture_output=True, text=True, env=strict)
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: ")
+    assert run.stderr[:-1].isprintable()
 
 
 def test_want_of_memory_is_one_line(monkeypatch, capsys):

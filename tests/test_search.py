@@ -238,6 +238,20 @@ def test_budget_that_cannot_be_met_is_told(folder, by_size, macs):
     assert (folder / "bundle.work" / "pareto.png").exists()
 
 
+def test_names_that_look_like_markup(folder, by_size):
+    assert go(folder, "[/a]").best.kind == "distilled"
+
+
+def test_target_near_the_whole_network_is_reached_by_a_smaller_one(folder, by_size):
+    assert go(folder, macs=0.99).best.kind == "distilled"
+
+
+def test_folders_that_cannot_be_told_apart_are_refused(folder):
+    shutil.copytree(folder / "data", folder / "more" / folder.name / "data")
+    with pytest.raises(InputError, match="--validate: expected folders whose last two names differ"):
+        go(folder, validate=[folder / "data", folder / "more" / folder.name / "data"])
+
+
 def test_target_that_nothing_reaches_is_told(folder, by_size):
     with pytest.raises(GateError, match=r"0\.010 of the MACs within it, found .*: nothing more can be taken out"):
         go(folder, macs=0.01, step=0.02, round_to=8)
@@ -275,6 +289,7 @@ def test_network_that_never_gets_faster_is_told(folder, by_size, monkeypatch):
         ({"validate": [Path("nowhere")]}, "nowhere"),
         ({"output": "data"}, "--output: expected a folder that is not there yet"),
         ({"output": "w.safetensors"}, "--output: expected a folder that is not there yet"),
+        ({"output": "/"}, "--output: expected the name of a folder, found /"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_done(folder, options, message):

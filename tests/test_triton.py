@@ -227,7 +227,7 @@ def test_model_that_is_there_stays(bundle, tmp_path):
 @pytest.mark.parametrize(("options", "told"), [
     (dict(name="../a"), "--name"), (dict(name=""), "--name"), (dict(name='a"'), "--name"), (dict(name=".a"), "--name"),
     (dict(instances=0), "--instances"), (dict(threads=-1), "--threads"), (dict(queue=-1), "--queue"),
-    (dict(tile="0x8"), "--tile"), (dict(tile="8x8", backend="onnxruntime"), "--tile"),
+    (dict(tile="8x8", backend="onnxruntime"), "--tile"),
     (dict(provider="cpu", backend="onnxruntime"), "--provider"),
     (dict(threads=1, backend="tensorrt_plan"), "--threads"),
 ])  # fmt: skip
@@ -310,6 +310,8 @@ def test_each_request_has_its_own_answer(bundle, tmp_path, monkeypatch):
 def test_tiles(bundle, tmp_path, monkeypatch):
     model = started(export(bundle, tmp_path / "r", provider="cpu", tile="64x96").folder, monkeypatch)
     assert model._derain.plan(500, 500).tile == (64, 96)
+    assert "--tile: expected height and width" in refusal(bundle, tmp_path / "q", tile="0x8")
+    assert "--tile: expected multiples of 4" in refusal(bundle, tmp_path / "q", tile="64x62")
 
 
 def test_bundle_is_verified_when_it_is_loaded(bundle, tmp_path, monkeypatch):

@@ -397,6 +397,14 @@ def test_refuses_tiles_that_are_none(folder, options, message):
         validate(reference, reference, folder / "plain", **options)
 
 
+def test_image_that_does_not_fit_is_not_cut_unasked(folder, tmp_path):
+    export(folder / "reference.safetensors", tmp_path / "fixed.onnx", height=16, width=24)
+    candidates = folder / "reference.safetensors", tmp_path / "fixed.onnx", folder / "pairs"
+    with pytest.raises(InputError, match=r"0: expected an image that the candidate takes as a whole, .*; give --tile"):
+        validate(*candidates)
+    assert validate(*candidates, tile="16x24").facts["tiles"].startswith("16x24")
+
+
 def test_what_tiles_cost_is_not_recorded(folder, tmp_path):
     describe_onnx(Path(shutil.copy(folder / "model.onnx", tmp_path))).save(tmp_path)
     with pytest.raises(InputError, match="--record: expected whole images"):

@@ -53,7 +53,7 @@ std::string describe(const std::vector<Profile>& profiles) {
 
 /// Whether tiles of an axis may share so many pixels.
 bool overlaps(std::int64_t length, std::int64_t tile, std::int64_t overlap) {
-    return overlap >= 0 && (length <= tile || 2 * overlap <= tile);
+    return overlap >= 0 && (length <= tile || overlap <= tile / 2);
 }
 
 std::int64_t count(std::int64_t length, std::int64_t tile, std::int64_t overlap) {

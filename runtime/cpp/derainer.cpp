@@ -24,6 +24,7 @@ namespace {
 
 void check_cuda(cudaError_t code, const char* expression) {
     if (code != cudaSuccess) {
+        static_cast<void>(cudaGetLastError());  // or TensorRT finds it there, and takes it for its own
         const char* mend = code == cudaErrorMemoryAllocation ? "; use smaller tiles or a network of fp16" : "";
         throw Error(std::string("CUDA failed with ") + cudaGetErrorName(code) + mend, expression);
     }
@@ -148,20 +149,22 @@ struct Context {
 /// addresses that it was captured with change, so every size has a context of its own in each lane.
 class Derainer::Implementation final : public Network {
 public:
-    /// The bundle is verified, and the device the current one.
-    Implementation(Bundle bundle, const Options& options)
+    /// The bundle is verified, and the device, of that compute capability, the current one.
+    Implementation(Bundle bundle, const Options& options, const std::string& capability)
         : options_(options),
           bundle_(std::move(bundle)),
-          entry_(choose_engine(bundle_, Library::flavor, library_version(), capability(options.device))),
+          entry_(choose_engine(bundle_, Library::flavor, library_version(), capability)),
           runtime_(nvinfer1::createInferRuntime(log_)),
           engine_(deserialize()),
-          library_(*engine_, cache_path(bundle_, entry_)) {
+          library_(*engine_, cache_path(bundle_, entry_), options_.cuda_graphs) {
         DERAINER_CHECK(options_.sizes > 0, "expected to keep at least one size, found 0");
         const nvinfer1::DataType type = io() == Io::image ? nvinfer1::DataType::kUINT8 : nvinfer1::DataType::kFLOAT;
         TENSORRT_CHECK(engine_->getTensorDataType(kInput) == type && engine_->getTensorDataType(kOutput) == type);
         TENSORRT_CHECK(engine_->getNbOptimizationProfiles() == static_cast<int>(entry_.profiles.size()));
         std::size_t largest = 0;
         for (const Profile& profile : entry_.profiles) {
+            DERAINER_CHECK(profile.max.height <= PTRDIFF_MAX / 12 / profile.max.width,
+                           plan_path() + ": expected sizes that memory can hold, found " + to_string(profile.max));
             largest = std::max(largest, bytes(profile.max));
         }
         for (Lane& lane : lanes_) {
@@ -320,13 +323,16 @@ private:
         if (capturing && context.warm && context.graph == nullptr) {
             context.graph = capture(context, stream);
         }
+        bool enqueued = true;
         if (context.graph != nullptr) {
             CUDA_CHECK(cudaGraphLaunch(context.graph.get(), stream));
         } else {
-            TENSORRT_CHECK(context.execution->enqueueV3(stream));
-            context.warm = true;
+            enqueued = context.execution->enqueueV3(stream);
+            context.warm = enqueued;
         }
-        CUDA_CHECK(cudaEventRecord(done_.get(), stream));
+        const cudaError_t recorded = cudaEventRecord(done_.get(), stream);  // behind what failed halfway, too
+        TENSORRT_CHECK(enqueued);
+        CUDA_CHECK(recorded);
     }
 
     GraphExec capture(Context& context, cudaStream_t stream) {
@@ -361,9 +367,9 @@ private:
 Derainer::Derainer(const std::filesystem::path& folder, const Options& options) {
     Bundle bundle = load(folder, options.public_key);
     bundle.verify();
-    static_cast<void>(capability(options.device));  // before TensorRT is touched
+    const std::string found = capability(options.device);  // before TensorRT is touched
     const OnDevice on_device(options.device);
-    implementation_ = std::make_unique<Implementation>(std::move(bundle), options);
+    implementation_ = std::make_unique<Implementation>(std::move(bundle), options, found);
 }
 
 Derainer::Derainer(Derainer&& other) noexcept : implementation_(std::move(other.implementation_)) {}

@@ -50,8 +50,8 @@ typedef struct CUstream_st* cudaStream_t;  // as in CUDA's headers, which need n
 namespace derainer {
 
 struct Options {
-    /// Of the one who has to have signed the bundle: Ed25519 in PEM. Empty: nobody has to.
-    std::filesystem::path public_key;
+    /// Of the one who has to have signed the bundle, if anyone: Ed25519 in PEM.
+    std::optional<std::filesystem::path> public_key;
     /// CUDA's number of the GPU.
     int device = 0;
     /// Size of the tiles into which larger images are cut, in multiples of `multiple`. 0x0: as large as the engine
@@ -77,16 +77,18 @@ public:
     ~Derainer();
 
     /// Restore an image on the host into `out`, which has the same size and stride and may be `rgb`. Throws Error for
-    /// a size that the engine does not take, for want of memory, and where the network answers with NaN or infinity.
+    /// a size that the engine does not take, for want of memory on the GPU, and where the network answers with NaN or
+    /// infinity.
     void run(const std::uint8_t* rgb, std::int64_t height, std::int64_t width, std::size_t stride, std::uint8_t* out);
 
-    /// Restore several images, of equal or different sizes, as `run` does each. After an Error some are not written.
+    /// Restore several images, of equal or different sizes, as `run` does each. None may be written where another is
+    /// read. After an Error some are not written.
     void run(const std::vector<Image>& images);
 
     /// Let `stream` restore what is on the GPU, and come back at once; `cudaStreamSynchronize(stream)` waits for it.
     /// In the network's own format, float32 (1, 3, height, width) in [0, 1] or uint8 (1, height, width, 3), see `io`; a
     /// size that a profile takes, in multiples of `multiple`. The output is neither clamped nor rounded. The Derainer
-    /// has to outlive the work. A size that is new waits for the GPU.
+    /// has to outlive the work. A size that is new waits for the GPU, so `stream` must not be in capture.
     void enqueue(const void* input, void* output, std::int64_t height, std::int64_t width, cudaStream_t stream);
 
     Io io() const;

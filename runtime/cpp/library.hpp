@@ -16,8 +16,8 @@ public:
     /// Whether it captures CUDA graphs by itself.
     static const bool captures;
 
-    /// `cache`: file for kernels that are compiled at run time.
-    Library(nvinfer1::ICudaEngine& engine, const std::filesystem::path& cache);
+    /// `cache`: file for kernels that are compiled at run time; `cuda_graphs`: whether it captures them, if it does.
+    Library(nvinfer1::ICudaEngine& engine, const std::filesystem::path& cache, bool cuda_graphs);
     ~Library();
 
     /// A context whose memory is ours to give; null where that failed.

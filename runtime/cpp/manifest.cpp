@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <fstream>
 #include <map>
-#include <optional>
 
 #include <nlohmann/json.hpp>
 
@@ -123,7 +122,7 @@ std::string lower(std::string text) {
 
 bool is_plain_name(const std::string& name) {
     const auto plain = [](char c) { return is_word(c) || c == '.' || c == '+' || c == '-'; };
-    return !name.empty() && is_word(name[0]) && std::all_of(name.begin(), name.end(), plain) &&
+    return !name.empty() && name.size() <= 255 && is_word(name[0]) && std::all_of(name.begin(), name.end(), plain) &&
            lower(name) != kManifest && lower(name) != kSignature;
 }
 
@@ -141,12 +140,18 @@ bool is_capability(const std::string& text) {
     return point != std::string::npos && digits(0, point) && digits(point + 1, text.size());
 }
 
+/// Of a library; it is printed, so nothing in it may steer a terminal.
+bool is_version(const std::string& text) {
+    const auto allowed = [](char c) { return is_word(c) || c == '.' || c == '+' || c == '-'; };
+    return !text.empty() && text.size() <= 100 && std::all_of(text.begin(), text.end(), allowed);
+}
+
 File parse_file(const json& value, const std::string& where) {
     const Object object(value, where, {"name", "sha256", "size", "role"});
     File file{object.text("name"), object.text("sha256"), object.integer("size"),
               object.choice("role", {"onnx", "engine", "report"})};
     DERAINER_CHECK(is_plain_name(file.name),
-                   "expected a plain file name of letters, digits and _.+-, found " + quote(file.name));
+                   "expected a plain file name of at most 255 letters, digits and _.+-, found " + quote(file.name));
     DERAINER_CHECK(is_sha256(file.sha256),
                    file.name + ": expected a SHA-256 of 64 digits 0-9 and a-f, found " + quote(file.sha256));
     return file;
@@ -195,6 +200,9 @@ std::pair<Engine, std::string> parse_engine(const json& value, const std::string
     object.check_optional({"build_seconds"}, &json::is_number, "a number");
     Engine engine{
         object.text("file"), object.choice("flavor", {"rtx", "tensorrt"}), object.text("version"), {}, {}, {}};
+    if (!is_version(engine.version)) {
+        refuse(where, "a version such as 11.4.0.106", engine.version);
+    }
     for (const json& capability : object.list("compute_capabilities")) {
         if (!capability.is_string() || !is_capability(capability.get<std::string>())) {
             refuse(where, "compute capabilities such as \"8.6\"", capability);
@@ -322,13 +330,13 @@ void Bundle::verify() const {
     }
 }
 
-Bundle load(const std::filesystem::path& folder, const std::filesystem::path& public_key) {
+Bundle load(const std::filesystem::path& folder, const std::optional<std::filesystem::path>& public_key) {
     const auto path = inside(folder, kManifest);
     DERAINER_CHECK(path.has_value(), "expected a bundle, which is a folder with a " + std::string(kManifest) +
                                          ", found none at " + folder.string());
     const std::string content = read_file(*path);
-    if (!public_key.empty()) {
-        check_signature(folder, content, public_key);
+    if (public_key) {
+        check_signature(folder, content, *public_key);
     }
     try {
         return {folder, parse(content)};

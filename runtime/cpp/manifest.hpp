@@ -1,16 +1,17 @@
 /// A bundle: a folder with a network, engines compiled from it, and a manifest that says what they are.
 ///
-///     const derainer::Bundle bundle = derainer::load("bundle", "public.pem");   // "" where no signature is demanded
+///     const derainer::Bundle bundle = derainer::load("bundle", "public.pem");   // or load("bundle"), unsigned
 ///     const std::string plan = bundle.read(bundle.manifest.engines[0].file);    // verified bytes, or Error
 ///
-/// The format is that of runtime/manifest.py, which says why; both readers refuse the same bundles. `manifest.json`
-/// names every file with its size and SHA-256; a reader that meets another schema, or any field that it does not know,
-/// refuses the bundle rather than guess. The signature is Ed25519 over the exact bytes of `manifest.json`, detached and
-/// raw in `manifest.json.sig`.
+/// The format is that of runtime/manifest.py, which says why. What that refuses, this does too; besides, it takes only
+/// UTF-8, numbers of 64 bits and 64 levels of nesting. `manifest.json` names every file with its size and SHA-256; a
+/// reader that meets another schema, or any field that it does not know, refuses the bundle rather than guess. The
+/// signature is Ed25519 over the exact bytes of `manifest.json`, detached and raw in `manifest.json.sig`.
 #pragma once
 
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -87,9 +88,9 @@ struct Bundle {
 };
 
 /// Open a bundle; its files are verified as they are read. `public_key`: of the one who has to have signed it (PEM,
-/// Ed25519), or empty. Throws Error for a folder that is no bundle, an unknown schema, a manifest with an unknown,
+/// Ed25519), if anyone. Throws Error for a folder that is no bundle, an unknown schema, a manifest with an unknown,
 /// missing or wrong field, and with a public key, for a missing or wrong signature.
-Bundle load(const std::filesystem::path& folder, const std::filesystem::path& public_key = {});
+Bundle load(const std::filesystem::path& folder, const std::optional<std::filesystem::path>& public_key = std::nullopt);
 
 /// A manifest from its JSON. Throws Error.
 Manifest parse(const std::string& content);

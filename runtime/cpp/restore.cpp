@@ -139,6 +139,8 @@ void check(const Image& image) {
     DERAINER_CHECK(image.stride / 3 >= index(image.width),
                    "expected rows of at least 3 x " + std::to_string(image.width) + " bytes, found a stride of " +
                        std::to_string(image.stride));
+    DERAINER_CHECK(index(image.height) <= PTRDIFF_MAX / image.stride,
+                   "expected an image that memory can hold, found " + to_string(Size{image.height, image.width}));
 }
 
 void restore(Network& network, const std::vector<Task>& tasks) {

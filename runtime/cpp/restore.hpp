@@ -21,7 +21,7 @@ struct Image {
     std::uint8_t* out;
 };
 
-/// Throws Error for an image without pixels or with rows that overlap.
+/// Throws Error for an image without pixels, with rows that overlap, or larger than any memory.
 void check(const Image& image);
 
 /// An image, and the tiles in which it is run; the size of the padded image or more for all of it at once.

@@ -10,7 +10,7 @@ public:
     nvinfer1::ICudaEngine& engine;
 };
 
-Library::Library(nvinfer1::ICudaEngine& engine, const std::filesystem::path&) : state_(new State{engine}) {}
+Library::Library(nvinfer1::ICudaEngine& engine, const std::filesystem::path&, bool) : state_(new State{engine}) {}
 
 Library::~Library() = default;
 

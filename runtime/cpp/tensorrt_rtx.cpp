@@ -47,11 +47,12 @@ const bool Library::captures = true;  // only it knows when a kernel is the fina
 
 class Library::State {
 public:
-    State(nvinfer1::ICudaEngine& engine, const std::filesystem::path& cache_path)
+    State(nvinfer1::ICudaEngine& engine, const std::filesystem::path& cache_path, bool cuda_graphs)
         : engine(engine), config(engine.createRuntimeConfig()), path(cache_path), known(read_own(cache_path)) {
         DERAINER_CHECK(config != nullptr, "TensorRT for RTX cannot be configured");
         config->setExecutionContextAllocationStrategy(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED);
-        DERAINER_CHECK(config->setCudaGraphStrategy(nvinfer1::CudaGraphStrategy::kWHOLE_GRAPH_CAPTURE),
+        DERAINER_CHECK(config->setCudaGraphStrategy(cuda_graphs ? nvinfer1::CudaGraphStrategy::kWHOLE_GRAPH_CAPTURE
+                                                                : nvinfer1::CudaGraphStrategy::kDISABLED),
                        "TensorRT for RTX cannot be configured");
         cache.reset(config->createRuntimeCache());
         DERAINER_CHECK(cache != nullptr, "TensorRT for RTX has no cache");
@@ -68,8 +69,8 @@ public:
     std::string known;
 };
 
-Library::Library(nvinfer1::ICudaEngine& engine, const std::filesystem::path& cache)
-    : state_(new State(engine, cache)) {}
+Library::Library(nvinfer1::ICudaEngine& engine, const std::filesystem::path& cache, bool cuda_graphs)
+    : state_(new State(engine, cache, cuda_graphs)) {}
 
 Library::~Library() {
     try {

@@ -21,7 +21,7 @@ double rise(std::int64_t distance, std::int64_t overlap) {
 }  // namespace
 
 std::vector<Tile> cut(std::int64_t length, std::int64_t tile, std::int64_t overlap) {
-    DERAINER_CHECK(length >= 1 && tile >= 1 && overlap >= 0 && (length <= tile || 2 * overlap <= tile),
+    DERAINER_CHECK(length >= 1 && tile >= 1 && overlap >= 0 && (length <= tile || overlap <= tile / 2),
                    "expected tiles with an overlap of at most half of them, found tiles of " + std::to_string(tile) +
                        " pixels with an overlap of " + std::to_string(overlap));
     if (length <= tile) {

@@ -74,7 +74,9 @@ int main(int count, char** arguments) {
     try {
         Png png = Png::read(arguments[1]);
         derainer::Options options;
-        options.public_key = count == 5 ? arguments[4] : "";
+        if (count == 5) {
+            options.public_key = arguments[4];
+        }
         derainer::Derainer derain(arguments[3], options);
         derain.run(png.rgb.data(), png.height, png.width, static_cast<std::size_t>(3 * png.width), png.rgb.data());
         png.write(arguments[2]);

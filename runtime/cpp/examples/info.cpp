@@ -5,7 +5,9 @@
 ///
 /// Exit status: 0 if the bundle is whole, else 2, after one line that says what is wrong.
 #include <exception>
+#include <filesystem>
 #include <iostream>
+#include <optional>
 
 #include "manifest.hpp"
 
@@ -15,7 +17,11 @@ int main(int count, char** arguments) {
         return 2;
     }
     try {
-        const derainer::Bundle bundle = derainer::load(arguments[1], count == 3 ? arguments[2] : "");
+        std::optional<std::filesystem::path> public_key;
+        if (count == 3) {
+            public_key = arguments[2];
+        }
+        const derainer::Bundle bundle = derainer::load(arguments[1], public_key);
         bundle.verify();
         for (const derainer::Engine& engine : bundle.manifest.engines) {
             std::cout << engine.file << ": " << engine.flavor << " " << engine.version << " for";
@@ -28,7 +34,7 @@ int main(int count, char** arguments) {
             std::cout << "\n";
         }
         std::cout << "All " << bundle.manifest.files.size() << " files are as the manifest says. Signature: "
-                  << (count == 3 ? "verified" : "not verified, as no public key was given") << ".\n";
+                  << (public_key ? "verified" : "not verified, as no public key was given") << ".\n";
     } catch (const std::exception& error) {
         std::cerr << error.what() << "\n";
         return 2;

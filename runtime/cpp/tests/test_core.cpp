@@ -95,6 +95,7 @@ TEST_CASE("what is no image is refused") {
     CHECK(contains(run({nullptr, 1, 1, 3, pixel}), "null pointer"));
     CHECK(contains(run({pixel, 1, 1, 3, nullptr}), "null pointer"));
     CHECK(contains(run({pixel, 1, 2, 5, pixel}), "found a stride of 5"));
+    CHECK(contains(run({pixel, INT64_MAX, 1, 3, pixel}), "that memory can hold"));
 }
 
 TEST_CASE("NaN and infinity are an error, unless they are cropped") {
@@ -183,6 +184,7 @@ TEST_CASE("an image is whole where a profile takes it, else in the fewest tiles"
     CHECK(tiles({2000, 512}, {}, 200).tile == Size{1088, 512});  // too much for the first profile
     CHECK(contains(refusal([&] { tiles({2000, 3000}, {}, 400); }), "found 2000x3000 with an overlap of 400"));
     CHECK(contains(refusal([&] { tiles({2000, 3000}, {}, -1); }), "with an overlap of -1"));
+    CHECK(contains(refusal([&] { tiles({2000, 3000}, {}, INT64_MAX); }), "with an overlap of"));
     CHECK(tiles({72, 72}, {128, 128}).tile == Size{72, 72});
     CHECK(contains(refusal([&] { tiles({8, 3000}); }), "found 8x3000; build it with another --min"));
     CHECK(contains(refusal([&] { tiles({512, 512}, {8, 8}); }), "in tiles of 8x8"));

@@ -112,6 +112,7 @@ TEST_CASE("images come out restored, again and again, at several sizes") {
     CHECK(fake.contexts == 3);
     CHECK(fake.count("capture") == (Library::captures ? 0 : 3));  // in the second run of each size
     CHECK(fake.count("launch") == (Library::captures ? 0 : 6));
+    CHECK(fake.cuda_graphs == Library::captures);
 }
 
 TEST_CASE("larger images are cut into the golden tiles") {
@@ -231,6 +232,7 @@ TEST_CASE("of many sizes the longest unused goes") {
     }
     CHECK(fake.contexts == 1);
     CHECK(fake.count("capture") == 0);
+    CHECK(!fake.cuda_graphs);
     options.sizes = 0;
     CHECK(contains(refusal([&] { Derainer none(bundle.folder, options); }), "at least one size"));
 }
@@ -302,7 +304,7 @@ TEST_CASE("what TensorRT says is passed on in one line") {
     const TestBundle good;
     Derainer derain(good.folder);
     fake.failing = true;
-    CHECK(contains(refusal([&] { run(derain, 8, 8); }), "failed: out of luck [context.execution->enqueueV3(stream)]"));
+    CHECK(contains(refusal([&] { run(derain, 8, 8); }), "failed: out of luck [enqueued]"));
     fake.failing = false;
     CHECK(run(derain, 8, 8) == expected(8, 8));
     fake.failing = true;
@@ -310,6 +312,24 @@ TEST_CASE("what TensorRT says is passed on in one line") {
     fake.failing = false;
     CHECK(run(derain, 8, 8) == expected(8, 8));
     CHECK(run(derain, 8, 8) == expected(8, 8));
+}
+
+TEST_CASE("what fails halfway keeps its memory until it is over") {
+    const TestBundle bundle;
+    cudaStream_t stream = nullptr;
+    cudaStreamCreateWithFlags(&stream, 0);
+    std::vector<float> numbers(3 * 8 * 8, 0.5F);
+    {
+        Derainer derain(bundle.folder);
+        fake.failing = true;
+        const auto enqueue = [&] { derain.enqueue(numbers.data(), numbers.data(), 8, 8, stream); };
+        CHECK(contains(refusal(enqueue), "out of luck"));
+        fake.failing = false;
+        CHECK(run(derain, 32, 40) == expected(32, 40));  // with more memory
+    }
+    CHECK(fake.in_order);
+    cudaStreamSynchronize(stream);
+    cudaStreamDestroy(stream);
 }
 
 TEST_CASE("only an engine that says so may bring code") {

@@ -46,9 +46,7 @@ public:
 class IRuntimeConfig {
 public:
     void setExecutionContextAllocationStrategy(ExecutionContextAllocationStrategy value) noexcept { strategy = value; }
-    bool setCudaGraphStrategy(CudaGraphStrategy value) noexcept {
-        return value == CudaGraphStrategy::kWHOLE_GRAPH_CAPTURE;
-    }
+    bool setCudaGraphStrategy(CudaGraphStrategy value) noexcept;
     IRuntimeCache* createRuntimeCache() const noexcept { return new IRuntimeCache; }
     bool setRuntimeCache(const IRuntimeCache&) noexcept { return true; }
     ExecutionContextAllocationStrategy strategy = ExecutionContextAllocationStrategy::kSTATIC;

@@ -8,6 +8,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <utility>
 
 #include <NvInfer.h>
 
@@ -48,6 +49,7 @@ std::map<void*, std::size_t> blocks;
 std::size_t enqueued = 0;
 std::size_t run_so_far = 0;
 nvinfer1::ILogger* logger = nullptr;
+cudaError_t last_error = cudaSuccess;
 
 cudaError_t call(const char* name) {
     fake.calls.emplace_back(name);
@@ -102,6 +104,8 @@ const char* cudaGetErrorName(cudaError_t code) {
     }
 }
 
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+
 cudaError_t cudaGetDeviceCount(int* count) {
     *count = fake.devices;
     return fake.devices < 0 ? cudaErrorInsufficientDriver : cudaSuccess;
@@ -124,7 +128,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 
 cudaError_t cudaMalloc(void** pointer, std::size_t bytes) {
     if (bytes > fake.memory) {
-        return cudaErrorMemoryAllocation;
+        return last_error = cudaErrorMemoryAllocation;
     }
     fake.memory -= bytes;
     *pointer = std::malloc(bytes);
@@ -231,6 +235,11 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t instance) {
 
 namespace nvinfer1 {
 
+bool IRuntimeConfig::setCudaGraphStrategy(CudaGraphStrategy value) noexcept {
+    fake.cuda_graphs = value == CudaGraphStrategy::kWHOLE_GRAPH_CAPTURE;
+    return true;
+}
+
 bool IRuntimeCache::deserialize(const void* blob, std::size_t size) noexcept {
     fake.kernels.assign(static_cast<const char*>(blob), size);
     return true;
@@ -274,13 +283,14 @@ void IExecutionContext::setDeviceMemoryV2(void* memory, std::int64_t bytes) noex
 }
 
 bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
-    if (fake.failing || memory_bytes_ < static_cast<std::int64_t>(updateDeviceMemorySizeForShapes())) {
-        logger->log(ILogger::Severity::kERROR, "out of\nluck");
-        return false;
-    }
-    const auto work = [type = type_, dims = dims_, input = input_, output = output_, memory = memory_,
+    const bool fails = fake.failing || last_error != cudaSuccess ||
+                       memory_bytes_ < static_cast<std::int64_t>(updateDeviceMemorySizeForShapes());
+    const auto work = [fails, type = type_, dims = dims_, input = input_, output = output_, memory = memory_,
                        bytes = memory_bytes_] {
         std::memset(memory, 0, static_cast<std::size_t>(bytes));
+        if (fails) {
+            return;
+        }
         if (type == DataType::kFLOAT) {
             stand_in(static_cast<const float*>(input), static_cast<float*>(output), static_cast<std::size_t>(dims.d[2]),
                      static_cast<std::size_t>(dims.d[3]));
@@ -291,6 +301,10 @@ bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
         }
     };
     stream->run(work);
+    if (fails) {
+        logger->log(ILogger::Severity::kERROR, "out of\nluck");
+        return false;
+    }
     call("enqueue");
     return true;
 }

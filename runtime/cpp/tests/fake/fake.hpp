@@ -9,13 +9,14 @@ struct Fake {
     int devices = 1;
     std::size_t memory = std::size_t{1} << 30;  // free, on the GPU
     std::size_t activations = 4;                // bytes that a context needs for each number of its input
-    bool failing = false;                       // enqueueV3 does
+    bool failing = false;                       // enqueueV3 does, halfway
     std::string kernels;                        // what the cache of TensorRT for RTX was given, and gives
 
     int device = 0;  // the current one
     int contexts = 0;
     bool host_code_allowed = false;
-    bool in_order = true;  // whether the contexts, which share their memory, ran as they were enqueued
+    bool cuda_graphs = false;  // those of TensorRT for RTX
+    bool in_order = true;      // whether the contexts, which share their memory, ran as they were enqueued
     std::vector<std::string> calls;
     std::size_t count(const std::string& call) const;
 };
