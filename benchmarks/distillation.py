@@ -12,13 +12,15 @@ It is small: few steps, one seed. Differences of some hundredths of a dB say not
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from benchmarks.harness import Row, Sheet
 from benchmarks.training import pair_folders
-from compress.distill import Terms, distill
+from compress.distill import Level, Terms, distill, heads
 from drsformer import checkpoint
 from drsformer.data import find_pairs
 from drsformer.evaluate import evaluate_model
@@ -33,7 +35,8 @@ VARIANTS = {
     "both and attention": Terms(attention=1.0),
     "both and frequency": Terms(frequency=0.1),
 }
-"""Weights of the further terms are such that each starts at a fraction of the first two."""
+"""Weights of the further terms are such that each starts at a fraction of the first two. Attention is compared in all
+levels where student and teacher have the same heads."""
 
 
 def distillation(
@@ -73,12 +76,15 @@ def distillation(
             row |= {f"{short(place)} PSNR": scores.psnr, f"{short(place)} SSIM": scores.ssim}
         return row
 
+    configs = [checkpoint.load(path).model.config for path in (teacher, student)]
+    found = {level: {heads(config, level) for config in configs} for level in get_args(Level)}
+    shared = [level for level, shapes in found.items() if len(shapes) == 1 and None not in shapes]
     sheet.measure("teacher", lambda: scored(teacher))
     sheet.measure("student before", lambda: scored(student))
-    for number, (name, terms) in enumerate(VARIANTS.items()):
+    for number, (name, variant) in enumerate(VARIANTS.items()):
 
-        def run(number: int = number, terms: Terms = terms) -> Row:
-            folder = run_dir / str(number)
+        def run(number: int = number, variant: Terms = variant) -> Row:
+            folder, terms = run_dir / str(number), replace(variant, attention_levels=shared)
             distill(folder, teacher, str(student), pair_folders(data, "train"), terms=terms, recipe=recipe,
                     material=Material(dry=0.05), hardware=Hardware(devices="1", channels_last=True),
                     cadence=Cadence(log_every=max(1, iterations // 10)))  # fmt: skip

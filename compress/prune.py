@@ -621,7 +621,12 @@ def _prune_to_latency(
 
     for attempt in range(ATTEMPTS):
         target = Target("latency", estimate, min(bound, estimate(network.config)))
-        pruned = narrow([*others, target], steps=steps.within(f"attempt{attempt}"))
+        try:
+            pruned = narrow([*others, target], steps=steps.within(f"attempt{attempt}"))
+        except GateError:  # the corrected estimate asks for more than can go
+            if not attempts:
+                raise
+            break
         taken = steps.json(f"attempt{attempt}", functools.partial(measure, pruned))
         before, after = (Latency(**each) for each in taken)
         ratio = after.ms / before.ms
@@ -632,7 +637,7 @@ def _prune_to_latency(
         bound *= latency / ratio
     off, pruned, (before, after) = min(attempts, key=lambda attempt: attempt[0])
     missed = (f"--latency: expected {latency:.3f}, measured {after.ms / before.ms:.3f} at best after correcting the "
-              f"estimate by parts {ATTEMPTS - 1} times; before: {before}, after: {after}; where the quartiles are "
+              f"estimate by parts {len(attempts) - 1} times; before: {before}, after: {after}; where the quartiles are "
               "wide, try again on a quiet machine or with a larger --size")  # fmt: skip
     return pruned, (before, after), missed if off > NEAR else None
 

@@ -47,8 +47,8 @@ class Footprint:
 
 
 def available() -> int | None:
-    """What this process could take besides what it has, in bytes: that which the machine has free, or its container if
-    that is less."""
+    """What this process could take besides what it has, in bytes: that which the machine has free, or its container
+    (cgroup v2) if that is less."""
     try:
         free = _kilobytes(PROC / "meminfo", "MemAvailable")
     except (OSError, LookupError):
