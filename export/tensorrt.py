@@ -35,7 +35,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from runtime import manifest
-from runtime.cli import InputError, console, main, parse_size, progress, writing
+from runtime.cli import InputError, console, main, parse_size, progress, size_text, writing
 from runtime.manifest import Bundle, Engine, File, Flavor, Manifest, Model, Profile, Tensor
 from runtime.memory import peak
 from runtime.trt import LIBRARIES, Library, gpu, new_log
@@ -83,7 +83,9 @@ class Built:
         table.add_column("built in", justify="right")
         sizes = {file.name: file.size for file in self.bundle.manifest.files}
         for engine in self.bundle.manifest.engines:
-            ranges = "\n".join(" to ".join(dict.fromkeys((_text(p.min), _text(p.max)))) for p in engine.profiles)
+            ranges = "\n".join(
+                " to ".join(dict.fromkeys((size_text(p.min), size_text(p.max)))) for p in engine.profiles
+            )
             table.add_row(engine.file, f"{engine.flavor} {engine.version}", ", ".join(engine.compute_capabilities),
                           ranges, f"{sizes[engine.file] / 1e6:.1f}", f"{engine.build_seconds} s")  # fmt: skip
         return table
@@ -338,7 +340,7 @@ def _profiles(model: Model, given: dict[str, tuple[str, ...]]) -> tuple[Profile,
     fixed = _height_width(model)
     if -1 not in fixed:
         if any(given.values()):
-            raise InputError(f"the model takes only images of {_text(fixed)}: leave out --min, --opt and --max, or "
+            raise InputError(f"the model takes only images of {size_text(fixed)}: leave out --min, --opt and --max, or "
                              "export it without --height and --width")  # fmt: skip
         return (Profile(fixed, fixed, fixed),)
     sizes = {name: [parse_size(name, text, model.size_multiple) for text in texts] for name, texts in given.items()}
@@ -360,8 +362,8 @@ def _profile(given: dict[str, Size]) -> Profile:
         opt = opt.clip(low, high)
     low, opt, high = (tuple(value.tolist()) for value in (low, opt, high))
     if not all(a <= b <= c for a, b, c in zip(low, opt, high, strict=True)):
-        raise InputError(f"expected --min <= --opt <= --max in height and in width, found {_text(low)}, {_text(opt)} "
-                         f"and {_text(high)}")  # fmt: skip
+        raise InputError(f"expected --min <= --opt <= --max in height and in width, found {size_text(low)}, "
+                         f"{size_text(opt)} and {size_text(high)}")  # fmt: skip
     return Profile(low, opt, high)
 
 
@@ -373,10 +375,6 @@ def _height_width(model: Model) -> Size:
 
 def _shape(model: Model, size: Size) -> tuple[int, ...]:
     return (1, *size, 3) if model.io == "image" else (1, 3, *size)
-
-
-def _text(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 def _flag(option: str) -> str:

@@ -41,7 +41,7 @@ from rich.console import Console
 from rich.table import Table
 
 from runtime import memory
-from runtime.cli import InputError, main, parse_size, progress
+from runtime.cli import InputError, main, parse_size, progress, size_text
 from runtime.session import Derainer, Provider, open_session
 
 ROUNDS = 11
@@ -243,20 +243,16 @@ def report(result: Result) -> Iterator[Table | str]:
         shown.add_column(column, justify="right")
     for i, t in enumerate(result.timings):
         shown.add_row(
-            ("model", "vs")[i % result.models], _told(t.size), f"{t.median:.1f}", f"{t.low:.1f}",
+            ("model", "vs")[i % result.models], size_text(t.size), f"{t.median:.1f}", f"{t.low:.1f}",
             f"{t.high:.1f}", f"{t.p99:.1f}", str(t.rounds), f"{t.images_per_second:.2f}", str(t.peak_mib or ""),
         )  # fmt: skip
     yield shown
-    yield from dict.fromkeys(f"{_told(t.size)} in {t.tiles} tiles" for t in result.timings if t.tiles > 1)
+    yield from dict.fromkeys(f"{size_text(t.size)} in {t.tiles} tiles" for t in result.timings if t.tiles > 1)
     for r in result.ratios:
-        yield f"{_told(r.size)}: {r.median:.2f} times as fast as vs (quartiles {r.low:.2f} to {r.high:.2f})"
+        yield f"{size_text(r.size)}: {r.median:.2f} times as fast as vs (quartiles {r.low:.2f} to {r.high:.2f})"
     if idle := result.timings[0].idle_mib:
         yield f"{idle} MiB of the peaks are Python and its libraries"
     yield ", ".join(f"{name} {value}" for name, value in result.machine.items())
-
-
-def _told(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 if __name__ == "__main__":

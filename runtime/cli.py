@@ -104,6 +104,11 @@ def parse_size(option: str, text: str, multiple: int = 1) -> tuple[int, int]:
     return size
 
 
+def size_text(size: tuple[int, int]) -> str:
+    """Height and width as `parse_size` reads them."""
+    return f"{size[0]}x{size[1]}"
+
+
 def progress(shown: bool = True, **columns: Any) -> Progress:
     """A progress bar on standard error: what, how many of how many, time left, then `columns` by name as
     templates over the task's fields. Silent where it is not to be shown and where standard error is no terminal."""

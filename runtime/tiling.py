@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.cli import InputError
+from runtime.cli import InputError, size_text
 
 Size = tuple[int, int]
 """Height and width."""
@@ -63,8 +63,8 @@ class Plan:
     def __post_init__(self) -> None:
         for length, tile in zip(self.size, self.tile, strict=True):
             if not 1 <= tile <= length:
-                raise InputError(f"expected tiles of at least 1x1 and at most {_text(self.size)} pixels, found "
-                                 f"{_text(self.tile)}")  # fmt: skip
+                raise InputError(f"expected tiles of at least 1x1 and at most {size_text(self.size)} pixels, found "
+                                 f"{size_text(self.tile)}")  # fmt: skip
             if self.overlap < 0 or (tile < length and 2 * self.overlap > tile):
                 raise InputError(f"expected an overlap of 0 to {tile // 2} pixels, half of the tile, found "
                                  f"{self.overlap}")  # fmt: skip
@@ -76,8 +76,9 @@ class Plan:
 
     def __str__(self) -> str:
         if self.tile == self.size:
-            return f"{_text(self.size)} as a whole"
-        return f"{self.count} tiles of {_text(self.tile)}, {self.overlap} pixels of overlap, for {_text(self.size)}"
+            return f"{size_text(self.size)} as a whole"
+        tile, size = size_text(self.tile), size_text(self.size)
+        return f"{self.count} tiles of {tile}, {self.overlap} pixels of overlap, for {size}"
 
 
 def plan(
@@ -101,7 +102,7 @@ def plan(
     """
     if tile:
         if any(side < 1 or side % multiple for side in tile):
-            raise InputError(f"expected tiles in multiples of {multiple} pixels, found {_text(tile)}")
+            raise InputError(f"expected tiles in multiples of {multiple} pixels, found {size_text(tile)}")
         return _cut(size, tile, overlap)
     plans = [_cut(size, most) for least, most in limits if all(map(operator.le, least, map(min, size, most)))]
     fewest = min(plans, key=lambda plan: plan.count, default=_cut(size, size))
@@ -160,7 +161,7 @@ def _shrink(plan: Plan, pixels: int, step: int) -> Plan:
     tile = [side if side == most else side // step * step for side, most in ((height, h), (width, w))]
     if any(side < min(most, LEAST) for side, most in zip(tile, plan.tile, strict=True)):
         raise InputError(f"expected memory for tiles of at least {LEAST}x{LEAST} pixels of an image of "
-                         f"{_text(plan.size)}, found enough for {pixels} pixels; give or free more"
+                         f"{size_text(plan.size)}, found enough for {pixels} pixels; give or free more"
                          )  # fmt: skip
     overlap = min(OVERLAP, *(side // 4 for side, length in zip(tile, plan.size, strict=True) if side < length))
     for axis, (length, side) in enumerate(zip(plan.size, tile, strict=True)):
@@ -172,7 +173,3 @@ def _shrink(plan: Plan, pixels: int, step: int) -> Plan:
 
 def _count(length: int, tile: int, overlap: int) -> int:
     return 1 if length <= tile else math.ceil((length - overlap) / (tile - overlap))
-
-
-def _text(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"

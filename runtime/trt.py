@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.cli import InputError, writing
+from runtime.cli import InputError, size_text, writing
 from runtime.manifest import Bundle, Engine, Flavor
 from runtime.session import to_batch, to_image
 
@@ -217,7 +217,7 @@ class TrtSession:
     def _prepare(self, H: int, W: int, shape: tuple[int, ...]) -> _Context:
         profile = next((i for i, p in enumerate(self.entry.profiles) if p.takes(H, W)), None)
         if profile is None:
-            ranges = " or ".join(f"{_size(p.min)} to {_size(p.max)}" for p in self.entry.profiles)
+            ranges = " or ".join(f"{size_text(p.min)} to {size_text(p.max)}" for p in self.entry.profiles)
             raise InputError(f"{self.path} takes images of height x width {ranges}, found {H}x{W} after padding to a "
                              f"multiple of {self.multiple}; build it with another --min and --max")  # fmt: skip
         context = self._engine.create_execution_context(self._config)
@@ -381,10 +381,6 @@ def _fits_version(engine: Engine, version: str) -> bool:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdecimal())
-
-
-def _size(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 def _check(result: tuple[Any, ...]) -> Any:

@@ -5,7 +5,6 @@ The networks here are functions, and the videos are some frames of 48x32 pixels.
 
 import itertools
 import resource
-import runpy
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from av.video.reformatter import VideoReformatter
 
 from runtime import InputError
 from runtime.video import restore
+from tests.test_derain import command
 from tests.test_ort import write_network
 
 ROOT = Path(__file__).parents[1]
@@ -549,14 +549,6 @@ def test_memory_does_not_grow_with_the_length(tmp_path):
         restore(work, source, tmp_path / "b.mp4")
     assert len(ahead) == 100
     assert max(ahead) <= 4
-
-
-def command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["derain", *map(str, arguments)])
-    monkeypatch.delitem(sys.modules, "runtime.derain", raising=False)
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_module("runtime.derain", run_name="__main__")
-    return stop.value.code
 
 
 def test_command(tmp_path, monkeypatch, capsys):
