@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import released
-from benchmarks.harness import Size, Work, told
+from benchmarks.harness import Size, Work
 from drsformer import checkpoint
 from drsformer.config import PRESETS
 from drsformer.model import DRSformer, MixtureOfExpertsCompensator, SparseTransformerBlock
 from export.folding import DTYPES, Precision, fold
 from export.topk import with_pattern
-from runtime.cli import InputError
+from runtime.cli import InputError, size_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,7 +287,7 @@ class Trt:
 
         trt.LIBRARIES[self.flavor].load()
         capability = (trt.gpu(),) if self.flavor == "rtx" else ()
-        size = (told((image.shape[2], image.shape[3])),)
+        size = (size_text((image.shape[2], image.shape[3])),)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             checkpoint.save(folder / "w.safetensors", self.subject.network, {})

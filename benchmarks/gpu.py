@@ -54,7 +54,6 @@ from benchmarks.harness import (
     peak_memory,
     protected,
     synchronize,
-    told,
 )
 from benchmarks.training import Train, pair_folders
 from drsformer.data import find_pairs
@@ -62,7 +61,7 @@ from drsformer.evaluate import evaluate_model
 from drsformer.train import short
 from export.folding import DTYPES, Precision, fold
 from export.topk import PATTERNS, count_flips, masks, scores_of, with_pattern
-from runtime.cli import console, main
+from runtime.cli import console, main, size_text
 
 
 @contextmanager
@@ -128,7 +127,7 @@ class Correct(Stage):
         sizes, (large,) = parse_sizes(self.sizes), parse_sizes([self.large])
         H, W = large
         images = {
-            f"image {told(sizes[0])}": picture(sizes[0]),
+            f"image {size_text(sizes[0])}": picture(sizes[0]),
             f"image {self.large}": picture(large),
             f"bright {self.large}": torch.full((1, 3, H, W), 0.98),
             f"black {self.large}": torch.zeros(1, 3, H, W),
@@ -137,7 +136,7 @@ class Correct(Stage):
             for subject in subjects:
                 name, same = subject.name, functools.partial(self.same, sheet.device, subject)
                 for size in sizes[:2]:
-                    sheet.measure(f"{name} folded fp32 {told(size)}", functools.partial(same, size))
+                    sheet.measure(f"{name} folded fp32 {size_text(size)}", functools.partial(same, size))
                 sheet.measure(f"{name} folded fp64 64x64", functools.partial(same, (64, 64), dtype=torch.float64))
                 for title, image in images.items():
                     for precision in HALVES:
@@ -145,7 +144,7 @@ class Correct(Stage):
                             self.drift, sheet.device, subject, precision, image))  # fmt: skip
                 for pattern in PATTERNS:
                     for precision in DTYPES:
-                        sheet.measure(f"{name} folded {precision} {pattern} {told(sizes[0])}", functools.partial(
+                        sheet.measure(f"{name} folded {precision} {pattern} {size_text(sizes[0])}", functools.partial(
                             self.patterned, sheet.device, subject, pattern, precision, sizes[0]))  # fmt: skip
         for subject in (subject for subject in subjects if subject.trained):
             for place in pair_folders(self.data, "val") if self.data else []:
@@ -154,7 +153,7 @@ class Correct(Stage):
                     sheet.measure(key, functools.partial(self.scored, sheet, subject, form, precision, place))
         for size in sizes:
             for form, precision in WEIGHED:
-                sheet.measure(f"memory {subjects[0].name} {form} {precision} {told(size)}", functools.partial(
+                sheet.measure(f"memory {subjects[0].name} {form} {precision} {size_text(size)}", functools.partial(
                     self.memory, sheet.device, subjects[0], form, precision, size))  # fmt: skip
         return sheet.summary()
 
@@ -245,7 +244,7 @@ class Speed(Stage):
     def compete(self, sheet: Sheet, entrants: list[Contestant], size: Size, batch: int) -> None:
         """Time all entrants that have no row yet, in turn, against the first, which is always timed with them."""
         torch.compiler.reset()  # what was compiled for other sizes
-        key = lambda contestant: f"{told(size)} batch {batch}: {contestant.name}"  # noqa: E731
+        key = lambda contestant: f"{size_text(size)} batch {batch}: {contestant.name}"  # noqa: E731
         first, *others = entrants
         missing = [contestant for contestant in others if sheet.wants(key(contestant), 20)]
         if not missing and not sheet.wants(key(first), 20):
@@ -337,7 +336,7 @@ class Kernels(Stage):
             for contestant in entrants:
                 if not any(part in contestant.name for part in self.only):
                     continue
-                key = f"{told(size)} {contestant.name}"
+                key = f"{size_text(size)} {contestant.name}"
                 if not sheet.wants(f"{key}: all", sheet.longest):
                     continue
                 console.print(key, highlight=False)

@@ -105,7 +105,7 @@ class Sheet:
     def put(self, key: str, row: Row) -> None:
         """Keep a row, and write both files."""
         self.rows[key] = row
-        console.print(f"{key}: {_told(row)}", highlight=False, markup=False)
+        console.print(f"{key}: {_as_text(row)}", highlight=False, markup=False)
         self.save()
 
     def save(self) -> None:
@@ -139,7 +139,7 @@ def _cell(value: Any) -> str:
     return text.replace("|", "/")
 
 
-def _told(row: Row) -> str:
+def _as_text(row: Row) -> str:
     return ", ".join(f"{name} {_cell(value)}" for name, value in row.items())
 
 
@@ -320,10 +320,6 @@ class Stage:
 def parse_sizes(texts: Sequence[str]) -> list[Size]:
     """Heights and widths from "HxW". Raises InputError for anything else."""
     return [parse_size("sizes", text, 8) for text in texts]
-
-
-def told(size: Size) -> str:
-    return "{}x{}".format(*size)
 
 
 # What a network has to do at least.

@@ -405,6 +405,8 @@ def _read(path: Path) -> onnx.ModelProto:
         model = onnx.load(path)
     except DecodeError as error:
         raise InputError(f"--model: expected an ONNX file, found another at {path}") from error
+    except (onnx.checker.ValidationError, FileNotFoundError) as error:  # weights in a file of their own
+        raise InputError(f"--model: expected all weights of {path}, found some missing: {error}") from error
     kinds = {tensor.data_type for tensor in model.graph.initializer}
     for kind, name in ((onnx.TensorProto.FLOAT16, "float16"), (onnx.TensorProto.BFLOAT16, "bfloat16")):
         if kind in kinds:

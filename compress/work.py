@@ -40,7 +40,11 @@ class Steps:
                 raise InputError(f"{folder}: expected the steps of this command or no such folder, found other files")
             with writing(path) as temporary:
                 temporary.write_text(json.dumps(wanted, indent=1) + "\n")
-        before = json.loads(path.read_text())
+        try:
+            before = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}: expected the options of the steps in this folder, found something else; remove "
+                             "the folder to start again") from error  # fmt: skip
         for name in (name for name in wanted if wanted[name] != before.get(name)):
             raise InputError(f"{folder} holds steps with {name}={before.get(name)}, not {wanted[name]}; give the same "
                              "options to go on, or remove it to start again")  # fmt: skip

@@ -166,6 +166,8 @@ class Engine:
         for capability in self.compute_capabilities:
             if not re.fullmatch(r"\d+\.\d+", capability, re.ASCII):
                 raise InputError(f"{self.file}: expected compute capabilities such as 8.6, found {capability!r}")
+        if not self.profiles:
+            raise InputError(f"{self.file}: expected at least one profile, found none")
 
 
 @dataclass(frozen=True)

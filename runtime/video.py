@@ -317,7 +317,10 @@ class _Reader:
         while True:
             try:
                 packet = next(packets)
-            except (StopIteration, FFmpegError):  # an error is told at the end, as a file that breaks off
+            except StopIteration:
+                return
+            except FFmpegError:  # told at the end, as a file that breaks off; the decoder still holds frames
+                yield from self.stream.decode(None)
                 return
             if packet.pts is not None and packet.duration is not None:
                 self._end = max(self._end, (packet.pts + packet.duration) * packet.time_base - self._start)

@@ -330,6 +330,7 @@ def test_flipped_bit_of_the_manifest_is_a_refusal_or_another_manifest(original):
         (lambda m: m["files"][1].update(sha256="A" * 64), "expected a SHA-256 of 64 digits"),
         (lambda m: m["engines"][0]["profiles"][0].update(min=[64]), r"profiles\[0\].min: expected tuple"),
         (lambda m: m["engines"][0]["profiles"][0].update(min=[300, 64]), "1 <= min <= opt <= max"),
+        (lambda m: m["engines"][0].update(profiles=[]), "expected at least one profile"),
         (lambda m: m["engines"][0].update(flavor="tensorflow"), "rtx"),
         (lambda m: m["engines"][0].update(compute_capabilities=["sm86"]), "such as 8.6, found 'sm86'"),
         (lambda m: m["engines"][0].update(onnx_sha256="0" * 64), "built from another model"),

@@ -372,6 +372,12 @@ def test_killed_command_goes_on_from_its_last_round_or_measurement(tmp_path, dat
         go()
     with pytest.raises(InputError, match=r"holds steps with samples=1, not 2; give the same options"):
         go(samples=2)
+    options = (work / "options.json").read_text()
+    for damaged in ("", options[:-9], "[1]"):
+        (work / "options.json").write_text(damaged)
+        with pytest.raises(InputError, match="expected the options of the steps in this folder, found something else"):
+            go()
+    (work / "options.json").write_text(options)
     killed_in_round(None)
     go()
     assert len(turns) == 1

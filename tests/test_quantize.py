@@ -251,6 +251,7 @@ def test_tensorrt_for_rtx_parses_it(mixtures):
         (dict(output="model.onnx"), "--output: expected another file than --model"),
         (dict(model="missing.onnx"), "--model: expected an ONNX file, found no file at"),
         (dict(model="truncated.onnx"), "truncated.onnx"),
+        (dict(model="parts.onnx"), "--model: expected all weights of .*parts.onnx, found some missing"),
         (dict(model="half.onnx"), "--model: expected a float32 model, found one in float16"),
         (dict(model="reference.safetensors"), "reference.safetensors"),
         (dict(data="missing"), "missing: expected a folder of pairs"),
@@ -264,6 +265,8 @@ def test_refuses_what_it_cannot_use(folder, tmp_path, options, message):
     half = onnx.load_from_string(content)
     half.graph.initializer.add(name="half", data_type=onnx.TensorProto.FLOAT16, dims=[1], raw_data=b"\0\0")
     onnx.save(half, folder / "half.onnx")
+    onnx.save(onnx.load_from_string(content), folder / "parts.onnx", save_as_external_data=True, location="parts.data")
+    (folder / "parts.data").unlink()
     (folder / "empty").mkdir(exist_ok=True)
     shutil.copytree(folder / "pairs", folder / "unpaired", dirs_exist_ok=True)
     (folder / "unpaired" / "target" / "1.png").unlink()

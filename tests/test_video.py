@@ -3,6 +3,7 @@
 The networks here are functions, and the videos are some frames of 48x32 pixels.
 """
 
+import contextlib
 import itertools
 import resource
 import signal
@@ -16,9 +17,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.error import InvalidDataError
 from av.video.reformatter import VideoReformatter
 
-from runtime import InputError
+from runtime import InputError, video
 from runtime.video import restore
 from tests.test_derain import command
 from tests.test_ort import write_network
@@ -426,6 +428,26 @@ def test_of_a_cut_file_what_is_left_is_restored(tmp_path, suffix):
         assert any("breaks off after 1." in failure and "of 2.4 s" in failure for failure in result.failures)
     source.write_bytes(whole[:1000])
     refusal(source, tmp_path / "c.mp4")
+
+
+def test_where_reading_fails_the_frames_so_far_are_restored(tmp_path, monkeypatch):
+    class Failing:
+        def __init__(self, container):
+            self.container = container
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
+        def demux(self):
+            yield from itertools.islice(self.container.demux(), 12)
+            raise InvalidDataError(1, "broken")
+
+    opened = video._open
+    monkeypatch.setattr(video, "_open", lambda path: contextlib.closing(Failing(opened(path))))
+    source = write(tmp_path / "a.mp4", [quadrants()] * 40, options={"bf": "2", "b-adapt": "0"})
+    result = restore(same, source, tmp_path / "b.mp4")
+    assert result.frames == 12 == len(frames(tmp_path / "b.mp4"))
+    assert result.failures == [f"{source}: breaks off after 0.5 of 1.6 s"]
 
 
 @pytest.mark.parametrize(("codec", "suffix", "left"), [("mpeg4", "avi", 29), ("libx264", "mp4", 30)])

@@ -70,14 +70,15 @@ const Engine& choose_engine(const Bundle& bundle, const std::string& flavor, con
     DERAINER_CHECK(newest != engines.rend(), bundle.folder.string() + ": expected an engine of flavor " + flavor +
                                                  " for this GPU of compute capability " + capability + ", found " +
                                                  describe(engines) + "; add one with python -m export.tensorrt");
-    const auto found = std::find_if(engines.rbegin(), engines.rend(),
-                                    [&](const Engine& e) { return fits_gpu(e) && fits_version(e, version); });
-    DERAINER_CHECK(found != engines.rend(), (bundle.folder / newest->file).string() + ": expected version " +
+    const auto fits = [&](const Engine& e) { return fits_gpu(e) && fits_version(e, version); };
+    DERAINER_CHECK(std::any_of(engines.begin(), engines.end(), fits), (bundle.folder / newest->file).string() + ": expected version " +
                                                 newest->version + " of the library, which it was built with, found " +
                                                 version + "; install that one or build the engine again");
-    DERAINER_CHECK(!has(*found, "strip_weights"), (bundle.folder / found->file).string() +
-                                                      ": expected an engine with its weights, found one that was "
-                                                      "stripped; build it without --strip-weights");
+    const auto found = std::find_if(engines.rbegin(), engines.rend(),
+                                    [&](const Engine& e) { return fits(e) && !has(e, "strip_weights"); });
+    DERAINER_CHECK(found != engines.rend(), bundle.folder.string() +
+                                                ": expected an engine with its weights for this GPU, found only "
+                                                "stripped ones; build one without --strip-weights");
     return *found;
 }
 

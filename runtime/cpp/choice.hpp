@@ -12,7 +12,7 @@ namespace derainer {
 /// side.
 inline constexpr std::int64_t kOverlap = 64;
 
-/// The newest engine of a bundle that fits. `flavor`: "rtx" or "tensorrt", and `version` of that library, in full;
+/// The newest engine of a bundle that fits and has its weights. `flavor`: "rtx" or "tensorrt", and `version` of that library, in full;
 /// `capability`: of the GPU, such as "8.9". Throws Error where none fits.
 const Engine& choose_engine(const Bundle& bundle, const std::string& flavor, const std::string& version,
                             const std::string& capability);

@@ -341,8 +341,10 @@ private:
         cudaGraph_t captured = nullptr;
         const cudaError_t ended = cudaStreamEndCapture(stream, &captured);
         const Graph graph(captured);
-        TENSORRT_CHECK(enqueued);
-        CUDA_CHECK(ended);
+        static_cast<void>(cudaGetLastError());
+        DERAINER_CHECK(enqueued && ended == cudaSuccess,
+                       plan_path() + " cannot be captured in a CUDA graph: " +
+                           (enqueued ? cudaGetErrorName(ended) : log_.reason()) + "; set Options::cuda_graphs to false");
         cudaGraphExec_t instance = nullptr;
         CUDA_CHECK(cudaGraphInstantiateWithFlags(&instance, captured, 0));
         return GraphExec(instance);

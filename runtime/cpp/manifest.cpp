@@ -210,6 +210,7 @@ std::pair<Engine, std::string> parse_engine(const json& value, const std::string
         engine.compute_capabilities.push_back(capability.get<std::string>());
     }
     engine.profiles = parse_list(object.list("profiles"), where + ".profiles", parse_profile);
+    DERAINER_CHECK(!engine.profiles.empty(), where + ": expected at least one profile, found none");
     for (const auto& flag : object.object("flags").items()) {
         engine.flags.insert(flag.key());
     }

@@ -160,6 +160,8 @@ TEST_CASE("the newest engine that fits is taken") {
     CHECK(choose("11.4.0.106", "12.0") == "second");
     CHECK(contains(refusal([&] { choose("11.4.0.106", "7.5"); }), "for this GPU"));
     bundle.manifest.engines[1].flags = {"strip_weights"};
+    CHECK(choose("11.4.0.106", "8.6") == "first");
+    bundle.manifest.engines[0].flags = {"strip_weights"};
     CHECK(contains(refusal([&] { choose("11.4.0.106", "8.6"); }), "without --strip-weights"));
     CHECK(contains(refusal([&] { choose_engine(bundle_of({}), "rtx", "1", "8.6"); }), "found no engine"));
 }
