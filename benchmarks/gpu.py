@@ -3,7 +3,7 @@
     python -m benchmarks.gpu correct --output results/
     python -m benchmarks.gpu speed   --output results/ --weights weights/drsformer-xs.safetensors --minutes 9
     python -m benchmarks.gpu kernels --output results/
-    python -m benchmarks.gpu train   --output results/ --data pack.zip --run-dir runs/ --recipe teacher --minutes 9
+    python -m benchmarks.gpu train   --output results/ --data data/ --run-dir runs/ --recipe teacher --minutes 9
 
 Each stage writes OUTPUT/STAGE.json and the same as a table in OUTPUT/STAGE.md, row by row, the important ones first. It
 starts no row that it cannot expect to finish within --minutes; the same command goes on from there. A row that fails
@@ -124,7 +124,7 @@ class Correct(Stage):
     def measure(self) -> Row:
         sheet = self.sheet()
         subjects = [from_preset(self.network), *map(from_weights, self.weights)]
-        sizes, (large,) = parse_sizes(self.sizes), parse_sizes([self.large])
+        sizes, (large,) = parse_sizes(self.sizes), parse_sizes([self.large], "large")
         H, W = large
         images = {
             f"image {size_text(sizes[0])}": picture(sizes[0]),
@@ -465,5 +465,10 @@ def gpu(
     return stage.measure()
 
 
+def untrained(summary: Row) -> int:
+    """The exit status: 1 where a training failed, whose row says why. Other rows that fail are results."""
+    return int(any(key.startswith("train ") for key in summary["errors"]))
+
+
 if __name__ == "__main__":
-    main(gpu, __doc__, summary=lambda summary: summary)
+    main(gpu, __doc__, summary=lambda summary: summary, status=untrained)

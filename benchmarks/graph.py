@@ -213,7 +213,7 @@ def graph(
     """
     if rounds < 2:
         raise InputError(f"--rounds: expected at least 2, found {rounds}")
-    subject, (shape,) = from_preset(network), parse_sizes([size])
+    subject, (shape,) = from_preset(network), parse_sizes([size], "size")
     sheet = Sheet(output, "graph", torch.device("cpu"), float("inf"))
     sheet.run["ceilings"] |= {name: version(name) for name in ("onnx", "onnxruntime", "onnxscript")}
 

@@ -317,9 +317,9 @@ class Stage:
         raise NotImplementedError
 
 
-def parse_sizes(texts: Sequence[str]) -> list[Size]:
-    """Heights and widths from "HxW". Raises InputError for anything else."""
-    return [parse_size("sizes", text, 8) for text in texts]
+def parse_sizes(texts: Sequence[str], option: str = "sizes") -> list[Size]:
+    """Heights and widths from "HxW", as given by an option. Raises InputError for anything else."""
+    return [parse_size(option, text, 8) for text in texts]
 
 
 # What a network has to do at least.

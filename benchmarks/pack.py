@@ -98,14 +98,20 @@ def unpack(file: Path, output: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(file) as archive:
             manifest = json.loads(archive.read(MANIFEST))
+            if manifest["format"] != FORMAT:
+                raise InputError(f"{file}: expected format {FORMAT}, found {manifest['format']!r}; pack the data again")
             files = {name: archive.read(name) for name in manifest["files"]}
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        for name in (*files, *manifest["pairs"]):
+            if "\\" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
+                raise InputError(f"{file}: expected names of files below the output, found {name!r}")
+        for name, content in files.items():
+            if _sha256(content) != manifest["files"][name]["sha256"]:
+                raise InputError(f"{file}: {name} is damaged; pack the data again")
+        for parts in manifest["pairs"].values():
+            if not files.keys() >= {parts["target"], parts["layer"], parts.get("input", parts["target"])}:
+                raise InputError(f"{file}: expected all parts of its pairs, found some missing; pack the data again")
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: expected a pack made by benchmarks.pack, found something else ({error})") from None
-    if manifest["format"] != FORMAT:
-        raise InputError(f"{file}: expected format {FORMAT}, found {manifest['format']!r}; pack the data again")
-    for name, content in files.items():
-        if _sha256(content) != manifest["files"][name]["sha256"]:
-            raise InputError(f"{file}: {name} is damaged; pack the data again")
     with progress() as bar:
         for place, parts in bar.track(manifest["pairs"].items(), description="Unpacking"):
             folder, _, name = place.rpartition("/")

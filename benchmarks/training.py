@@ -220,6 +220,9 @@ class Train(Stage):
 
     def train(self, sheet: Sheet, name: str, plan: Plan, folder: Path) -> None:
         """Train as long as time allows, score what came out on all validation pairs, and split it."""
+        for option, path in (("init", self.init), ("teacher", self.teacher)):
+            if path and not path.is_file():
+                raise InputError(f"--{option}: expected a checkpoint, found no file at {path}")
         run = self.run_dir / name
         reserve = 60 if sheet.device.type == "cuda" else 0  # for scores and parts
         minutes = max(0.0, (sheet.seconds_left() - reserve) / 60)

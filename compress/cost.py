@@ -10,7 +10,8 @@ the config alone, by formula, so that a search can ask thousands of times; the t
 counter.
 
 MACs are not time. --latency exports the network, by `export.onnx` as it ships, and times it in ONNX Runtime on the CPU:
-warm, the median of several runs, which alternate between the two networks where there are two.
+warm, the median of several runs, which alternate between the two networks where there are two. MACs are told by module
+and by kind of layer, milliseconds for the network as a whole.
 """
 
 from __future__ import annotations
@@ -257,7 +258,7 @@ def cost(weights: Path, latency: bool = False, size: str = f"{SIDE}x{SIDE}", vs:
 
     Args:
         weights: Checkpoint, .safetensors or the authors' .pth.
-        latency: Export it and time it in ONNX Runtime on the CPU.
+        latency: Export it and time it as a whole in ONNX Runtime on the CPU.
         size: Height and width of the image that is timed. MACs are always told at 256x256.
         vs: A second checkpoint to compare with.
     """

@@ -45,6 +45,7 @@ from drsformer.train import (
     first_process_only,
     fit,
     fresh,
+    networks_of,
     short,
     to_tensor,
 )
@@ -216,6 +217,7 @@ def distill(
         cadence: How often to validate, log and save, and when to stop.
     """
     expect("--unlabelled", unlabelled, 0, 1)
+    checkpoint.expect_other_files(*networks_of(output), teacher=teacher, student=student)
     folders = [find_pairs(folder) for folder in data or []]
     validation = material.validation()
     patches = PatchesOfPhotographs(folders, recipe, material.clean, material.streaks, material.rendered, material.dry)
@@ -252,7 +254,7 @@ def distill(
         counts = [sum(p.numel() for p in network.parameters()) / 1e6 for network in (model, tutor.model)]
         console.print("{:.2f} M parameters, teacher {:.2f} M, on {}".format(*counts, fabric.device))
     return fit(fabric, model, patches, recipe, Run(output, options, provenance), loss=loss, form=live,
-               validate=validation, hardware=hardware, cadence=cadence)  # fmt: skip
+               validate=validation, protocol=material.protocol, hardware=hardware, cadence=cadence)  # fmt: skip
 
 
 def _start(student: str) -> checkpoint.Checkpoint:

@@ -21,7 +21,7 @@ from compress.structures import LEVELS, level_of
 from drsformer import checkpoint
 from drsformer.config import EXPERTS, BlockConfig, LevelConfig, MEFCConfig
 from drsformer.model import DRSformer
-from drsformer.train import expect
+from drsformer.train import LARGEST_SEED, expect
 from runtime.cli import InputError, console, main
 
 
@@ -38,6 +38,7 @@ def grow(
     """
     expect("--hidden", hidden, 1)
     expect("--experts", experts, 0, len(EXPERTS))
+    expect("--seed", seed, 0, LARGEST_SEED)
     torch.manual_seed(seed)
     rng, config = np.random.default_rng(seed), model.config
     depth = dict(zip(("encoder_level1", "encoder_level2", "encoder_level3", "latent"), depths, strict=True))
@@ -146,6 +147,7 @@ def grow_checkpoint(
     """
     if output.suffix != ".safetensors":
         raise InputError(f"--output: expected a name ending in .safetensors, found {output}")
+    checkpoint.expect_other_files(output, weights=weights)
     small = checkpoint.load(weights)
     larger = grow(small.model, depths, hidden, seed=seed)
     options = {"depths": depths, "hidden": hidden, "seed": seed}

@@ -47,6 +47,7 @@ from drsformer import checkpoint
 from drsformer.config import NO_EXPERT, SIZE_MULTIPLE, BlockConfig, DRSformerConfig
 from drsformer.data import Pair, find_pairs
 from drsformer.evaluate import evaluate_model
+from drsformer.metrics import Protocol
 from drsformer.model import DRSformer, LayerNorm
 from drsformer.train import Patches, Recipe, short
 from runtime.cli import GateError, InputError, console, main, parse_size, progress, writing
@@ -370,6 +371,7 @@ def measure_sensitivity(
     output: Path,
     ratios: Sequence[float],
     scope: Sequence[Kind] = KINDS,
+    protocol: Protocol = "rain200",
     steps: Steps = ANEW,
     **options: Any,
 ) -> list[dict[str, Any]]:
@@ -391,7 +393,7 @@ def measure_sensitivity(
         before, after = time_sessions([whole(), ship(pruned, size) if pruned is not network else whole()], size)
         row = {
             "kind": kind, "macs": cost.macs(pruned.config) / macs, "params": cost.params(pruned.config),
-            "psnr": evaluate_model(pruned, pairs).psnr, "latency": after.ms / before.ms, "ms": after.ms,
+            "psnr": evaluate_model(pruned, pairs, protocol).psnr, "latency": after.ms / before.ms, "ms": after.ms,
             "ms_low": after.low, "ms_high": after.high,
         }  # fmt: skip
         console.print("{kind}: {macs:.3f} of the MACs, {latency:.3f} of the time, {psnr:.2f} dB".format(**row))
@@ -504,6 +506,7 @@ def prune(
     samples: int = 16,
     patch: int = 128,
     limit: int = 8,
+    protocol: Protocol = "rain200",
     size: str = "256x256",
     sensitivity: Path | None = None,
 ) -> Pruned | None:
@@ -526,6 +529,7 @@ def prune(
         samples: Patches that importance is measured on.
         patch: Height and width of these patches, a multiple of 8.
         limit: Pairs whose PSNR is told, the first ones of each folder.
+        protocol: How to measure; rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
         size: Height and width of the image that is timed.
         sensitivity: Folder for what each kind of structure costs, in PSNR and milliseconds, as table and plot.
     """
@@ -537,6 +541,8 @@ def prune(
         raise InputError("expected --output with --macs, --params or --latency; or --sensitivity with a folder")
     if output and (output.suffix != ".safetensors" or output.is_dir()):
         raise InputError(f"--output: expected the name of a file ending in .safetensors, found {output}")
+    if output:
+        checkpoint.expect_other_files(output, weights=weights)
     for name, given in (("data", data), ("scope", scope)):
         if not given:
             raise InputError(f"--{name}: expected at least one, found none")
@@ -560,11 +566,11 @@ def prune(
         "samples": samples,
         "patch": patch,
     }
-    inputs = {"weights": trained.sha256, **options, "limit": limit, "size": size}
+    inputs = {"weights": trained.sha256, **options, "limit": limit, "protocol": protocol, "size": size}
     measured = Steps(sensitivity / "work", inputs) if sensitivity else ANEW
     if sensitivity:
-        rows = measure_sensitivity(trained.model, images, patches, height_width, sensitivity, RATIOS, scope, measured,
-                                   **how)  # fmt: skip
+        rows = measure_sensitivity(trained.model, images, patches, height_width, sensitivity, RATIOS, scope, protocol,
+                                   measured, **how)  # fmt: skip
         Console().print(_sensitivity_table(rows))
     if not output:
         measured.remove()
@@ -583,12 +589,12 @@ def prune(
         steps.remove()
         measured.remove()
         raise
-    psnr = tuple(evaluate_model(each, images).psnr for each in (trained.model, network))
+    psnr = tuple(evaluate_model(each, images, protocol).psnr for each in (trained.model, network))
     provenance = {
         "trained_on": trained.provenance.get("trained_on"),
         "parent": trained.sha256,
         "steps": [*trained.provenance.get("steps", []), {"command": "compress.prune", "options": options}],
-        "scores": {"psnr": round(psnr[1], 4), "images": len(images)},
+        "scores": {"psnr": round(psnr[1], 4), "images": len(images), "protocol": protocol},
     }
     checkpoint.save(output, network, provenance)
     steps.remove()
@@ -596,7 +602,8 @@ def prune(
     pruned = Pruned(output, trained.model.config, network.config, (psnr[0], psnr[1]), len(images), times, missed)
     Console().print(pruned.table())
     print(", ".join(f"{name} {ratio:.4f}" for name, ratio in pruned.ratios().items())
-          + f" of {weights}; PSNR {psnr[0]:.2f} -> {psnr[1]:.2f} dB on {len(images)} pairs")  # fmt: skip
+          + f" of {weights}; PSNR {psnr[0]:.2f} -> {psnr[1]:.2f} dB on {len(images)} pairs, protocol {protocol}"
+          )  # fmt: skip
     if missed:
         console.print(f"failed: {missed}", soft_wrap=True)
     return pruned

@@ -49,6 +49,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from compress.cost import SIDE, Latency, time_sessions
+from drsformer.checkpoint import expect_other_files
 from drsformer.data import Pair, find_pairs
 from drsformer.metrics import Protocol, luma, psnr
 from runtime.cli import GateError, InputError, console, main, progress, writing
@@ -340,8 +341,7 @@ def quantize(
             raise InputError(f"{option}: expected at least 1, found {value}")
     if output.suffix != ".onnx":
         raise InputError(f"--output: expected a name ending in .onnx, found {output}")
-    if output.exists() and model.exists() and output.samefile(model):
-        raise InputError(f"--output: expected another file than --model, found {output} for both")
+    expect_other_files(output, model=model)
     source = _read(model)
     session = OrtSession(model, "cpu")
     pairs = find_pairs(data)[:limit]

@@ -49,6 +49,7 @@ from drsformer import checkpoint
 from drsformer.config import SIZE_MULTIPLE
 from drsformer.data import Pair, find_pairs
 from drsformer.evaluate import evaluate_model
+from drsformer.metrics import Protocol
 from drsformer.model import DRSformer
 from drsformer.train import Hardware, Material, Patches, Recipe, expect, short
 from export import tensorrt
@@ -109,16 +110,17 @@ class Found:
 class Candidates:
     """All candidates so far in `rows`, measured alike against the whole network, which is the first of them.
 
-    folders: the validation pairs, by their folders.
+    folders: the validation pairs, by their folders; `protocol`: how they are measured.
     steps:   where measurements are kept; `search.json` and `pareto.png` come beside them, into `work`.
     """
 
     def __init__(
-        self, weights: Path, folders: dict[Path, list[Pair]], size: tuple[int, int], budget: float, work: Path,
-        steps: Steps,
+        self, weights: Path, folders: dict[Path, list[Pair]], protocol: Protocol, size: tuple[int, int], budget: float,
+        work: Path, steps: Steps,
     ) -> None:  # fmt: skip
         self.weights, self.folders, self.size, self.budget = weights, folders, size, budget
         self.work, self.steps = work, steps
+        self.protocol: Protocol = protocol
         self.network = checkpoint.load(weights).model
         self.session = functools.cache(lambda: ship(self.network, size))
         self.rows: list[Candidate] = []
@@ -140,8 +142,8 @@ class Candidates:
         def measure() -> dict[str, Any]:
             make(self.work / file)
             before, after = time_sessions([OrtSession(path, "cpu") for path in (model, self.work / file)], self.size)
-            psnr = {short(folder): compare(self.weights, self.work / file, folder, limit=len(pairs))
-                    .totals["candidate_psnr"] for folder, pairs in self.folders.items()}  # fmt: skip
+            psnr = {short(folder): compare(self.weights, self.work / file, folder, protocol=self.protocol,
+                    limit=len(pairs)).totals["candidate_psnr"] for folder, pairs in self.folders.items()}  # fmt: skip
             return {"params": origin.params, "macs": origin.macs, "latency": origin.latency * after.ms / before.ms,
                     "ms": after.ms, "psnr": psnr}  # fmt: skip
 
@@ -152,7 +154,8 @@ class Candidates:
         return {
             "params": cost.params(network.config), "macs": cost.macs(network.config) / cost.macs(self.network.config),
             "latency": after.ms / before.ms, "ms": after.ms,
-            "psnr": {short(folder): evaluate_model(network, pairs).psnr for folder, pairs in self.folders.items()},
+            "psnr": {short(folder): evaluate_model(network, pairs, self.protocol).psnr
+                     for folder, pairs in self.folders.items()},
         }  # fmt: skip
 
     def _keep(self, kind: str, file: str | None, measure: Callable[[], dict[str, Any]]) -> Candidate:
@@ -163,7 +166,8 @@ class Candidates:
         self.rows.append(candidate)
         console.print(str(candidate), soft_wrap=True)
         with writing(self.work / TABLE) as temporary:
-            table = {"max_drop_db": self.budget, "candidates": [asdict(each) for each in self.rows]}
+            table = {"max_drop_db": self.budget, "protocol": self.protocol,
+                     "candidates": [asdict(each) for each in self.rows]}  # fmt: skip
             temporary.write_text(json.dumps(table, indent=1) + "\n")
         with writing(self.work / PLOT) as temporary:
             self._plot().savefig(temporary, dpi=120)
@@ -209,6 +213,7 @@ def search(
     round_to: int = 8,
     size: str = "256x256",
     limit: int = 20,
+    protocol: Protocol = "rain200",
     recipe: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = Recipe(iterations=10_000),
     hardware: Annotated[Hardware, tyro.conf.OmitArgPrefixes] = Hardware(devices="1"),
 ) -> Found:
@@ -231,6 +236,7 @@ def search(
         round_to: Widths end at multiples of this, where hardware has vectors.
         size: Height and width of the image that is timed.
         limit: Images of each validation folder to use, the first ones.
+        protocol: How to measure; rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
         recipe: How to distil in each step.
         hardware: What to distil on: one device.
     """
@@ -255,21 +261,19 @@ def search(
     sources, height_width = validate or data, parse_size("size", size, SIZE_MULTIPLE)
     found = Material(validate=sources, validate_limit=limit).validation()
     folders = {folder: pairs for folder, (_, pairs) in zip(sources, found, strict=True)}
-    if len({short(folder) for folder in folders}) < len(folders):
-        raise InputError("--validate: expected folders whose last two names differ, found "
-                         f"{' '.join(map(str, sources))}; rename one")  # fmt: skip
     patches = Patches([find_pairs(folder) for folder in data], recipe)
     steps = Steps(work, {
         "weights": checkpoint.load(weights).sha256, "data": [short(folder) for folder in data],
-        "validate": [short(folder) for folder in sources], "limit": limit, "max_drop_db": max_drop_db, "macs": macs,
-        "latency": latency, "step": step, "quantize": quantize, "compute_capability": compute_capability,
-        "round_to": round_to, "size": size, **asdict(recipe), "precision": hardware.precision,
+        "validate": [short(folder) for folder in sources], "limit": limit, "protocol": protocol,
+        "max_drop_db": max_drop_db, "macs": macs, "latency": latency, "step": step, "quantize": quantize,
+        "compute_capability": compute_capability, "round_to": round_to, "size": size, **asdict(recipe),
+        "precision": hardware.precision,
     })  # fmt: skip
-    candidates = Candidates(weights, folders, height_width, max_drop_db, work, steps)
+    candidates = Candidates(weights, folders, protocol, height_width, max_drop_db, work, steps)
     pairs = [pair for found in folders.values() for pair in found]
     rows = steps.json("sensitivity", lambda: measure_sensitivity(
         candidates.network, pairs, [patches[number] for number in range(SAMPLES)], height_width, work / "sensitivity",
-        [step], steps=steps.within("sensitivity"), round_to=round_to,
+        [step], protocol=protocol, steps=steps.within("sensitivity"), round_to=round_to,
     ))  # fmt: skip
     slow = [row["kind"] for row in rows[1:] if row["latency"] >= 1]
     if slow and len(slow) == len(rows) - 1:
@@ -284,11 +288,12 @@ def search(
         if not path.exists():
             part: dict[str, Any] = {name: max(step, (goal or 0) / getattr(best, name))}
             prune(work / best.file if best.file else weights, data, path, scope=scope, round_to=round_to,
-                  samples=SAMPLES, patch=recipe.patch, limit=1, size=size, **part)  # fmt: skip
+                  samples=SAMPLES, patch=recipe.patch, limit=1, protocol=protocol, size=size, **part)  # fmt: skip
 
     def teach(path: Path) -> None:
         student = str(path.with_name("pruned.safetensors"))
-        distill(path.parent, weights, student, data, recipe=recipe, hardware=hardware)
+        distill(path.parent, weights, student, data, material=Material(protocol=protocol), recipe=recipe,
+                hardware=hardware)  # fmt: skip
 
     for number in itertools.count(1):
         if best.file and goal and getattr(best, name) <= goal * (1 + NEAR):
@@ -331,10 +336,10 @@ def _quantized(candidates: Candidates, best: Candidate, model: Path, data: Path,
     """The INT8 form of a model if it is faster and within the budget, else the model itself."""
     from compress.quantize import quantize  # loads ONNX Runtime's quantiser
 
-    left = candidates.budget - best.drop_db
+    left, protocol = candidates.budget - best.drop_db, candidates.protocol
     try:
         int8 = candidates.add_quantized(
-            "int8.onnx", model, best, lambda path: quantize(model, data, path, left, limit=limit)
+            "int8.onnx", model, best, lambda path: quantize(model, data, path, left, limit=limit, protocol=protocol)
         )
     except GateError as error:
         console.print(f"INT8 is not taken: {error}", soft_wrap=True, markup=False)
@@ -361,11 +366,12 @@ def _bundle(candidates: Candidates, model: Path, compute_capability: tuple[str, 
     for number, (source, pairs) in enumerate(candidates.folders.items(), 1):
         files.append(folder / f"report{number}.html")
         proof = compare(
-            candidates.weights, folder, source, candidates.budget, report=files[-1], limit=len(pairs), record=True
-        )
+            candidates.weights, folder, source, candidates.budget, protocol=candidates.protocol, report=files[-1],
+            limit=len(pairs), record=True,
+        )  # fmt: skip
         if not proof.passed:
             raise GateError(f"{model}: expected at most {candidates.budget:g} dB lost on {source}, found "
-                            f"{proof.totals['drop_db']:.4f} dB in ONNX Runtime; see {files[-1]}")  # fmt: skip
+                            f"{proof.totals['drop_db']:.4f} dB in its bundle; see {files[-1]}")  # fmt: skip
     found = manifest.load(folder).manifest
     for file in files:
         found = found.with_file(File.of(file, "report"))

@@ -150,11 +150,15 @@ LAYOUTS = (
 )
 
 
+class LayoutError(InputError):
+    """A folder is in none of `LAYOUTS`."""
+
+
 def find_pairs(folder: str | os.PathLike[str]) -> list[Pair]:
     """All pairs of a folder in one of `LAYOUTS`, in natural order or that of its list file.
 
-    Raises InputError, in one line, for a folder that is missing, in no known layout or without images, and for an
-    image without its counterpart.
+    Raises InputError, in one line, for a folder that is missing or without images and for an image without its
+    counterpart, and of that LayoutError for a folder in no known layout.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -164,7 +168,7 @@ def find_pairs(folder: str | os.PathLike[str]) -> list[Pair]:
             return pairs
     names = sorted((path.name + "/" * path.is_dir() for path in folder.iterdir()), key=_natural)
     found = ", ".join(names[:5] + ["..."] * (len(names) > 5)) or "nothing"
-    raise InputError(f"{folder}: expected {'; or '.join(layout.looks for layout in LAYOUTS)}; found {found}")
+    raise LayoutError(f"{folder}: expected {'; or '.join(layout.looks for layout in LAYOUTS)}; found {found}")
 
 
 def _images(folder: Path) -> dict[str, Path]:

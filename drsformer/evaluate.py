@@ -223,7 +223,8 @@ def _score_unpaired(paths: Iterable[Path], device: str) -> Iterator[tuple[str, d
     try:
         import pyiqa  # pyright: ignore[reportMissingImports] - an extra that brings far more than it is used for here
     except ImportError as error:
-        raise InputError(f"NIQE and BRISQUE need pyiqa ({error}): pip install 'drsformer-deploy[iqa]'") from None
+        raise InputError(f"NIQE and BRISQUE need pyiqa ({error}); in the folder of this project, run: "
+                         "pip install -c constraints.txt -e '.[export,iqa]'") from None  # fmt: skip
     measures = {name: pyiqa.create_metric(name, device=_device(device)) for name in ("niqe", "brisque")}
     for path in paths:
         image = read_rgb(path)

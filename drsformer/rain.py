@@ -131,6 +131,9 @@ def rain(
 ) -> int:
     """Render rain on every photograph of a folder; returns their number. The same seed gives the same rain.
 
+    Raises InputError for arguments or files that cannot be used, and where the photographs are themselves in input/ or
+    target/ of the output folder, whose pairs would be lost.
+
     Args:
         clean: Folder of clean photographs.
         output: Folder that gets input/ and target/, as PNG.
@@ -146,6 +149,10 @@ def rain(
         raise cli.InputError(f"{clean}: expected names that differ in more than their suffix")
     if seed < 0:
         raise cli.InputError(f"--seed: expected at least 0, found {seed}")
+    for place in (output / "input", output / "target"):
+        if place.exists() and place.samefile(clean):
+            raise cli.InputError(f"{output}: expected another folder than that of the photographs, found them in "
+                                 f"{place}; name a new folder")  # fmt: skip
     with cli.progress() as bar:
         for i, path in enumerate(bar.track(paths, description="Rendering rain")):
             photograph = images.read_rgb(path)

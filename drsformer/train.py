@@ -48,6 +48,7 @@ from drsformer import checkpoint
 from drsformer.config import SIZE_MULTIPLE, preset
 from drsformer.data import Pair, find_pairs
 from drsformer.evaluate import evaluate_model
+from drsformer.metrics import Protocol
 from drsformer.model import DRSformer, MixtureOfExpertsCompensator, SparseTransformerBlock
 from drsformer.rain import (
     Layer,
@@ -71,6 +72,9 @@ itself a module has its parameters trained and kept in the run's state, never in
 TURNED = 0.25
 """Fraction of the rendered layers of rain that are turned. In the pairs of the benchmarks rain falls near the vertical,
 and a network that saw nothing else leaves slanted streaks where they are."""
+
+LARGEST_SEED = 2**64 - 1
+"""That PyTorch takes."""
 
 Form = Callable[[DRSformer], DRSformer]
 """Makes of a network another one that computes the same function from the same parameters, such as a faster one."""
@@ -123,7 +127,7 @@ class Recipe:
             raise InputError(f"--clip: expected more than 0, found {self.clip:g}")
         if not 0 <= self.ema < 1:
             raise InputError(f"--ema: expected at least 0 and less than 1, found {self.ema:g}")
-        expect("--seed", self.seed, 0)
+        expect("--seed", self.seed, 0, LARGEST_SEED)
         if self.patch < SIZE_MULTIPLE or self.patch % SIZE_MULTIPLE:
             raise InputError(f"--patch: expected a multiple of {SIZE_MULTIPLE}, found {self.patch}")
 
@@ -139,7 +143,7 @@ class Recipe:
 def expect(name: str, value: float, low: float, high: float = math.inf) -> None:
     """Raise InputError unless low <= value <= high."""
     if not low <= value <= high:
-        wanted = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+        wanted = f"at least {low}" if high == math.inf else f"{low} to {high}"
         raise InputError(f"{name}: expected {wanted}, found {value}")
 
 
@@ -240,14 +244,17 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
         cache_bytes: int = 4 << 30,
     ) -> None:
         expect("--rendered", rendered, 0, 1)
-        expect("--dry", dry, 0, 1 - rendered)
-        if clean and rendered + dry == 0:
+        expect("--dry", dry, 0, 1)
+        unpaired = round(rendered + dry, 9)  # floats that are meant to add up to 1 may miss it
+        if unpaired > 1:
+            raise InputError(f"--rendered and --dry: expected at most 1 together, found {unpaired:g}")
+        if clean and unpaired == 0:
             raise InputError("--clean photographs are used for rendered and dry patches only: give --rendered or --dry")
         if streaks and rendered == 0:
             raise InputError("--streaks are used for rendered patches only: give --rendered")
-        if not folders and not (clean and rendered + dry >= 1):
+        if not folders and not (clean and unpaired == 1):
             raise InputError("nothing to train on: give --data, or --clean with --rendered and --dry that add up to 1")
-        self.folders, self.recipe, self.rendered, self.dry = folders, recipe, rendered, dry
+        self.folders, self.recipe, self.rendered, self.unpaired = folders, recipe, rendered, unpaired
         self.backgrounds: list[Pair | Path] = [pair for folder in folders for pair in folder]
         self.backgrounds += images_in(clean) if clean else []
         self.layers: list[LayerSource] = [draw_streaks, *(partial(self._rain_of, folder) for folder in folders)]
@@ -281,7 +288,7 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
         if kind < self.rendered:
             clean = self._cut(rng, self.backgrounds, size, size)[..., -3:]
             rainy = add_rain(clean, make_layer(rng, size, size, self.layers, turned=TURNED))
-        elif kind < self.rendered + self.dry:
+        elif kind < self.unpaired:
             rainy = clean = self._cut(rng, self.backgrounds, size, size)[..., -3:]
         else:
             folder = self.folders[int(rng.integers(len(self.folders)))]
@@ -420,6 +427,7 @@ def fit(
     loss: Loss = l1_loss,
     form: Form = itself,
     validate: Sequence[tuple[str, Sequence[Pair]]] = (),
+    protocol: Protocol = "rain200",
     hardware: Hardware = Hardware(),
     cadence: Cadence = Cadence(),
 ) -> dict[str, Any]:
@@ -523,7 +531,7 @@ def fit(
                     run.log(fabric, iteration, {**means, "lr": rate, "patches_per_second": round(speed, 2)})
                 sums, counted, seconds = {}, 0, 0.0
             if score and fabric.is_global_zero:
-                scores, scored = _scores(averaged, validate), iteration
+                scores, scored = _scores(averaged, validate, protocol), iteration
                 run.log(fabric, iteration, scores)
                 mean = float(np.mean([value for name, value in scores.items() if name.endswith(" psnr")]))
                 if mean > best:
@@ -550,13 +558,13 @@ def fit(
     return {**scores, "iteration": iteration, "finished": False}
 
 
-def _scores(network: DRSformer, validate: Sequence[tuple[str, Sequence[Pair]]]) -> dict[str, float]:
+def _scores(network: DRSformer, validate: Sequence[tuple[str, Sequence[Pair]]], protocol: Protocol) -> dict[str, float]:
     """PSNR and SSIM on each folder; 100 dB stands for images restored without any error. Nothing is compiled or tuned
     for the many sizes of whole images."""
     scores = {}
     for name, pairs in validate:
         with torch.compiler.set_stance("force_eager"), torch.backends.cudnn.flags(enabled=True, benchmark=False):
-            result = evaluate_model(network, pairs)
+            result = evaluate_model(network, pairs, protocol)
         scores |= {f"{name} psnr": min(result.psnr, 100.0), f"{name} ssim": result.ssim}
     return scores
 
@@ -568,6 +576,7 @@ class Material:
     Args:
         validate: Folders of pairs to score the network on while it trains.
         validate_limit: Images of each folder to validate on, the first ones.
+        protocol: How to measure; rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
         clean: Folder of further clean photographs to put rain on.
         streaks: Folder of streak images to put on photographs, besides drawn ones and the rain of the pairs.
         rendered: Fraction of the patches that have rain put on a clean background.
@@ -576,6 +585,7 @@ class Material:
 
     validate: list[Path] | None = None
     validate_limit: int = 20
+    protocol: Protocol = "rain200"
     clean: Path | None = None
     streaks: Path | None = None
     rendered: float = 0.0
@@ -585,9 +595,13 @@ class Material:
         expect("--validate-limit", self.validate_limit, 1)
 
     def validation(self) -> list[tuple[str, list[Pair]]]:
-        """Name and pairs of each folder to validate on. Raises InputError for an image that cannot be read, now and
-        not after the first thousand iterations."""
-        validation = [(short(folder), find_pairs(folder)[: self.validate_limit]) for folder in self.validate or []]
+        """Name and pairs of each folder to validate on. Raises InputError for folders of one name, and for an image
+        that cannot be read, now and not after the first thousand iterations."""
+        folders = self.validate or []
+        if len(set(map(short, folders))) < len(folders):
+            raise InputError("--validate: expected folders whose last two names differ, found "
+                             f"{' '.join(map(str, folders))}; rename one")  # fmt: skip
+        validation = [(short(folder), find_pairs(folder)[: self.validate_limit]) for folder in folders]
         for pair in (pair for _, pairs in validation for pair in pairs):
             pair.load()
         return validation
@@ -603,6 +617,7 @@ class Material:
             "dry": self.dry,
             "validate": [short(folder) for folder in self.validate or []],
             "validate_limit": self.validate_limit,
+            "protocol": self.protocol,
         }
 
 
@@ -633,6 +648,7 @@ def train(
     """
     if init and network:
         raise InputError("--init brings its own network: leave --network out")
+    checkpoint.expect_other_files(*networks_of(output), init=init)
     folders = [find_pairs(folder) for folder in data or []]
     validation = material.validation()
     patches = Patches(folders, recipe, material.clean, material.streaks, material.rendered, material.dry)
@@ -658,7 +674,13 @@ def train(
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         console.print(f"{parameters:.2f} M parameters, {len(patches.backgrounds)} backgrounds, on {fabric.device}")
     return fit(fabric, model, patches, recipe, Run(output, options, provenance),
-               form=form, validate=validation, hardware=hardware, cadence=cadence)  # fmt: skip
+               form=form, validate=validation, protocol=material.protocol, hardware=hardware, cadence=cadence
+               )  # fmt: skip
+
+
+def networks_of(output: Path) -> list[Path]:
+    """The files in which a run in this folder leaves networks."""
+    return [output / f"{name}.safetensors" for name in ("last", "best")]
 
 
 def fresh(network: str) -> DRSformer:
@@ -670,8 +692,8 @@ def fresh(network: str) -> DRSformer:
 
 
 def short(folder: Path) -> str:
-    """The last two parts of a path as it was given: they name a data set without telling where it lies."""
-    return "/".join(part for part in folder.parts[-2:] if part not in ("..", "/"))
+    """The last two parts of a path, links as they are: they name a data set without telling where it lies."""
+    return "/".join(Path(os.path.abspath(folder)).parts[1:][-2:])
 
 
 def first_process_only(scores: dict[str, Any]) -> dict[str, Any] | None:

@@ -16,8 +16,9 @@ folded tensor is computed from the readable network's parameters. What is rewrit
 
 In float16 and bfloat16 the sums over H x W, the statistics of LayerNorm, the d x d products, the softmax and the gates
 stay float32: these are where such networks turn black. In float16, whose range ends at 65504, LayerNorm also bounds
-what can come out of every layer up to the residual connection, so where a bound is out of range, the weights in between
-are scaled by powers of two to bring it back, whatever the image.
+what can come out of every layer of attention and MSFN up to the residual connection, so where a bound is out of range,
+the weights in between are scaled by powers of two to bring it back, whatever the image. The residual connections, the
+MEFC and the other feed-forward networks have no such bound; `export.onnx` looks at their values on noise.
 """
 
 from __future__ import annotations

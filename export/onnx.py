@@ -32,6 +32,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -353,7 +354,7 @@ def export(
         # An image may have any size, so odd ones are what has to be seen.
         sizes = [size] if size else [(H - 3, W - 1) if io == "image" else (H, W) for H, W in SIZES]
         status.update("Comparing with PyTorch")
-        with writing(output) as temporary:
+        with writing(output) as temporary, _largest(reference) as largest:
             agreements = []
             onnx.save(widened(model), temporary)
             for agreement in verify(temporary, reference, sizes):
@@ -362,6 +363,10 @@ def export(
                     raise GateError(f"{output} is not written: the exported network differs from PyTorch by "
                                        f"{agreement.difference:.1e} at {agreement.height}x{agreement.width}, "
                                        f"more than {TOLERANCE}")  # fmt: skip
+            for module, value in largest.items() if precision == "fp16" else ():
+                if not value <= torch.finfo(torch.float16).max:
+                    raise GateError(f"{output} is not written: {module} meets {value:.2g} on an image of noise, "
+                                    "which float16 cannot hold; use --precision bf16")  # fmt: skip
             onnx.save(model, temporary)
     operators = collections.Counter(node.op_type for node in model.graph.node)
     done = Exported(output, dict(operators), tuple(agreements), time.monotonic() - started)
@@ -380,6 +385,24 @@ def _fixed_size(height: int | None, width: int | None, io: IO) -> tuple[int, int
         if io == "tensor" and length % SIZE_MULTIPLE:
             raise InputError(f"--{name}: expected a multiple of {SIZE_MULTIPLE}, found {length}; or give --io image")
     return height, width
+
+
+@contextmanager
+def _largest(network: nn.Module) -> Iterator[dict[str, float]]:
+    """By module, the largest magnitude that it has taken or put out inside the block."""
+    found: dict[str, float] = {}
+
+    def note(name: str, module: nn.Module, arguments: Any, output: Any) -> None:
+        for tensor in (*arguments, output):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                found[name] = max(tensor.abs().max().item(), found.get(name, 0.0))
+
+    hooks = [module.register_forward_hook(partial(note, name)) for name, module in network.named_modules()]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

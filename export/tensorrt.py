@@ -137,6 +137,8 @@ def build(
                              f"{', '.join(map(_flag, sorted(library.options)))}")  # fmt: skip
     if not onnx.is_file():
         raise InputError(f"--onnx: expected an ONNX file, found no file at {onnx}")
+    if sign:
+        manifest.private_key(sign)  # before the work
     content = onnx.read_bytes()
     described = _describe(onnx, content)
     if (output / manifest.MANIFEST).exists():
@@ -305,10 +307,7 @@ def _tensor(value: onnx_format.ValueInfoProto) -> Tensor:
 
 def _existing(folder: Path, described: Manifest, sign: Path | None) -> Manifest:
     """The manifest of the bundle that is to be added to. Raises InputError where it is of another model."""
-    signed = (folder / manifest.SIGNATURE).exists()
-    if signed and sign is None:
-        raise InputError(f"{folder} is a signed bundle: give its key as --sign, or another --output")
-    existing = manifest.load(folder, sign if signed else None).manifest
+    existing = manifest.load_to_change(folder, sign)
     found, expected = (next(f.sha256 for f in m.files if f.role == "onnx") for m in (described, existing))
     if found != expected:
         raise InputError(f"{folder} is a bundle of another model: expected SHA-256 {expected}, found {found} at "

@@ -46,16 +46,16 @@ from rich.console import Console
 from torch import Tensor
 
 from drsformer import checkpoint, metrics
-from drsformer.data import Pair, find_pairs
+from drsformer.data import LayoutError, Pair, find_pairs
 from drsformer.evaluate import TorchSession
 from export.onnx import ScoreProbe
 from export.report import Comparison, Crop, Validation, render
 from export.topk import count_flips, masks, scores_of
 from runtime.cli import InputError, main, parse_size, progress, writing
 from runtime.images import list_images, read_rgb
-from runtime.manifest import Bundle, Drift, load
+from runtime.manifest import Bundle, Drift, load, load_to_change, private_key
 from runtime.ort import OrtSession
-from runtime.session import Derainer, Provider, Session
+from runtime.session import Derainer, Provider, Session, open_bundle
 from runtime.tiling import Size
 from runtime.trt import TrtSession
 
@@ -123,13 +123,10 @@ class PlanEngine(TrtSession):
 
 
 def open_candidate(path: Path, provider: Provider = "auto") -> Engine:
-    """Whatever can be held against the full model, ready to run; of a bundle the engine if the provider is tensorrt,
-    else the ONNX file. Raises InputError for anything else."""
+    """Whatever can be held against the full model, ready to run; of a bundle what a `Derainer` runs. Raises InputError
+    for anything else."""
     if path.is_dir():
-        bundle = load(path)
-        if provider == "tensorrt" and bundle.manifest.engines:
-            return PlanEngine(bundle)
-        return OnnxEngine(bundle, provider)
+        return open_bundle(load(path), provider, PlanEngine, OnnxEngine)
     if path.suffix == ".onnx":
         return OnnxEngine(path, provider)
     if path.suffix in (".safetensors", ".pth", ".pt"):
@@ -183,8 +180,8 @@ def validate(
         protocol: How to measure; rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
         report: The .html file to write, or the folder for a report.html.
         limit: Use only so many images, the first ones.
-        provider: Where both run; auto is CUDA where there is one, else the CPU. With tensorrt the engine of a bundle is
-            judged.
+        provider: Where both run; auto is CUDA where there is one, else the CPU. Of a bundle with engines auto judges
+            the one for this GPU, where there is one that runs, else the model.
         tile: Height x width, such as 256x256, of tiles in which the candidate restores; if not given, an image that it
             cannot take as a whole is refused.
         overlap: Pixels that tiles share; 64 by default, or a quarter of the shorter side.
@@ -195,6 +192,12 @@ def validate(
         raise InputError(f"--limit: expected at least 1, found {limit}")
     if record and not candidate.is_dir():
         raise InputError(f"--record: expected a bundle as --candidate, found {candidate}")
+    if sign and not record:
+        raise InputError("--sign: expected --record with it, which changes the manifest that is signed")
+    if record:
+        load_to_change(candidate, sign)  # before the work
+    if sign:
+        private_key(sign)
     if record and tile:
         raise InputError("--record: expected whole images, as the manifest says, found --tile")
     sources = _find(data)[:limit]
@@ -256,7 +259,7 @@ def _record(
     folder: Path, file: str, provider: str, data: Path, protocol: str, validation: Validation, sign: Path | None
 ) -> None:
     """Put what was measured on a file of a bundle into its manifest, in place of what was on the same data."""
-    manifest = load(folder, sign).manifest
+    manifest = load_to_change(folder, sign)
     found = {**validation.summary(), "max_difference": max(image.max_difference for image in validation.images)}
     drift = Drift(
         file=file, provider=provider, data=f"{data.resolve().parent.name}/{data.resolve().name}",
@@ -271,7 +274,7 @@ def _find(data: Path) -> list[Pair] | list[Path]:
     """The pairs in a folder, or else the images in it."""
     try:
         return find_pairs(data)
-    except InputError:
+    except LayoutError:
         if data.is_dir() and (images := list_images(data)):
             return images
         raise

@@ -11,8 +11,8 @@ import io
 import json
 import os
 import re
+import secrets
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,6 +73,11 @@ def main(
     except GateError as error:
         print("failed: " + one_line(str(error)), file=sys.stderr, flush=True)
         sys.exit(1)
+    except RuntimeError as error:  # what PyTorch raises in place of a MemoryError, on a GPU and on a CPU
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            traceback.print_exc()
+            sys.exit(3)
+        fail(f"out of memory: {error}")
     except Exception:  # a fault of ours, which is not a gate that failed
         traceback.print_exc()
         sys.exit(3)
@@ -120,25 +125,23 @@ def progress(shown: bool = True, **columns: Any) -> Progress:
 
 
 @contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def writing(path: str | os.PathLike[str], mode: int = 0o666) -> Iterator[Path]:
     """A temporary path beside `path` to write to, which takes its name when the block ends and vanishes when it fails.
 
-    Missing parent folders are made. The temporary name keeps the suffix, from which libraries guess the format. Raises
-    InputError where `path` is something else than a file, which would be replaced too; an OSError, such as that of a
-    full disk, names `path`.
+    Missing parent folders are made. The temporary name keeps the suffix, from which libraries guess the format. `mode`:
+    permissions of the file, less those in the process's umask. Raises InputError where `path` is something else than a
+    file, which would be replaced too; an OSError, such as that of a full disk, names `path`.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise InputError(f"expected a file to write, found a folder, a pipe or a device at {path}")
-    prefix = f".{path.stem}."
+    prefix = f".{path.stem[:40]}."  # a name has up to 255 bytes, and a character up to 4
+    temporary = path.with_name(f"{prefix}{secrets.token_hex(8)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
         try:
             yield temporary
-            os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -147,9 +150,3 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
         if unnamed and error.strerror is not None:
             error.filename = str(path)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

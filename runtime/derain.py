@@ -22,6 +22,7 @@ image's name alone decides where it belongs, also while images come and go; the 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -166,6 +167,10 @@ def _restore(derainer: Derainer, files: list[tuple[Path, Path]]) -> Report:
                 report.restored.append(target)
             except InputError as error:
                 report.failures.append(str(error))
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:  # others, such as a full disk, are no fault of this image
+                    raise
+                report.failures.append(f"{target}: {error.strerror}")
             bar.advance(images)
 
         pipeline(read(), work, write)
@@ -225,7 +230,7 @@ def _bytes(text: str | None) -> int | None:
     """A number of bytes, from one with a unit."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B|)", text.upper(), re.ASCII)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?) ?([KMG]I?B|)", text.upper(), re.ASCII)
     if match is None:
         raise InputError(f"--memory: expected a number of bytes such as 4GB or 500MB, found {text!r}")
     return int(float(match[1]) * UNITS[match[2]])

@@ -3,8 +3,9 @@
     photo = load("rainy.jpg")
     replace(photo, rgb=derain(photo.rgb)).save("clean.jpg")
 
-Kept: EXIF, the ICC profile, the alpha channel, and grey as grey. The orientation in the EXIF data is applied to the
-pixels and its tag dropped, so that the network sees the image upright, as it was trained, and any viewer shows it so.
+Kept: EXIF, the ICC profile, the resolution in print, the alpha channel, and grey as grey. The orientation in the EXIF
+data is applied to the pixels and its tag dropped, so that the network sees the image upright, as it was trained, and
+any viewer shows it so.
 Not kept: XMP and text, and the thumbnail, which would still show the rain; a palette becomes RGB.
 
 Refused, rather than silently made worse: more than 8 bits a channel, CMYK and other colour spaces, animations and
@@ -59,6 +60,7 @@ class Photo:
     grey:  whether it is written as one channel. Its `rgb` then has three equal channels when loaded.
     lossy: whether it came from a lossy file.
     exif, icc_profile: as bytes; empty where there is none.
+    dpi:   pixels an inch in print, across and down; None where nothing is said.
     """
 
     rgb: NDArray[np.uint8]
@@ -67,6 +69,7 @@ class Photo:
     lossy: bool = False
     exif: bytes = b""
     icc_profile: bytes = b""
+    dpi: tuple[float, float] | None = None
 
     def check(self, path: str | os.PathLike[str]) -> None:
         """Raise InputError where the format that the suffix of `path` stands for is unknown, cannot hold so large an
@@ -101,7 +104,7 @@ class Photo:
             "JPEG": dict(quality=95, subsampling="4:4:4"),
             "WEBP": dict(quality=95, lossless=not self.lossy, exact=True),  # exact: colours also where transparent
         }
-        around = {k: v for k, v in dict(exif=self.exif, icc_profile=self.icc_profile).items() if v}
+        around = {k: v for k, v in dict(exif=self.exif, icc_profile=self.icc_profile, dpi=self.dpi).items() if v}
         encoded = io.BytesIO()  # on a full disk some of Pillow's encoders would raise what they raise for bad images
         try:
             image.save(encoded, file_format, **options.get(file_format, {}), **around)
@@ -131,6 +134,8 @@ def load(path: str | os.PathLike[str]) -> Photo:
         reason = "not a PNG, JPEG, WebP, BMP or TIFF image, or cut off at its start"
     except InputError:
         raise
+    except MemoryError:
+        reason = "not enough memory"
     except Exception as error:  # on broken files Pillow's decoders raise nearly anything
         reason = getattr(error, "strerror", None) or f"broken image: {error}"
     raise InputError(f"{path}: {reason}")
@@ -178,11 +183,13 @@ def _refuse_unfit(path: str | os.PathLike[str], image: ImageFile.ImageFile) -> N
 
 
 def _photo(image: Image.Image, lossy: bool) -> Photo:
-    icc_profile = image.info.get("icc_profile") or b""
+    icc_profile, dpi = image.info.get("icc_profile") or b"", _dpi(image)
     grey = image.mode in ("1", "L", "LA")
     try:
         exif = image.getexif()
         exif.bigtiff = False  # as it is in a BigTIFF file, and nowhere else
+        if exif.get(ExifTags.Base.Orientation, 1) in range(5, 9):  # rows become columns
+            dpi = dpi and (dpi[1], dpi[0])
         image = ImageOps.exif_transpose(image)
         for tag in set(exif) - EXIF_TAGS:
             del exif[tag]
@@ -193,7 +200,16 @@ def _photo(image: Image.Image, lossy: bool) -> Photo:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = np.asarray(image.getchannel("A"))
-    return Photo(np.asarray(image.convert("RGB")), alpha, grey, lossy, exif_bytes, icc_profile)
+    return Photo(np.asarray(image.convert("RGB")), alpha, grey, lossy, exif_bytes, icc_profile, dpi)
+
+
+def _dpi(image: Image.Image) -> tuple[float, float] | None:
+    """None also for numbers that make no sense or that not all formats hold."""
+    try:
+        across, down = map(float, image.info["dpi"])
+    except (LookupError, TypeError, ValueError, ArithmeticError):
+        return None
+    return (across, down) if all(1 <= number < 65535.5 for number in (across, down)) else None
 
 
 def _is_lossy_webp(path: str | os.PathLike[str]) -> bool:

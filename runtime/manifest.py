@@ -34,7 +34,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from runtime.cli import InputError, writing
+from runtime.cli import InputError, size_text, writing
 
 SCHEMA = 1
 """Version of the manifest's format. Any change to the fields below is a new one."""
@@ -215,7 +215,12 @@ class Manifest:
         if described != listed or len(described) <= len(self.engines):
             raise InputError(f"expected one model and the engines under files, each described once, found "
                              f"{list(listed)} there and {list(described)} described")  # fmt: skip
+        multiple = self.model.size_multiple
         for engine in self.engines:
+            for profile in engine.profiles:
+                if any(side % multiple for side in (*profile.min, *profile.max)):
+                    raise InputError(f"{engine.file}: expected profiles in multiples of {multiple}, found "
+                                     f"{size_text(profile.min)} to {size_text(profile.max)}")  # fmt: skip
             if engine.onnx_sha256 != by_name[self.model.file].sha256:
                 raise InputError(f"{engine.file} was built from another model: expected SHA-256 "
                                  f"{by_name[self.model.file].sha256}, found {engine.onnx_sha256}; build it again"
@@ -351,6 +356,15 @@ def parse(content: bytes) -> Manifest:
         raise InputError(f"expected JSON, found what is not: {error!s:.1000}") from error
 
 
+def load_to_change(folder: Path, key: Path | None) -> Manifest:
+    """The manifest of a bundle that is to be saved again with the private key `key`. Raises InputError as `load` does,
+    and for a signed bundle without the key of its signature."""
+    signed = (folder / SIGNATURE).exists()
+    if signed and key is None:
+        raise InputError(f"{folder} is a signed bundle, and a change needs a new signature: give its key as --sign")
+    return load(folder, key if signed else None).manifest
+
+
 def describe(file: File, input: Tensor, output: Tensor, metadata: dict[str, str]) -> Manifest:
     """The manifest of a bundle with only this model, by the metadata that `export.onnx` wrote into it. Raises
     InputError for another kind of network."""
@@ -369,11 +383,13 @@ def describe(file: File, input: Tensor, output: Tensor, metadata: dict[str, str]
 
 
 def describe_onnx(path: Path) -> Manifest:
-    """`describe` for a file that ONNX Runtime can load. Raises InputError for any other."""
+    """`describe` for a file that ONNX Runtime can load without any other. Raises InputError for one that it cannot."""
     from runtime.ort import OrtSession  # which imports this module
 
     session = OrtSession(path, "cpu")
-    return describe(File.of(path, "onnx"), session.input, session.output, session.metadata)
+    described = describe(File.of(path, "onnx"), session.input, session.output, session.metadata)
+    OrtSession(Bundle(path.parent, described), "cpu")
+    return described
 
 
 def contract(tensors: Sequence[Tensor], metadata: dict[str, str]) -> tuple[IO, int]:
@@ -449,7 +465,12 @@ def _check_sha256(text: str, name: str) -> None:
 
 
 def _sign(content: bytes, key: Path) -> bytes:
-    return _load_key(key, "private").sign(content)
+    return private_key(key).sign(content)
+
+
+def private_key(path: Path) -> Any:
+    """The Ed25519 private key in a PEM file. Raises InputError for any other file, and without `cryptography`."""
+    return _load_key(path, "private")
 
 
 def _check_signature(content: bytes, signature: Path, public_key: Path) -> None:
@@ -471,7 +492,7 @@ def _load_key(path: Path, kind: Literal["private", "public"]) -> Any:
         from cryptography.hazmat.primitives.asymmetric import ed25519
     except ImportError as error:
         raise InputError("signatures need the package cryptography, which is not installed: "
-                         "pip install 'drsformer-deploy[sign]'") from error  # fmt: skip
+                         "pip install cryptography") from error  # fmt: skip
     if not path.is_file():
         raise InputError(f"expected a {kind} key, found no file at {path}")
     content = path.read_bytes()

@@ -20,6 +20,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,6 +32,9 @@ CGROUP = Path("/sys/fs/cgroup")
 
 SIDE = 256
 """Height and width of the image that is measured on."""
+
+LONGEST = 300
+"""Seconds after which a measurement is given up."""
 
 MARGIN = 1.5
 """What is reckoned with for each pixel, of what was measured. ONNX Runtime takes memory in ever larger blocks, so that
@@ -47,18 +51,38 @@ class Footprint:
 
 
 def available() -> int | None:
-    """What this process could take besides what it has, in bytes: that which the machine has free, or its container
-    (cgroup v2) if that is less."""
+    """What this process could take besides what it has, in bytes: that which the machine has free, or what its
+    container, service or job (a control group) may take, if that is less."""
     try:
         free = _kilobytes(PROC / "meminfo", "MemAvailable")
     except (OSError, LookupError):
         return None
+    return min([free, *_left_to_groups()])
+
+
+def _left_to_groups() -> Iterator[int]:
+    """What is left to each of the control groups that this process is in, and to those around them."""
     try:
-        most, taken = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        cached = int(re.findall(r"^inactive_file (\d+)", (CGROUP / "memory.stat").read_text(), re.MULTILINE)[0])
-        return min(free, max(0, most - taken + cached))
-    except (OSError, ValueError, LookupError):  # no container, or no bound
-        return free
+        lines = (PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":  # version 2
+            root, files, cached = CGROUP, ("memory.max", "memory.current"), "inactive_file"
+        elif "memory" in controllers.split(","):
+            files, cached = ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file"
+            root = CGROUP / "memory"
+        else:
+            continue
+        group = Path(name)
+        for folder in (root / each.relative_to("/") for each in (group, *group.parents)):
+            try:
+                most, taken = (int((folder / file).read_text()) for file in files)
+                unused = re.findall(rf"^{cached} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+                yield max(0, most - taken + int(unused[0]))
+            except (OSError, ValueError, LookupError):  # not shown here, or no bound
+                continue
 
 
 def peak() -> int | None:
@@ -72,16 +96,18 @@ def peak() -> int | None:
 
 def measure(model: Path, threads: int = 0) -> Footprint | None:
     """The footprint of an ONNX file on the CPU, with so many threads. Takes as long as to load it and to restore an
-    image of 256x256 pixels. None where it cannot be measured."""
+    image of 256x256 pixels. None where it cannot be measured, as in a program that is no Python interpreter."""
+    if getattr(sys, "frozen", False) or not Path(sys.executable or "").name.startswith("python"):
+        return None
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     try:
         found = subprocess.run(
             [sys.executable, "-P", "-m", "runtime.memory", str(model), str(threads)],  # -P: not from here
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            capture_output=True, check=True,
+            stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=LONGEST,
         )  # fmt: skip
         return Footprint(**json.loads(found.stdout))
-    except (OSError, ValueError, TypeError, subprocess.CalledProcessError):
+    except (OSError, ValueError, TypeError, subprocess.SubprocessError):
         return None
 
 

@@ -69,16 +69,18 @@ class OrtSession:
     def __init__(
         self, model: str | os.PathLike[str] | Bundle | None = None, provider: str = "auto", threads: int = 0
     ) -> None:
+        options = ort.SessionOptions()
         if isinstance(model, Bundle):
             name = model.manifest.model.file
             self.path, content = model.folder / name, model.read(name)
+            # Nothing verifies weights outside, which ONNX Runtime would look for in the current directory.
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
         else:
             self.path = content = Path(model) if model is not None else shipped_model()
             if not self.path.is_file():
                 raise InputError(f"expected an ONNX file, found no file at {self.path}")
         if not 0 <= threads <= MAX_THREADS:
             raise InputError(f"expected 0 (all cores) to {MAX_THREADS} threads, found {threads}")
-        options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.enable_mem_pattern = False  # is no faster here, and takes twice the memory from the second image on
         options.log_severity_level = 3  # errors; the warnings are about the graph's inner names

@@ -8,10 +8,12 @@ image, so one that does not fit is cut into tiles all the same, by `runtime.tili
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +23,14 @@ from runtime.cli import InputError
 from runtime.memory import Footprint, available
 
 if TYPE_CHECKING:
+    from runtime.manifest import Bundle
     from runtime.ort import OrtSession
     from runtime.trt import TrtSession
+
+E = TypeVar("E")
+M = TypeVar("M")
+
+logger = logging.getLogger(__name__)
 
 Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
 """Where a network runs; see `open_session`."""
@@ -109,8 +117,9 @@ class Derainer:
         This is the image contract, to the bit that of the authors' test script: divide by 255, pad right and bottom
         to the next multiple of `session.multiple` by reflection without repeating the border, run, clamp to [0, 1],
         crop, multiply by 255, round half to even. An axis that is not longer than its padding cannot be reflected
-        (the authors' script fails there); it repeats its border instead. If `plan` says so it is the padded image
-        that is cut into tiles; `on_tile` is told how many of them are done, and of how many.
+        (the authors' script fails there); it repeats its border instead. An image that is smaller than the session's
+        limits is padded up to them. If `plan` says so it is the padded image that is cut into tiles; `on_tile` is told
+        how many of them are done, and of how many.
 
         Raises InputError for any other array, for an image whose tiles would not fit into the memory, and where the
         network answers with NaN or infinity.
@@ -164,24 +173,49 @@ def open_session(
     The provider "tensorrt" is the bundle's engine, or ONNX Runtime's TensorRT where there is none; "auto" is the
     bundle's engine where it runs, or else ONNX Runtime on CUDA where it works, or else on the CPU.
     """
-    bundle = None
+
+    def on_onnxruntime(model: str | os.PathLike[str] | Bundle | None, provider: str) -> OrtSession:
+        from runtime.ort import OrtSession  # takes its time to import, and other engines do without it
+
+        return OrtSession(model, provider, threads)
+
+    def on_tensorrt(bundle: Bundle) -> TrtSession:
+        from runtime.trt import TrtSession
+
+        return TrtSession(bundle)
+
     if model is not None and Path(model).is_dir():
-        bundle = manifest.load(model, public_key)
-        if bundle.manifest.engines and provider in ("auto", "tensorrt"):
-            from runtime.trt import TrtSession
-
-            try:
-                return TrtSession(bundle)
-            except manifest.MismatchError:
-                raise
-            except InputError:  # no GPU, another GPU or another version of the library
-                if provider == "tensorrt":
-                    raise
-    elif public_key is not None:
+        return open_bundle(manifest.load(model, public_key), provider, on_tensorrt, on_onnxruntime)
+    if public_key is not None:
         raise InputError(f"expected a bundle to verify with {public_key}, found {model or 'no model named'}")
-    from runtime.ort import OrtSession  # takes its time to import, and other engines do without it
+    return on_onnxruntime(model, provider)
 
-    return OrtSession(bundle or model, provider, threads)
+
+def open_bundle(
+    bundle: Bundle, provider: str, open_engine: Callable[[Bundle], E], open_model: Callable[[Bundle, Any], M]
+) -> E | M:
+    """The engine of a bundle where the provider is tensorrt, or auto and it runs, else its model. Why an engine does
+    not run is logged: as a warning, or where there is no GPU as information."""
+    if bundle.manifest.engines and provider in ("auto", "tensorrt"):
+        try:
+            return open_engine(bundle)
+        except manifest.MismatchError:
+            raise
+        except InputError as error:
+            if provider == "tensorrt":
+                raise
+            level = logging.WARNING if _has_gpu() else logging.INFO
+            logger.log(level, "the ONNX model of %s runs in place of its engine: %s", bundle.folder, error)
+    return open_model(bundle, provider)
+
+
+def _has_gpu() -> bool:
+    from runtime.trt import gpu
+
+    try:
+        return bool(gpu())
+    except InputError:
+        return False
 
 
 def to_batch(image: NDArray[np.uint8]) -> NDArray[np.float32]:

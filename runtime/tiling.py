@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -49,7 +48,7 @@ ALIGNMENT = 16
 class Plan:
     """How an image is cut. The image as a whole is one tile of its own size.
 
-    size:    of the image, already padded to the network's multiple.
+    size:    of the image, already padded to what the network takes.
     tile:    of every tile; no side is longer than the image's.
     overlap: pixels that neighbours share at least, no more than half of a side on which there are several tiles.
 
@@ -89,7 +88,8 @@ def plan(
     tile: Size | None = None,
     overlap: int | None = None,
 ) -> Plan:
-    """The whole image if it fits, else large tiles.
+    """The whole image if it fits, else large tiles. An image that is smaller than the network takes is padded further,
+    and no more than it has to be.
 
     size:     of the image, already padded to `multiple`.
     limits:   the smallest and the largest size that the network takes, one pair of which is enough; none for any size.
@@ -97,18 +97,21 @@ def plan(
     tile:     the size of tiles where it is asked for, whatever `pixels`; a side that is longer than the image is cut.
     overlap:  of those; None for as much as other tiles have.
 
-    What is within no limits, an image that is too small or a tile that is asked for, is left to the network to refuse.
-    Raises InputError for a tile that is not in multiples, and where tiles would have to be smaller than `LEAST`.
+    A tile that is asked for and is within no limits is left to the network to refuse. Raises InputError for a tile that
+    is not in multiples, and where tiles would have to be smaller than `LEAST`.
     """
-    if tile:
-        if any(side < 1 or side % multiple for side in tile):
-            raise InputError(f"expected tiles in multiples of {multiple} pixels, found {size_text(tile)}")
-        return _cut(size, tile, overlap)
-    plans = [_cut(size, most) for least, most in limits if all(map(operator.le, least, map(min, size, most)))]
-    fewest = min(plans, key=lambda plan: plan.count, default=_cut(size, size))
-    if math.prod(fewest.tile) <= pixels:
-        return fewest
-    return _shrink(fewest, max(0, int(pixels)), math.lcm(multiple, ALIGNMENT))
+    if tile and any(side < 1 or side % multiple for side in tile):
+        raise InputError(f"expected tiles in multiples of {multiple} pixels, found {size_text(tile)}")
+    plans = []
+    for least, most in limits:
+        grown = max(size[0], least[0]), max(size[1], least[1])
+        sides = map(min, grown, tile or most)
+        if all(low <= side <= high for low, side, high in zip(least, sides, most, strict=True)):
+            plans.append(_cut(grown, tile or most, overlap))
+    best = min(plans, key=lambda plan: (math.prod(plan.size), plan.count), default=_cut(size, tile or size, overlap))
+    if tile or math.prod(best.tile) <= pixels:
+        return best
+    return _shrink(best, max(0, int(pixels)), math.lcm(multiple, ALIGNMENT))
 
 
 def split(length: int, tile: int, overlap: int) -> list[tuple[int, NDArray[np.float32]]]:

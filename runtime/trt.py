@@ -21,11 +21,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import os
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +71,7 @@ LIBRARIES: dict[Flavor, Library] = {
     "rtx": Library(
         title="TensorRT for RTX",
         modules=("tensorrt_rtx_libs", "tensorrt_rtx_bindings"),
-        install="pip install 'drsformer-deploy[rtx]'",
+        install="pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings",
         capabilities=("8.6", "8.9", "12.0"),
         options=frozenset({"compute_capability", "strip_weights"}),
         jit=True,
@@ -77,7 +79,7 @@ LIBRARIES: dict[Flavor, Library] = {
     "tensorrt": Library(
         title="TensorRT",
         modules=("tensorrt",),
-        install="pip install 'drsformer-deploy[tensorrt]', which fetches it from pypi.nvidia.com, or use the SDK",
+        install="pip install tensorrt, which fetches it from NVIDIA's package index, or use the SDK",
         capabilities=None,
         options=frozenset({"version_compatible", "hardware_compatible", "strip_weights", "timing_cache"}),
         jit=False,
@@ -112,29 +114,33 @@ def load_cuda() -> Any:
 
 
 def gpu() -> str:
-    """Compute capability of the GPU that is used, such as "8.9". It is the first that CUDA shows;
-    CUDA_VISIBLE_DEVICES chooses another. Raises InputError where there is none."""
+    """Compute capability of the calling thread's current GPU, such as "8.9". That is the first of those in
+    CUDA_VISIBLE_DEVICES, unless cudaSetDevice or torch.cuda.set_device chose another. Raises InputError where there is
+    none."""
     cuda = load_cuda()
     code, count = cuda.cudaGetDeviceCount()
     if code or not count:
         raise InputError(f"CUDA finds no NVIDIA GPU with a driver ({code.name}); expected one: see that nvidia-smi "
                          "shows it, or run the ONNX model with the provider cpu")  # fmt: skip
-    attributes = cuda.cudaDeviceAttr
-    major = _check(cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMajor, 0))
-    minor = _check(cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMinor, 0))
+    device, attributes = _check(cuda.cudaGetDevice()), cuda.cudaDeviceAttr
+    major = _check(cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMajor, device))
+    minor = _check(cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMinor, device))
     return f"{major}.{minor}"
 
 
 class TrtSession:
     """A `runtime.session.Session` on an engine of a bundle.
 
-    bundle: from `runtime.manifest.load`. Of its engines, the newest for this GPU whose library is here in its version.
-    sizes:  for how many image sizes the context, and with it the CUDA graph, is kept; the longest unused goes first.
+    bundle:      from `runtime.manifest.load`. Of its engines, the newest for the GPU whose library is here in its
+                 version.
+    sizes:       for how many image sizes the context, and with it the CUDA graph, is kept; the longest unused goes
+                 first.
+    cuda_graphs: replay the launches of a size from its second run on.
 
-    The first run at a new size sets up, and with TensorRT for RTX compiles kernels, which are kept in a file beside
-    the bundle (see `cache_path`). Memory on the GPU: input and output for the largest size of the engine's profiles,
-    and for the rest what the largest image so far needs. `close`, not during a run,
-    frees it; so does the end of the session's life.
+    The GPU is the current one of the thread that makes the session, whichever threads run it (see `gpu`). The first run
+    at a new size sets up, and with TensorRT for RTX compiles kernels, which are kept in a file beside the bundle (see
+    `cache_path`). Memory on the GPU: input and output for the largest size of the engine's profiles, and for the rest
+    what the largest image so far needs. `close`, not during a run, frees it; so does the end of the session's life.
 
     Raises InputError where there is no driver, no engine for the GPU, not the library or another version of it, and for
     files that are not what the manifest says.
@@ -142,26 +148,29 @@ class TrtSession:
 
     provider = "tensorrt"
 
-    def __init__(self, bundle: Bundle, sizes: int = 8) -> None:
+    def __init__(self, bundle: Bundle, sizes: int = 8, cuda_graphs: bool = True) -> None:
         capability = gpu()  # before TensorRT is touched, which may crash where there is no driver
         self.entry, trt = _choose(bundle, capability)
         self.path = bundle.folder / self.entry.file
         self.multiple = bundle.manifest.model.size_multiple
+        self.limits = tuple((profile.min, profile.max) for profile in self.entry.profiles)
         self._library = LIBRARIES[self.entry.flavor]
         self._takes_images = bundle.manifest.model.io == "image"
+        self._cuda_graphs = cuda_graphs
         self._lock = threading.Lock()
         self._cuda = load_cuda()
+        self._on_device = functools.partial(_on_device, self._cuda, _check(self._cuda.cudaGetDevice()))
         self._log = new_log(trt)
-        self._engine = self._deserialize(trt, bundle)
-        resources = contextlib.ExitStack()
-        self.close = weakref.finalize(self, resources.close)
-        self._config = self._configure(trt, bundle, resources)
-        self._stream = _check(self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking))
-        resources.callback(self._cuda.cudaStreamDestroy, self._stream)
-        self.limits = tuple((profile.min, profile.max) for profile in self.entry.profiles)
         pixels = max(height * width for _, (height, width) in self.limits)
         size = pixels * 3 * (1 if self._takes_images else 4)
-        self._input, self._output = (_Buffer(self._cuda, size, resources) for _ in range(2))
+        resources = contextlib.ExitStack()
+        self.close = weakref.finalize(self, _close, resources, self._on_device)
+        with self._on_device():
+            self._engine = self._deserialize(trt, bundle)
+            self._config = self._configure(trt, bundle, resources)
+            self._stream = _check(self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking))
+            resources.callback(self._cuda.cudaStreamDestroy, self._stream)
+            self._input, self._output = (_Buffer(self._cuda, size, resources) for _ in range(2))
         self._contexts = _Contexts(self._cuda, sizes)
         resources.callback(self._contexts.close)
 
@@ -175,7 +184,7 @@ class TrtSession:
             raise RuntimeError("the session is closed")
         H, W = batch.shape[2:]
         feed = to_image(batch)[None] if self._takes_images else np.ascontiguousarray(batch, dtype=np.float32)
-        with self._lock:
+        with self._lock, self._on_device():
             context = self._contexts.get((H, W)) or self._prepare(H, W, feed.shape)
             self._input.upload(feed, self._stream)
             self._launch(context)
@@ -185,12 +194,12 @@ class TrtSession:
     def _deserialize(self, trt: Any, bundle: Bundle) -> Any:
         self._runtime = trt.Runtime(self._log)
         # An engine for later versions, too, brings the code that runs it.
-        self._runtime.engine_host_code_allowed = "version_compatible" in self.entry.flags
+        self._runtime.engine_host_code_allowed = _has(self.entry, "version_compatible")
         engine = self._runtime.deserialize_cuda_engine(bundle.read(self.entry.file))
         if engine is None:
             raise InputError(f"{self._library.title} refuses {self.path}: {self._log.reason()}; build it again on or "
                              "for this machine")  # fmt: skip
-        if "strip_weights" in self.entry.flags:
+        if _has(self.entry, "strip_weights"):
             refitter = trt.Refitter(engine, self._log)
             weights = trt.OnnxParserRefitter(refitter, self._log)
             if (
@@ -202,16 +211,20 @@ class TrtSession:
         return engine
 
     def _configure(self, trt: Any, bundle: Bundle, resources: contextlib.ExitStack) -> Any:
+        """What contexts are made with. TensorRT has no runtime config before 10.11, and needs none."""
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not self._library.jit:
+            return strategy
         config = self._engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if self._library.jit:
-            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            cache, path = config.create_runtime_cache(), cache_path(bundle, self.entry)
-            known = _read_own(path)
-            if known:
-                cache.deserialize(known)  # False for one of another GPU or driver, which changes nothing
-            config.set_runtime_cache(cache)
-            resources.callback(_save_cache, cache, path, known)
+        config.set_execution_context_allocation_strategy(strategy)
+        graphs = trt.CudaGraphStrategy
+        config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if self._cuda_graphs else graphs.DISABLED
+        cache, path = config.create_runtime_cache(), cache_path(bundle, self.entry)
+        known = _read_own(path)
+        if known:
+            cache.deserialize(known)  # False for one of another GPU or driver, which changes nothing
+        config.set_runtime_cache(cache)
+        resources.callback(_save_cache, cache, path, known)
         return config
 
     def _prepare(self, H: int, W: int, shape: tuple[int, ...]) -> _Context:
@@ -227,34 +240,39 @@ class TrtSession:
             or not context.set_input_shape("input", shape)
             or not context.set_tensor_address("input", self._input.device)
             or not context.set_tensor_address("output", self._output.device)
+            or not (needed := context.update_device_memory_size_for_shapes())  # 0 for an error
         ):
             raise self._failed(H, W)
-        return self._contexts.add((H, W), context)
+        return self._contexts.add((H, W), context, needed)
 
     def _launch(self, context: _Context) -> None:
         """Run a context on the stream. Graphs are captured in the second run: the first one completes the set-up, which
         must not be captured, and is the only one for many an image in a folder."""
-        cuda = self._cuda
-        if context.graph is None and context.warm and not self._library.jit:
-            _check(
-                cuda.cudaStreamBeginCapture(self._stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
-            )
-            try:
-                self._enqueue(context)
-            finally:
-                code, captured = cuda.cudaStreamEndCapture(self._stream)
-            _check((code,))
-            context.graph = _check(cuda.cudaGraphInstantiate(captured, 0))
-            _check(cuda.cudaGraphDestroy(captured))
+        if self._cuda_graphs and not self._library.jit and context.warm and context.graph is None:
+            context.graph = self._capture(context)
         if context.graph is not None:
-            _check(cuda.cudaGraphLaunch(context.graph, self._stream))
-        else:
-            self._enqueue(context)
+            _check(self._cuda.cudaGraphLaunch(context.graph, self._stream))
+        elif context.execution.execute_async_v3(self._stream):
             context.warm = True
-
-    def _enqueue(self, context: _Context) -> None:
-        if not context.execution.execute_async_v3(self._stream):
+        else:
             raise self._failed(*context.size)
+
+    def _capture(self, context: _Context) -> Any:
+        cuda = self._cuda
+        _check(cuda.cudaStreamBeginCapture(self._stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+        try:
+            enqueued = context.execution.execute_async_v3(self._stream)
+        finally:
+            code, captured = cuda.cudaStreamEndCapture(self._stream)
+        try:
+            if code or not enqueued:
+                raise InputError(f"{self.path} cannot be captured in a CUDA graph: "
+                                 f"{code.name if enqueued else self._log.reason()}; give TrtSession cuda_graphs=False"
+                                 )  # fmt: skip
+            return _check(cuda.cudaGraphInstantiate(captured, 0))
+        finally:
+            if captured is not None:  # as it is where CUDA refused a launch
+                cuda.cudaGraphDestroy(captured)
 
     def _failed(self, H: int, W: int) -> InputError:
         return InputError(f"{self.path} failed on {W}x{H} pixels: {self._log.reason()}")
@@ -309,8 +327,8 @@ class _Contexts:
             self._contexts.move_to_end(size)
         return self._contexts.get(size)
 
-    def add(self, size: tuple[int, int], execution: Any) -> _Context:
-        needed = execution.update_device_memory_size_for_shapes()
+    def add(self, size: tuple[int, int], execution: Any, needed: int) -> _Context:
+        """`needed`: bytes of memory that it works in."""
         if needed > self._bytes:
             self.close()
             self._memory, self._bytes = _check(self._cuda.cudaMalloc(needed)), needed
@@ -367,20 +385,40 @@ def _choose(bundle: Bundle, capability: str) -> tuple[Engine, Any]:
     raise errors[0]
 
 
+def _has(engine: Engine, flag: str) -> bool:
+    return engine.flags.get(flag) is True
+
+
 def _runs_on(engine: Engine, capability: str) -> bool:
-    if "hardware_compatible" in engine.flags:  # Ampere and later
+    if _has(engine, "hardware_compatible"):  # Ampere and later
         return _numbers(capability) >= (8, 0)
     return capability in engine.compute_capabilities
 
 
 def _fits_version(engine: Engine, version: str) -> bool:
-    if "version_compatible" in engine.flags:
+    if _has(engine, "version_compatible"):
         return _numbers(version) >= _numbers(engine.version)
     return version == engine.version
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdecimal())
+
+
+@contextlib.contextmanager
+def _on_device(cuda: Any, device: int) -> Iterator[None]:
+    """Make a GPU the current one of the calling thread, and then the former again."""
+    former = _check(cuda.cudaGetDevice())
+    _check(cuda.cudaSetDevice(device))
+    try:
+        yield
+    finally:
+        cuda.cudaSetDevice(former)  # if that GPU is full, this fails, but not what was done here
+
+
+def _close(resources: contextlib.ExitStack, on_device: Callable[[], Any]) -> None:
+    with on_device():
+        resources.close()
 
 
 def _check(result: tuple[Any, ...]) -> Any:
@@ -406,7 +444,7 @@ def _read_own(path: Path) -> bytes:
 def _save_cache(cache: Any, path: Path, known: bytes) -> None:
     content = bytes(cache.serialize())
     if content != known:
-        with contextlib.suppress(OSError), writing(path) as temporary:  # the next start is slower then
+        with contextlib.suppress(OSError), writing(path, mode=0o600) as temporary:  # or the next start is slower
             temporary.write_bytes(content)
 
 

@@ -1,6 +1,7 @@
 """What every command shares."""
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -47,6 +48,23 @@ def test_summary_is_the_last_line_and_the_status_is_the_gate(monkeypatch, capsys
     assert command(monkeypatch, "--number", "80") == 1
 
 
+def test_want_of_memory_in_pytorch_is_one_line(monkeypatch, capsys):
+    import torch
+
+    def divide(number: int) -> None:
+        if number == 1:
+            torch.empty(2**46)
+        raise (torch.OutOfMemoryError if number == 2 else RuntimeError)("CUDA out of memory.\nTried")
+
+    for number, status in (("1", 2), ("2", 2), ("3", 3)):
+        monkeypatch.setattr(sys, "argv", ["divide", "--number", number])
+        with pytest.raises(SystemExit) as stop:
+            main(divide, "Divides.")
+        assert stop.value.code == status
+        error = capsys.readouterr().err
+        assert (error.startswith("error: out of memory: ") and error.count("\n") == 1) is (status == 2)
+
+
 def test_mistakes_are_one_line_and_status_2(monkeypatch, capsys):
     assert command(monkeypatch, "--number", "8", "--by", "0") == 2
     assert capsys.readouterr().err == "error: expected a divisor, found 0\n"
@@ -83,6 +101,26 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
         _ = temporary.write_text("second") / 0
     assert path.read_text() == "first"
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["a" * 251 + ".txt", "ä" * 125 + ".txt"])
+def test_writing_takes_the_longest_names(tmp_path, name):
+    with writing(tmp_path / name) as temporary:
+        temporary.write_text("first")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_writing_keeps_to_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        for mode in (0o666, 0o600):
+            with writing(tmp_path / "a.txt", mode):
+                pass
+            assert (tmp_path / "a.txt").stat().st_mode & 0o777 == mode & ~umask
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.parametrize("text", ["", "8", "8x", "0x8", "8x-8", "8x8x8", "8.0x8", "٣x٣", "8x9999999", "axb"])

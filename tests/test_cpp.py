@@ -1,7 +1,7 @@
 """The C++ library: its own tests under sanitizers, and the same verdicts and the same bytes as Python.
 
-Built once, into a temporary folder. What needs TensorRT runs on stand-ins there; where its SDK is (TENSORRT_ROOT), the
-real one is compiled and linked as well.
+Built once, into a temporary folder. What needs TensorRT runs on stand-ins there, which are linked and installed as an
+SDK is; where the real one is (TENSORRT_ROOT), it is compiled and linked as well.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import pytest
 from PIL import Image
 
 from runtime import Derainer, InputError
-from runtime.manifest import load, parse
+from runtime.cli import size_text
+from runtime.manifest import Profile, load, parse
 from tests.test_manifest import ENGINES, flip, make_keys, rewrite, write_bundle
 from tests.test_trt import PROFILES, make_bundle
 
@@ -59,13 +60,37 @@ def build(tmp_path_factory) -> Path:
     configured = run(
         "cmake", "-S", SOURCE, "-B", folder, *(["-G", "Ninja"] if shutil.which("ninja") else []),
         "-DDERAINER_SANITIZE=ON", "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", "-DCMAKE_BUILD_TYPE=Debug",
-        "-DCMAKE_CXX_FLAGS_DEBUG=-g1", f"-DCMAKE_INSTALL_PREFIX={folder / 'installed'}",
+        "-DCMAKE_CXX_FLAGS_DEBUG=-g1",
     )  # fmt: skip
     said = " ".join((configured.stdout + configured.stderr).decode().split())
     assert configured.returncode == 0, said
     assert "CUDA 1" in said or "Only the core library is built (bundles, image contract, tiles), no Derainer" in said
-    succeed("cmake", "--build", folder, "--parallel", str(len(os.sched_getaffinity(0))))
+    compile_and_install(folder, folder / "installed")
     return folder
+
+
+def compile_and_install(folder: Path, prefix: Path) -> None:
+    succeed("cmake", "--build", folder, "--parallel", str(len(os.sched_getaffinity(0))))
+    succeed("cmake", "--install", folder, "--prefix", prefix)
+
+
+@pytest.fixture(scope="module")
+def on_fakes(build, tmp_path_factory) -> Path:
+    """Where the library and the program `derain` are installed that were linked to the stand-ins, whose shared library
+    is in a folder of its own. The core is not compiled again."""
+    fakes = SOURCE / "tests" / "fake"
+    library = shutil.copy(build / "tests" / "libnvinfer.so", tmp_path_factory.mktemp("sdk"))
+    succeed("cmake", "-S", SOURCE, "-B", build, f"-DCMAKE_MODULE_PATH={fakes}", f"-DTENSORRT_INCLUDE_DIR={fakes}",
+            f"-DTENSORRT_LIBRARY={library}")  # fmt: skip
+    compile_and_install(build, build / "on_fakes")
+    return build / "on_fakes"
+
+
+def make_consumer(installed: Path, folder: Path) -> Path:
+    succeed("cmake", "-S", SOURCE / "tests" / "consumer", "-B", folder, f"-DCMAKE_PREFIX_PATH={installed}",
+            "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined")  # fmt: skip
+    succeed("cmake", "--build", folder)
+    return folder / "consumer"
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +106,7 @@ def test_own_tests(build):
 
 
 def test_installed_package(build, tmp_path):
-    succeed("cmake", "--install", build)
-    succeed("cmake", "-S", SOURCE / "tests" / "consumer", "-B", tmp_path / "consumer",
-            f"-DCMAKE_PREFIX_PATH={build / 'installed'}", "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined")  # fmt: skip
-    succeed("cmake", "--build", tmp_path / "consumer")
-    consumer = tmp_path / "consumer" / "consumer"
+    consumer = make_consumer(build / "installed", tmp_path / "consumer")
     done = run(consumer, write_bundle(tmp_path / "bundle"))
     assert done.returncode == 0 or b"CUDA finds no NVIDIA GPU" in done.stderr
     (tmp_path / "bundle" / "manifest.json").unlink()
@@ -96,19 +117,50 @@ def test_installed_package(build, tmp_path):
     assert b"found none at" in run(info, tmp_path / "bundle").stderr
 
 
-def test_example_program(build, tmp_path):
-    """PNG files through a bundle, with the golden network in place of an engine; in tiles where Python cuts, too."""
-    derain = build / "tests" / "derain_on_fakes"
-    bundle = make_bundle(tmp_path / "bundle", {"version": "11.4.0.106"}, plan=b"tensor").folder
+def test_installed_package_finds_the_sdk_it_was_linked_to(on_fakes, tmp_path):
+    consumer = make_consumer(on_fakes, tmp_path / "consumer")
+    bundle = make_bundle(tmp_path / "bundle", ENGINE, plan=b"tensor").folder
+    succeed(consumer, bundle)
+    (bundle / "0.engine").write_bytes(b"tenser")
+    done = run(consumer, bundle)
+    assert done.returncode == 2
+    assert b"expected SHA-256" in done.stderr
+    done = run(on_fakes / "bin" / "derain")
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"usage: derain")
+
+
+ENGINE = {"version": "11.4.0.106"}  # of the stand-in
+LARGE = (Profile((64, 64), (64, 64), (256, 512)), Profile((64, 64), (64, 64), (512, 256)))
+ONE_GROWS = (Profile((24, 16), (24, 16), (48, 64)), Profile((8, 96), (8, 96), (40, 256)))
+
+
+@pytest.mark.parametrize(
+    ("profiles", "sizes"),
+    [(PROFILES, [(20, 30, "RGB"), (9, 100, "L"), (70, 50, "RGB"), (33, 210, "P"), (1, 1, "RGB")]),
+     (LARGE, [(1, 1, "RGB"), (20, 20, "RGB"), (48, 200, "RGB"), (33, 520, "RGB")]),
+     (ONE_GROWS, [(1, 1, "RGB"), (40, 60, "RGB"), (25, 90, "RGB"), (8, 130, "L"), (33, 70, "RGB")])],
+)  # fmt: skip
+def test_example_program(on_fakes, tmp_path, profiles, sizes):
+    """PNG files through a bundle, with the golden network in place of an engine; grown, and in tiles, as in Python."""
+    bundle = make_bundle(tmp_path / "bundle", {**ENGINE, "profiles": profiles}, plan=b"tensor").folder
     session = StandIn(8)
-    session.limits = tuple((profile.min, profile.max) for profile in PROFILES)
+    session.limits = tuple((profile.min, profile.max) for profile in profiles)
     rainy, clean = tmp_path / "rainy.png", tmp_path / "clean.png"
-    for height, width, mode in ((20, 30, "RGB"), (9, 100, "L"), (70, 50, "RGB"), (33, 210, "P")):
+    for height, width, mode in sizes:
         image = Image.fromarray(random_image(height, width)).convert(mode)
         image.save(rainy)
-        succeed(derain, rainy, clean, bundle)
+        succeed(on_fakes / "bin" / "derain", rainy, clean, bundle)
         with Image.open(clean) as restored:
             np.testing.assert_array_equal(np.asarray(restored), Derainer(session)(np.asarray(image.convert("RGB"))))
+
+
+def test_example_program_refuses(on_fakes, tmp_path):
+    derain = on_fakes / "bin" / "derain"
+    bundle = make_bundle(tmp_path / "bundle", ENGINE, plan=b"tensor").folder
+    rainy, clean = tmp_path / "rainy.png", tmp_path / "clean.png"
+    Image.fromarray(random_image(8, 8)).save(rainy)
+    succeed(derain, rainy, clean, bundle)
     before = clean.read_bytes()
     for mode in ("RGBA", "I;16"):
         Image.new(mode, (8, 8)).save(rainy)
@@ -121,7 +173,42 @@ def test_example_program(build, tmp_path):
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1
     assert clean.read_bytes() == before
-    assert not list(tmp_path.rglob("*.part"))
+    assert {path.name for path in tmp_path.iterdir()} == {"rainy.png", "clean.png", "bundle"}
+
+
+def test_example_program_replaces_only_files(on_fakes, tmp_path):
+    derain = on_fakes / "bin" / "derain"
+    bundle = make_bundle(tmp_path / "bundle", ENGINE, plan=b"tensor").folder
+    rainy, clean, folder = tmp_path / "rainy.png", tmp_path / "clean.png", tmp_path / "folder"
+    Image.fromarray(random_image(24, 30)).save(rainy)
+    succeed(derain, rainy, clean, bundle)
+    before = clean.read_bytes()
+    folder.mkdir()
+    (folder / "private").write_text("private")
+    (folder / "private").chmod(0o600)
+    os.mkfifo(folder / "pipe")
+    (folder / "device").symlink_to("/dev/null")
+    for planted in ("clean.png.part", "clean.png"):
+        (folder / planted).symlink_to("private")
+    (folder / "usual").touch()
+    files = set(tmp_path.rglob("*"))
+    for name in ("pipe", "device"):
+        done = run(derain, rainy, folder / name, bundle)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert b"expected a file to write, found a folder, a pipe or a device at" in done.stderr
+    succeed(derain, rainy, folder / "clean.png", bundle)
+    assert (folder / "clean.png").read_bytes() == before
+    assert not (folder / "clean.png").is_symlink()
+    assert (folder / "private").read_text() == "private"
+    assert (folder / "pipe").is_fifo()
+    assert (folder / "device").is_char_device()
+    assert (folder / "clean.png").stat().st_mode == (folder / "usual").stat().st_mode
+    done = run("bash", "-c", 'trap "" XFSZ; ulimit -f 1; exec "$@"', "bash", derain, rainy, clean, bundle)
+    assert done.returncode == 2
+    assert b"clean.png cannot be written: " in done.stderr
+    assert clean.read_bytes() == before
+    assert set(tmp_path.rglob("*")) == files
 
 
 # Bundles: whatever one reader refuses, the other refuses.
@@ -168,6 +255,10 @@ def rename(name: str) -> Callable[[Path], None]:
     return lambda b: rewrite(b, lambda m: (m["files"][0].update(name=name), m["model"].update(file=name)))
 
 
+def profile(**sizes: list[int]) -> Callable[[Path], None]:
+    return lambda b: rewrite(b, lambda m: m["engines"][0]["profiles"][0].update(sizes))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "none": (lambda b: None, ""),
     "more files": (lambda b: (b / "notes.txt").write_text("more"), ""),
@@ -194,6 +285,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "schema": (lambda b: rewrite(b, lambda m: m.update(schema=2)), "expected schema 1, found 2"),
     "no schema": (lambda b: rewrite(b, lambda m: m.pop("schema")), "expected schema 1, found null"),
     "new field": (lambda b: rewrite(b, lambda m: m["engines"][0].update(more=1)), "with the fields"),
+    "smallest size": (profile(min=[64, 62]), "expected profiles in multiples of 4, found 64x62 to 1088x1920"),
+    "largest size": (profile(max=[1090, 1920]), "expected profiles in multiples of 4, found 64x64 to 1090x1920"),
+    "fastest size": (profile(opt=[255, 257]), ""),
     "other model": (lambda b: rewrite(b, lambda m: m["engines"][0].update(onnx_sha256="0" * 64)), "another model"),
 }
 
@@ -331,9 +425,9 @@ def random_image(height: int, width: int) -> np.ndarray:
 def test_same_padding_and_input(contract, height, width, multiple):
     image, session = random_image(height, width), StandIn(multiple)
     restored = Derainer(session)(image)
-    assert contract("tensor", height, width, multiple, input=image.tobytes()) == session.last.tobytes()
     padded = session.last.shape[2:]
-    assert contract("restore", height, width, multiple, *padded, 0, input=image.tobytes()) == restored.tobytes()
+    assert contract("tensor", height, width, *padded, input=image.tobytes()) == session.last.tobytes()
+    assert contract("restore", height, width, *padded, *padded, 0, input=image.tobytes()) == restored.tobytes()
 
 
 def test_same_levels(contract):
@@ -345,7 +439,7 @@ def test_same_levels(contract):
     session = StandIn(1)
     session.run = lambda batch: answer
     restored = Derainer(session)(random_image(24, 60))
-    assert contract("levels", 24, 60, input=answer.tobytes()) == restored.tobytes()
+    assert contract("levels", 24, 60, 24, 60, input=answer.tobytes()) == restored.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -355,7 +449,36 @@ def test_same_levels(contract):
 )  # fmt: skip
 def test_same_tiles(contract, height, width, multiple, tile, overlap):
     image = random_image(height, width)
-    restored = Derainer(StandIn(multiple), tile=tile, overlap=overlap)(image)
-    assert contract("restore", height, width, multiple, *tile, overlap, input=image.tobytes()) == restored.tobytes()
+    derain = Derainer(StandIn(multiple), tile=tile, overlap=overlap)
+    size = derain.plan(height, width).size
+    restored = contract("restore", height, width, *size, *tile, overlap, input=image.tobytes())
+    assert restored == derain(image).tobytes()
     whole = Derainer(StandIn(multiple))(image)
-    assert (restored != whole).any()
+    assert restored != whole.tobytes()
+
+
+def test_same_cut(contract):
+    """Of images of any size, by engines of any profiles, in tiles that are asked for or not."""
+    random = np.random.default_rng(0)
+    cases, expected = [], []
+    for _ in range(1000):
+        multiple = int(random.choice([1, 4, 8]))
+        sides = np.sort(random.integers(1, 30, (int(random.integers(1, 4)), 2, 2)), axis=1) * multiple
+        session = StandIn(multiple)
+        session.limits = tuple(((int(a), int(b)), (int(c), int(d))) for (a, b), (c, d) in sides)
+        H, W = (int(side) for side in random.integers(1, 50 * multiple, 2))
+        tile, overlap = None, None
+        if random.random() < 0.5:
+            tile = int(random.integers(1, 30)) * multiple, int(random.integers(1, 30)) * multiple
+            overlap = int(random.integers(0, min(tile) // 2 + 1)) if random.random() < 0.5 else None
+        numbers = (H, W, multiple, *(tile or (0, 0)), -1 if overlap is None else overlap, *sides.flatten())
+        cases.append(" ".join(map(str, numbers)))
+        plan = Derainer(session, tile=tile, overlap=overlap).plan(H, W)
+        taken = any(Profile(least, least, most).takes(*plan.tile) for least, most in session.limits)
+        cut = f"{size_text(plan.size)} {size_text(plan.tile)} {plan.overlap}"
+        expected.append(cut if taken else "refused")  # in Python by the session
+    found = contract("cut", input="\n".join(cases).encode()).decode().splitlines()
+    for case, ours, theirs in zip(cases, found, expected, strict=True):
+        assert ours == theirs, case
+    assert 100 < found.count("refused") < 500
+    assert len(set(found)) > 500

@@ -18,8 +18,9 @@ from compress.distill import Distillation, PatchesOfPhotographs, Terms, distill
 from drsformer import checkpoint
 from drsformer.config import DRSformerConfig
 from drsformer.data import find_pairs
+from drsformer.evaluate import evaluate_model
 from drsformer.model import DRSformer
-from drsformer.train import Cadence, Hardware, Material, Recipe, compile_blocks
+from drsformer.train import Cadence, Hardware, Material, Recipe, compile_blocks, short
 from export.folding import live
 from runtime.cli import InputError, main
 from tests.networks import fill, image
@@ -149,13 +150,16 @@ def go(output: Path, teacher: Path, student: str, data: Path, iterations: int = 
 
 def test_student_comes_closer_and_says_where_it_comes_from(data, shallow, tmp_path):
     scores = go(tmp_path / "run", *shallow, data, 30, recipe={"lr": 3e-3, "clip": 1.0},
-                material=Material([data]), terms=Terms(0.1, 1, 0.1, 0, 0.1))  # fmt: skip
+                material=Material([data], protocol="did"), terms=Terms(0.1, 1, 0.1, 0, 0.1))  # fmt: skip
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     for name in ("l1_teacher", "features", "frequency"):
         values = [line[name] for line in log if name in line]
         assert np.mean(values[-5:]) < 0.8 * np.mean(values[:3]), name
     student = checkpoint.load(tmp_path / "run" / "last.safetensors")
     assert student.provenance["scores"] == scores
+    psnr, other = (evaluate_model(student.model, find_pairs(data), protocol).psnr for protocol in ("did", "rain200"))
+    assert scores[f"{short(data)} psnr"] == pytest.approx(psnr, abs=1e-6)
+    assert abs(psnr - other) > 1e-4
     _, step = student.provenance["steps"]
     assert step["command"] == "compress.distill"
     assert step["options"]["teacher"] == checkpoint.file_sha256(shallow[0])
@@ -233,6 +237,8 @@ def test_compiled_student_and_teacher_are_tapped_too(monkeypatch):
         (["--l1", "0", "--l1-teacher", "0"], "expected --l1, --l1-teacher or --frequency above 0"),
         (["--frequency", "-1"], "--frequency: expected at least 0, found -1"),
         (["--teacher", "absent.pth"], "absent.pth: no such checkpoint"),
+        (["--teacher", "run/best.safetensors"], "--output: expected another file than --teacher"),
+        (["--student", "run/last.safetensors"], "--output: expected another file than --student"),
         (["--rainy", "absent"], "absent"),
         (["--rainy", "data/input", "--unlabelled", "2"], "--unlabelled: expected 0 to 1"),
         (["--attention", "1", "--student", "drsformer-xs"], "the same heads in latent"),
@@ -242,6 +248,9 @@ def test_mistakes_end_with_status_2(data, teacher, tmp_path, options, message, m
     monkeypatch.chdir(tmp_path)
     words = ["--teacher", "teacher.safetensors", "--student", "drsformer-tiny", "--data", "data", "--output", "run",
              "--accelerator", "cpu", "--devices", "1", "--iterations", "1", "--patch", "16"]  # fmt: skip
+    Path("run").mkdir()
+    for name in ("last", "best"):
+        Path(f"run/{name}.safetensors").touch()
     monkeypatch.setattr(sys, "argv", ["distill", *words, *options])
     with pytest.raises(SystemExit) as error:
         main(distill, distill.__doc__)

@@ -283,5 +283,5 @@ def test_no_reference_without_images(tmp_path, pyiqa):
 def test_no_reference_without_pyiqa(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyiqa", None)
     write(tmp_path / "a.png", np.zeros((96, 192, 3), np.uint8))
-    with pytest.raises(InputError, match=r"pip install 'drsformer-deploy\[iqa\]'"):
+    with pytest.raises(InputError, match=r"pip install -c constraints\.txt -e '\.\[export,iqa\]'"):
         evaluate(restored=tmp_path, no_reference=True)

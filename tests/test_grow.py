@@ -46,6 +46,8 @@ def test_refusals():
         grow(small(depths=(0, 2, 1, 2)), (1, 2, 1, 2), 1)
     with pytest.raises(InputError, match="--hidden: expected at least 1"):
         grow(small(), (1, 2, 1, 2), 0)
+    with pytest.raises(InputError, match=r"--seed: expected 0 to \d+, found -1"):
+        grow(small(), (1, 2, 1, 2), 1, seed=-1)
 
 
 def test_a_grown_checkpoint_says_where_it_comes_from(tmp_path):
@@ -58,3 +60,8 @@ def test_a_grown_checkpoint_says_where_it_comes_from(tmp_path):
     assert larger.provenance["parent"] == checkpoint.load(tmp_path / "small.safetensors").sha256
     with pytest.raises(InputError, match="expected a name ending in"):
         grow_checkpoint(tmp_path / "small.safetensors", tmp_path / "larger.pth", (2, 2, 2, 2))
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "small.safetensors")
+    for name in ("small", "link"):
+        with pytest.raises(InputError, match=f"--output: expected another file than --weights, found .*{name}"):
+            grow_checkpoint(tmp_path / "small.safetensors", tmp_path / f"{name}.safetensors", (2, 2, 2, 2))
+    assert checkpoint.load(tmp_path / "small.safetensors").sha256 == larger.provenance["parent"]

@@ -105,6 +105,37 @@ def test_exif_and_profile_are_kept(tmp_path, source, target):
         assert image.info["icc_profile"] == ICC
 
 
+@pytest.mark.parametrize("source", [".png", ".jpg", ".bmp", ".tif"])
+@pytest.mark.parametrize("target", [".png", ".jpg", ".bmp", ".tif"])
+def test_resolution_in_print_is_kept(tmp_path, source, target):
+    Image.fromarray(smooth()).save(tmp_path / f"a{source}", dpi=(300, 150))
+    load(tmp_path / f"a{source}").save(tmp_path / f"b{target}")
+    with Image.open(tmp_path / f"b{target}") as image:
+        assert tuple(round(float(number)) for number in image.info["dpi"]) == (300, 150)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_resolution_turns_with_the_image(tmp_path, orientation):
+    Image.fromarray(smooth()).save(tmp_path / "a.jpg", dpi=(300, 150), exif=make_exif(orientation))
+    load(tmp_path / "a.jpg").save(tmp_path / "b.jpg")
+    with Image.open(tmp_path / "b.jpg") as image:
+        assert image.info["dpi"] == ((300, 150) if orientation == 1 else (150, 300))
+
+
+@pytest.mark.parametrize("dpi", [(0, 0), (1e-3, 72), (70_000, 70_000)])
+def test_resolution_that_makes_no_sense_is_dropped(tmp_path, dpi):
+    Image.fromarray(smooth()).save(tmp_path / "a.tif", dpi=dpi)
+    photo = load(tmp_path / "a.tif")
+    assert photo.dpi is None
+    photo.save(tmp_path / "b.jpg")
+
+
+def test_want_of_memory_is_no_broken_image(tmp_path, monkeypatch):
+    Photo(smooth()).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: np.empty(2**50))
+    assert refusal(tmp_path / "a.png") == "not enough memory"
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_applied_and_dropped(tmp_path, suffix, orientation):

@@ -331,6 +331,8 @@ def test_flipped_bit_of_the_manifest_is_a_refusal_or_another_manifest(original):
         (lambda m: m["engines"][0]["profiles"][0].update(min=[64]), r"profiles\[0\].min: expected tuple"),
         (lambda m: m["engines"][0]["profiles"][0].update(min=[300, 64]), "1 <= min <= opt <= max"),
         (lambda m: m["engines"][0].update(profiles=[]), "expected at least one profile"),
+        (lambda m: m["engines"][0]["profiles"][0].update(min=[66, 64]), "multiples of 4, found 66x64 to 1088x1920"),
+        (lambda m: m["engines"][0]["profiles"][0].update(max=[1088, 1921]), "multiples of 4, found 64x64 to 1088x1921"),
         (lambda m: m["engines"][0].update(flavor="tensorflow"), "rtx"),
         (lambda m: m["engines"][0].update(compute_capabilities=["sm86"]), "such as 8.6, found 'sm86'"),
         (lambda m: m["engines"][0].update(onnx_sha256="0" * 64), "built from another model"),
@@ -424,7 +426,7 @@ def test_engine_runs_where_it_can(bundle, monkeypatch):
     assert isinstance(open_session(bundle, "auto"), OrtSession)
 
 
-def test_model_runs_where_no_engine_can(bundle, monkeypatch):
+def test_model_runs_where_no_engine_can(bundle, monkeypatch, caplog):
     class Missing(Plan):
         def __init__(self, bundle: manifest.Bundle) -> None:
             raise InputError("CUDA finds no GPU")
@@ -432,6 +434,12 @@ def test_model_runs_where_no_engine_can(bundle, monkeypatch):
     monkeypatch.setattr(trt, "TrtSession", Missing)
     assert isinstance(open_session(bundle, "auto"), OrtSession)
     assert refusal(open_session, bundle, "tensorrt") == "CUDA finds no GPU"
+    assert not caplog.records
+    monkeypatch.setattr(trt, "gpu", lambda: "8.9")
+    assert isinstance(open_session(bundle, "auto"), OrtSession)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the ONNX model of {bundle} runs in place of its engine: CUDA finds no GPU"
+    ]
 
 
 def test_damaged_engine_is_no_reason_to_run_something_else(bundle, monkeypatch):
@@ -442,15 +450,40 @@ def test_damaged_engine_is_no_reason_to_run_something_else(bundle, monkeypatch):
             open_session(bundle, provider)
 
 
-def test_validates_the_engine_if_told_so(bundle, monkeypatch):
+def test_validates_what_runs(bundle, monkeypatch):
+    assert isinstance(open_candidate(bundle, "auto"), OrtSession)
+
     def start(self, bundle):
         self.path, self.entry = bundle.folder / ENGINES[0], bundle.manifest.engines[0]
 
     monkeypatch.setattr(trt.TrtSession, "__init__", start)
-    engine = open_candidate(bundle, "tensorrt")
-    assert f"{ENGINES[0]}, rtx 1.7.1.116" in engine.description
-    assert engine.ks == engine.scores == {}
-    assert isinstance(open_candidate(bundle, "auto"), OrtSession)
+    for provider in ("auto", "tensorrt"):
+        engine = open_candidate(bundle, provider)
+        assert f"{ENGINES[0]}, rtx 1.7.1.116" in engine.description
+        assert engine.ks == engine.scores == {}
+    assert isinstance(open_candidate(bundle, "cpu"), OrtSession)
+
+
+# Weights outside of the files that are verified.
+
+
+def test_weights_in_another_file(tmp_path, monkeypatch):
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    model = onnx.load(write_network(tmp_path / "m.onnx"))
+    for tensor in model.graph.initializer:
+        tensor.raw_data = onnx.numpy_helper.to_array(tensor).tobytes()
+        tensor.ClearField("float_data")
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    assert (folder / "weights.bin").exists()
+    OrtSession(folder / "model.onnx", "cpu")  # a file that is no bundle may
+    assert "not an ONNX model that ONNX Runtime can load" in refusal(describe_onnx, folder / "model.onnx")
+    plain = describe_onnx(tmp_path / "m.onnx")
+    file = manifest.File.of(folder / "model.onnx", "onnx")
+    replace(plain, files=(file,), model=replace(plain.model, file=file.name)).save(folder)
+    monkeypatch.chdir(folder)  # where ONNX Runtime would look
+    for provider in ("auto", "cpu"):
+        assert "not an ONNX model that ONNX Runtime can load" in refusal(open_session, folder, provider)
 
 
 # Signatures.
@@ -548,7 +581,7 @@ def test_without_cryptography(bundle, keys, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     for use in (lambda: load(bundle, keys / "public.pem"), lambda: load(bundle).manifest.save(bundle, keys / "x.pem")):
-        assert "drsformer-deploy[sign]" in refusal(use)
+        assert "pip install cryptography" in refusal(use)
     load(bundle).verify()
 
 

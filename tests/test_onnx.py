@@ -18,7 +18,7 @@ import torch
 from drsformer import checkpoint
 from drsformer.config import BlockConfig, DRSformerConfig, LevelConfig, MEFCConfig
 from drsformer.evaluate import TorchSession
-from drsformer.model import DRSformer
+from drsformer.model import DRSformer, GatedFeedForward
 from export import onnx as export_onnx
 from export.onnx import SIZES, TOLERANCE, Exported, ScoreProbe, export, verify
 from export.topk import PATTERNS, masks, scores_of, with_pattern
@@ -251,6 +251,21 @@ def test_failed_proof_writes_nothing(everything, tmp_path, monkeypatch, differen
     with pytest.raises(GateError, match="not written"):
         export(weights, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_float16_cannot_hold_is_not_written(tmp_path):
+    """GDFN has no bound between its convolutions; here they put out a million, and the last one divides by it."""
+    network = fill(DRSformer(small(feed_forward="gdfn")))
+    for module in network.modules():
+        if isinstance(module, GatedFeedForward):
+            with torch.no_grad():
+                module.project_in.weight.mul_(2.0**12)
+                module.project_out.weight.mul_(2.0**-24)
+    checkpoint.save(tmp_path / "w.safetensors", network, {})
+    export(tmp_path / "w.safetensors", tmp_path / "bf16.onnx", precision="bf16")
+    with pytest.raises(GateError, match="which float16 cannot hold; use --precision bf16"):
+        export(tmp_path / "w.safetensors", tmp_path / "fp16.onnx", precision="fp16")
+    assert not (tmp_path / "fp16.onnx").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.pack import LAYER_STEP, pack, unpack
+from benchmarks.pack import FORMAT, LAYER_STEP, MANIFEST, pack, unpack
 from benchmarks.parts import join, split
 from drsformer.data import find_pairs
 from drsformer.rain import add_rain
@@ -79,6 +81,25 @@ def test_a_pack_that_was_changed_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"pack\.zip"):
         unpack(tmp_path / "pack.zip", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        {"files": {}}, [1], {"format": 2, "files": {}, "pairs": {}}, {"format": FORMAT, "files": [], "pairs": []},
+        {"format": FORMAT, "files": {}, "pairs": {"a/train/0": {"target": "x", "layer": "y"}}},
+        {"format": FORMAT, "files": {"clean/../../x": {}}, "pairs": {}},
+        {"format": FORMAT, "files": {}, "pairs": {"../train/0": {}}},
+    ],
+)  # fmt: skip
+def test_what_is_no_pack_is_refused(tmp_path: Path, manifest: object) -> None:
+    with zipfile.ZipFile(tmp_path / "pack.zip", "w") as archive:
+        archive.writestr("clean/../../x", b"x")
+        archive.writestr(MANIFEST, json.dumps(manifest))
+    with pytest.raises(InputError, match=r"pack\.zip: expected") as error:
+        unpack(tmp_path / "pack.zip", tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["pack.zip"]
 
 
 def test_a_folder_without_pairs_is_refused(tmp_path: Path) -> None:

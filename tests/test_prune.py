@@ -23,7 +23,7 @@ from compress.structures import KINDS, LEVELS, config_without, level_of, structu
 from drsformer import checkpoint
 from drsformer.config import DRSformerConfig, MEFCConfig, preset
 from drsformer.data import find_pairs
-from drsformer.evaluate import TorchSession
+from drsformer.evaluate import TorchSession, evaluate_model
 from drsformer.metrics import psnr
 from drsformer.model import DRSformer
 from drsformer.rain import add_rain, draw_streaks
@@ -427,6 +427,20 @@ def test_place_that_cannot_be_written_is_noticed_at_once(tmp_path, data, monkeyp
         )
 
 
+def test_psnr_follows_the_protocol(tmp_path, data, monkeypatch):
+    clock(monkeypatch)
+    monkeypatch.setattr(pruning, "RATIOS", (0.9,))
+    weights, output = tmp_path / "w.safetensors", tmp_path / "p.safetensors"
+    checkpoint.save(weights, network(), {})
+    pruned = prune(weights, [data], output, macs=0.9, protocol="did", sensitivity=tmp_path / "s", **FAST)
+    (rows, made) = json.loads((tmp_path / "s" / "sensitivity.json").read_text()), checkpoint.load(output)
+    before, other = (evaluate_model(network(), find_pairs(data)[:1], p).psnr for p in ("did", "rain200"))
+    assert pruned.psnr[0] == rows[0]["psnr"] == pytest.approx(before)
+    assert abs(before - other) > 1e-4
+    assert made.provenance["scores"] == {"psnr": round(pruned.psnr[1], 4), "images": 1, "protocol": "did"}
+    assert pruned.psnr[1] == pytest.approx(evaluate_model(made.model, find_pairs(data)[:1], "did").psnr)
+
+
 def test_target_out_of_reach_says_why_and_writes_nothing(tmp_path, data):
     weights, output = tmp_path / "w.safetensors", tmp_path / "p.safetensors"
     checkpoint.save(weights, network(), {})
@@ -447,6 +461,10 @@ def test_target_out_of_reach_says_why_and_writes_nothing(tmp_path, data):
         ({"macs": 0.5, "output": None}, "expected --output with"),
         ({"macs": 0.5, "output": Path("p.pth")}, r"ending in \.safetensors"),
         ({"macs": 0.5, "output": Path("dir.safetensors")}, r"the name of a file ending in \.safetensors"),
+        (
+            {"macs": 0.5, "weights": Path("w.safetensors"), "output": Path("w.safetensors")},
+            r"--output: expected another file than --weights, found w\.safetensors for both",
+        ),
         ({"macs": 0.5, "round_to": 0}, "--round-to"),
         ({"macs": 0.5, "samples": 0}, "--samples"),
         ({"macs": 0.5, "patch": 20}, "--patch"),
@@ -461,6 +479,7 @@ def test_target_out_of_reach_says_why_and_writes_nothing(tmp_path, data):
 def test_bad_input_is_one_line(tmp_path, data, options, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("dir.safetensors").mkdir()
+    Path("w.safetensors").touch()
     given = {"weights": SHIPPED, "data": [data], "output": tmp_path / "p.safetensors", **options}
     with pytest.raises(InputError, match=message) as error:
         prune(**given)

@@ -128,6 +128,8 @@ def test_folder_is_rendered_into_a_data_set(tmp_path):
     assert np.array_equal(rainy, again)
     with pytest.raises(InputError, match="0 to 1"):
         rain(tmp_path / "clean", tmp_path / "c", strength=1.5)
+    with pytest.raises(InputError, match="--seed: expected at least 0, found -1"):
+        rain(tmp_path / "clean", tmp_path / "c", seed=-1)
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "clean" / "0.jpg")
     with pytest.raises(InputError, match="suffix"):
         rain(tmp_path / "clean", tmp_path / "c")
@@ -135,6 +137,19 @@ def test_folder_is_rendered_into_a_data_set(tmp_path):
     for folders in ({"clean": tmp_path / "empty"}, {"clean": tmp_path / "clean", "streaks": tmp_path / "empty"}):
         with pytest.raises(InputError, match="found none"):
             rain(output=tmp_path / "c", **folders)
+
+
+@pytest.mark.parametrize("kind", ["input", "target"])
+def test_pairs_that_the_photographs_belong_to_are_left_alone(tmp_path, kind):
+    for i, folder in enumerate(("input", "target")):
+        (tmp_path / "train" / folder).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8, 3), 60 + i, np.uint8)).save(tmp_path / "train" / folder / "0.png")
+    (tmp_path / "link").symlink_to(tmp_path / "train" / kind)
+    for clean in (tmp_path / "train" / kind, tmp_path / "link"):
+        with pytest.raises(InputError, match=f"train: expected another folder .* found them in .*{kind}"):
+            rain(clean, tmp_path / "train")
+    for i, folder in enumerate(("input", "target")):
+        assert (np.asarray(Image.open(tmp_path / "train" / folder / "0.png")) == 60 + i).all()
 
 
 def test_rain_of_the_real_pairs_is_grey_and_additive(real_data):

@@ -73,7 +73,7 @@ def without_ends(monkeypatch):
 def by_size(monkeypatch, without_ends):
     """Stands for the eye: a network loses 10 dB times the part of its MACs that is gone. Nothing is trained."""
     whole = cost.macs(CONFIG)
-    monkeypatch.setattr(searching, "evaluate_model", lambda network, pairs: types.SimpleNamespace(
+    monkeypatch.setattr(searching, "evaluate_model", lambda network, pairs, protocol: types.SimpleNamespace(
         psnr=20 + 10 * cost.macs(network.config) / whole))  # fmt: skip
     monkeypatch.setattr(searching.Candidates, "_plot", lambda candidates: Figure())  # an empty one is quicker
     monkeypatch.setattr(searching, "prune", functools.partial(prune, importance="magnitude", rounds=1))
@@ -134,6 +134,7 @@ def test_bundle_holds_the_proven_network_and_what_was_tried(searched):
     assert bundle.unlisted() == []
     assert {file.name for file in bundle.manifest.files} == {"model.onnx", "report1.html", "search.json", "pareto.png"}
     (drift,) = bundle.manifest.drift
+    assert drift.protocol == "rain200"
     assert drift.images == 2
     best = checkpoint.load(work / "step2" / "last.safetensors")
     assert bundle.manifest.model.weights_sha256 == best.sha256
@@ -195,15 +196,15 @@ def test_bundle_that_fails_its_proof_is_not_left(searched, tmp_path, monkeypatch
     shutil.rmtree(folder / "bundle")
     monkeypatch.setattr(searching, "compare", lambda *args, **options: types.SimpleNamespace(
         passed=False, totals={"drop_db": 9.5}))  # fmt: skip
-    with pytest.raises(GateError, match=r"expected at most 9 dB lost on .*data, found 9\.5000 dB in ONNX Runtime"):
+    with pytest.raises(GateError, match=r"expected at most 9 dB lost on .*data, found 9\.5000 dB in its bundle"):
         go(folder)
     assert not (folder / "bundle").exists()
 
 
 @pytest.mark.parametrize(("drop", "speed", "taken"), [(0.5, 0.5, True), (5.0, 0.5, False), (0.5, 1.5, False)])
 def test_int8_is_taken_where_it_is_faster_and_within_the_budget(folder, by_size, monkeypatch, drop, speed, taken):
-    def quantize(model, data, output, max_drop_db, limit):
-        assert (data, limit) == (folder / "data", 20)
+    def quantize(model, data, output, max_drop_db, limit, protocol):
+        assert (data, limit, protocol) == (folder / "data", 20, "rain200")
         assert max_drop_db == pytest.approx(1, abs=0.1)
         output.touch()
 
@@ -250,6 +251,30 @@ def test_folders_that_cannot_be_told_apart_are_refused(folder):
     shutil.copytree(folder / "data", folder / "more" / folder.name / "data")
     with pytest.raises(InputError, match="--validate: expected folders whose last two names differ"):
         go(folder, validate=[folder / "data", folder / "more" / folder.name / "data"])
+
+
+def test_everything_is_measured_by_the_protocol(folder, without_ends, monkeypatch):
+    seen = {}
+
+    def spy(name, protocol_of):
+        does = getattr(searching, name)
+        monkeypatch.setattr(searching, name, lambda *args, **options: (
+            seen.setdefault(name, set()).add(protocol_of(args, options)), does(*args, **options))[1])  # fmt: skip
+
+    monkeypatch.setattr(searching, "compare", lambda *args, **options: types.SimpleNamespace(
+        totals={"candidate_psnr": 20.0}))  # fmt: skip
+    monkeypatch.setattr(searching, "OrtSession", lambda path, provider: 1.0)
+    monkeypatch.setitem(sys.modules, "compress.quantize", types.SimpleNamespace(
+        quantize=lambda *args, **options: seen.update(quantize={options["protocol"]})))  # fmt: skip
+    spy("evaluate_model", lambda args, options: args[2])
+    spy("distill", lambda args, options: options["material"].protocol)
+    for name in ("measure_sensitivity", "prune", "compare"):
+        spy(name, lambda args, options: options["protocol"])
+    go(folder, macs=0.8, protocol="did", quantize=True)
+    assert seen == {name: {"did"} for name in seen}
+    assert len(seen) == 6
+    for file in ("search.json", "options.json"):  # what is told, and what a resumption compares
+        assert json.loads((folder / "bundle.work" / file).read_text())["protocol"] == "did"
 
 
 def test_target_that_nothing_reaches_is_told(folder, by_size):

@@ -1,5 +1,6 @@
 """The image contract, against a second, slow reading of it."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,8 +12,9 @@ from runtime import Derainer, InputError
 class Network:
     """A session in NumPy. Its answer leaves [0, 1] and depends on the mean, so that padding matters."""
 
-    def __init__(self, multiple=8):
+    def __init__(self, multiple=8, least=(1, 1)):
         self.multiple = multiple
+        self.limits = [(least, (sys.maxsize, sys.maxsize))]
         self.shapes = []
 
     def run(self, batch):
@@ -45,7 +47,8 @@ def mirrored(index, length, padding):
 def reference(network, image):
     """The contract, pixel by pixel."""
     H, W, _ = image.shape
-    bottom, right = -H % network.multiple, -W % network.multiple
+    bottom, right = (max(-length % network.multiple, least - length)
+                     for length, least in zip((H, W), network.limits[0][0], strict=True))  # fmt: skip
     batch = np.empty((1, 3, H + bottom, W + right), np.float32)
     for _, c, y, x in np.ndindex(batch.shape):
         batch[0, c, y, x] = np.float32(image[mirrored(y, H, bottom), mirrored(x, W, right), c]) / np.float32(255)
@@ -89,6 +92,15 @@ def test_session_gets_a_multiple_and_no_more():
     network = Network(8)
     Derainer(network)(random_image(16, 17))
     assert network.shapes == [(1, 3, 16, 24)]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20, 20), (40, 41), (23, 70), (70, 90)])
+def test_what_is_smaller_than_the_limits_is_padded_up_to_them(size):
+    network = Network(8, least=(48, 64))
+    image = random_image(*size)
+    np.testing.assert_array_equal(Derainer(network)(image), reference(Network(8, least=(48, 64)), image))
+    height, width = network.shapes[0][2:]
+    assert (height, width) == (max(48, size[0] + -size[0] % 8), max(64, size[1] + -size[1] % 8))
 
 
 def test_every_level_survives():

@@ -168,6 +168,11 @@ def test_signed_bundles_stay_signed(bundle, model, tmp_path):
     assert len(manifest.load(bundle, public).manifest.engines) == len(added.bundle.manifest.engines) == 2
 
 
+def test_key_is_looked_at_before_the_work(model, tmp_path):
+    assert "found no file at" in refusal(model, tmp_path / "bundle", sign=tmp_path / "missing.pem", **SMALL)
+    assert not (tmp_path / "bundle").exists()
+
+
 def key_pair(folder: Path, name: str) -> tuple[Path, Path]:
     from cryptography.hazmat.primitives import serialization as form
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -276,9 +281,9 @@ def test_libraries_that_are_not_installed(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
     assert "TensorRT is not here" in (line := refusal(model, tmp_path, flavor="tensorrt"))
-    assert "pip install 'drsformer-deploy[tensorrt]'" in line
+    assert "pip install tensorrt, which" in line
     assert "TensorRT for RTX is not here" in (line := refusal(model, tmp_path))
-    assert "pip install 'drsformer-deploy[rtx]'" in line
+    assert "pip install tensorrt-rtx-cu13-libs" in line
 
 
 def no_gpu() -> str:
@@ -403,7 +408,7 @@ USED = {
     "Builder": "build_serialized_network create_builder_config create_network create_optimization_profile",
     "BuilderFlag": "STRIP_PLAN VERSION_COMPATIBLE",
     "ComputeCapability": "SM86 SM89 SM120",
-    "CudaGraphStrategy": "WHOLE_GRAPH_CAPTURE",
+    "CudaGraphStrategy": "DISABLED WHOLE_GRAPH_CAPTURE",
     "ExecutionContextAllocationStrategy": "USER_MANAGED",
     "HardwareCompatibilityLevel": "AMPERE_PLUS",
     "IBuilderConfig": "add_optimization_profile create_timing_cache get_timing_cache hardware_compatibility_level "

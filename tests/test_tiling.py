@@ -164,7 +164,25 @@ def test_of_several_limits_the_one_that_takes_fewest_tiles():
     assert tiling.plan((512, 512), 8, limits).count == 1
     assert tiling.plan((2000, 3000), 8, limits).tile == (1080, 1920)
     assert tiling.plan((300, 3000), 8, limits).tile == (300, 512)  # too low for the larger one
-    assert tiling.plan((8, 8), 8, limits).tile == (8, 8)  # for the network to refuse
+    assert tiling.plan((3000, 8), 8, limits).size == (3000, 64)
+
+
+@pytest.mark.parametrize(
+    ("size", "tile", "padded"),
+    [((8, 8), None, (64, 64)), ((48, 200), None, (64, 200)), ((48, 3000), None, (64, 3000)),
+     ((48, 200), (64, 64), (64, 200)), ((8, 8), (600, 600), (64, 64)), ((48, 200), (32, 32), (48, 200))],
+)  # fmt: skip
+def test_what_is_too_small_is_padded_as_far_as_it_has_to_be(size, tile, padded):
+    limits = [((520, 520), (1080, 1920)), ((64, 64), (512, 512))]
+    plan = tiling.plan(size, 8, limits, tile=tile)
+    assert plan.size == padded
+    assert plan.tile == tuple(map(min, padded, tile or (512, 512)))
+    assert tiling.plan(size, 8).size == size
+
+
+def test_overlap_too_large_for_other_limits():
+    limits = [((128, 128), (256, 256)), ((64, 64), (256, 256))]
+    assert tiling.plan((64, 64), 8, limits, tile=(64, 64), overlap=40).tile == (64, 64)
 
 
 def steps(values, axis, tile, overlap):
@@ -329,14 +347,51 @@ def test_what_cannot_be_measured_is_not_known(tmp_path, monkeypatch):
     assert memory.measure(shipped_model()) is None
 
 
+def test_no_program_but_python_is_started(tmp_path, monkeypatch):
+    """In an application that embeds Python or is frozen, sys.executable is the application."""
+    application = tmp_path / "application"
+    application.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    application.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(application))
+    assert memory.measure(shipped_model()) is None
+    monkeypatch.setattr(sys, "executable", str(application.rename(tmp_path / "python3")))
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert memory.measure(shipped_model()) is None
+    assert not (tmp_path / "started").exists()
+
+
+def test_measurement_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
+    slow = tmp_path / "python3"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    monkeypatch.setattr(memory, "LONGEST", 0.2)
+    assert memory.measure(shipped_model()) is None
+
+
 def test_available_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "PROC", tmp_path)
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
     assert memory.available() is None
     (tmp_path / "meminfo").write_text("MemTotal:  900 kB\nMemAvailable:     600 kB\n")
     assert memory.available() == 600 * 1024
-    (tmp_path / "memory.current").write_text("300000\n")
-    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 50000\nactive_file 7\n")
-    for bound, free in (("max", 600 * 1024), ("400000", 150_000), ("90000000", 600 * 1024), ("200000", 0)):
-        (tmp_path / "memory.max").write_text(f"{bound}\n")
-        assert memory.available() == free
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "cgroup").write_text("4:cpu,memory:/old/job\n1:name=systemd:/\n0::/job/step\n")
+    assert memory.available() == 600 * 1024
+    bounds = (("max", 600 * 1024), ("400000", 150_000), ("90000000", 600 * 1024), ("200000", 0))
+    for group in ("", "job", "job/step"):
+        folder = tmp_path / group
+        folder.mkdir(exist_ok=True)
+        (folder / "memory.current").write_text("300000\n")
+        (folder / "memory.stat").write_text("anon 5\ninactive_file 50000\nactive_file 7\n")
+        for bound, free in (*bounds, bounds[0]):
+            (folder / "memory.max").write_text(f"{bound}\n")
+            assert memory.available() == free
+    for group in ("memory", "memory/old/job"):  # version 1
+        folder = tmp_path / group
+        folder.mkdir(parents=True)
+        (folder / "memory.usage_in_bytes").write_text("300000\n")
+        (folder / "memory.stat").write_text("inactive_file 9\ntotal_inactive_file 50000\n")
+        for bound, free in (*bounds[1:], ("9223372036854771712", 600 * 1024)):
+            (folder / "memory.limit_in_bytes").write_text(f"{bound}\n")
+            assert memory.available() == free

@@ -25,8 +25,9 @@ from drsformer import checkpoint
 from drsformer import train as training
 from drsformer.config import DRSformerConfig, preset
 from drsformer.data import find_pairs
+from drsformer.evaluate import evaluate_model
 from drsformer.model import DRSformer
-from drsformer.train import Cadence, Hardware, Material, Patches, Recipe, Run, fit, l1_loss, train
+from drsformer.train import Cadence, Hardware, Material, Patches, Recipe, Run, fit, l1_loss, short, train
 from runtime.cli import InputError
 
 CPU = Hardware(accelerator="cpu", devices="1")
@@ -86,6 +87,12 @@ def test_patches_are_pairs_rendered_or_dry_as_asked(data):
         rained = [(patches[i][0] - patches[i][1]) for i in range(30)]
         assert all((difference >= 0).all() for difference in rained)
         assert np.mean([difference.max().item() > 0.1 for difference in rained]) > 0.5
+
+
+def test_fractions_that_add_up_to_one_leave_no_patch_to_pairs(data):
+    for rendered, dry in ((0.9, 0.1), (0.7, 0.3), (1 / 3, 2 / 3), (0.6, 0.39999999999)):
+        patches = Patches([], Recipe(patch=16), data / "target", rendered=rendered, dry=dry)
+        assert patches.unpaired == 1
 
 
 def test_images_smaller_than_a_patch_are_mirrored(data):
@@ -228,7 +235,7 @@ def test_best_network_is_the_averaged_one_with_the_highest_score(data, tmp_path,
     """Through a restart: the scores are 10, 30, then the run is stopped, then, resumed, 20 and 25 dB."""
     answers, seen = iter([10.0, 30.0, None, 20.0, 25.0]), []
 
-    def evaluate(network, pairs):
+    def evaluate(network, pairs, protocol):
         psnr = next(answers)
         if psnr is None:
             raise KeyboardInterrupt
@@ -261,6 +268,49 @@ def test_run_with_other_options_is_not_continued(data, tmp_path):
     run(data, tmp_path / "run")  # finished: nothing to do
     with pytest.raises(InputError, match=r"lr=0.0003, not 0.01"):
         run(data, tmp_path / "run", lr=0.01)
+
+
+def test_validation_follows_the_protocol_and_a_run_is_continued_with_the_same(data, tmp_path):
+    recipe, pairs = Recipe(iterations=1, **QUICK), find_pairs(data)
+
+    def go(**changes):
+        return train(tmp_path / "run", [data], "drsformer-tiny", material=Material([data], **changes), recipe=recipe,
+                     hardware=CPU)  # fmt: skip
+
+    scores = go(protocol="did")
+    made = checkpoint.load(tmp_path / "run" / "last.safetensors")
+    expected = [evaluate_model(made.model, pairs, protocol).psnr for protocol in ("did", "rain200")]
+    assert scores[f"{short(data)} psnr"] == pytest.approx(expected[0], abs=1e-6)
+    assert abs(expected[0] - expected[1]) > 1e-4
+    assert made.provenance["steps"][0]["options"]["protocol"] == "did"
+    with pytest.raises(InputError, match="protocol=did, not rain200"):
+        go()
+
+
+def test_validation_folders_that_cannot_be_told_apart_are_refused(data, tmp_path):
+    twin = tmp_path / "more" / data.parent.name / "data"
+    with pytest.raises(InputError, match="--validate: expected folders whose last two names differ, found"):
+        Material([data, twin]).validation()
+
+
+def test_folders_have_two_names_however_they_are_given(tmp_path, monkeypatch):
+    (tmp_path / "rain" / "train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "rain" / "train")
+    names = {short(Path(given)) for given in (".", "../train", "../../rain/train", "input/..", Path.cwd())}
+    assert names == {"rain/train"}
+    assert short(Path("..")) == f"{tmp_path.name}/rain"
+    assert short(Path("light")) == "train/light"
+
+
+def test_network_that_a_run_starts_from_is_not_overwritten(data, tmp_path):
+    init = tmp_path / "mine" / "best.safetensors"
+    checkpoint.save(init, DRSformer(preset("drsformer-tiny")), {})
+    content = init.read_bytes()
+    with pytest.raises(InputError, match=r"--output: expected another file than --init, found .*best\.safetensors"):
+        train(tmp_path / "mine", [data], init=init, material=Material([data]), recipe=Recipe(iterations=1, **QUICK),
+              hardware=CPU)  # fmt: skip
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [init.name]
+    assert init.read_bytes() == content
 
 
 def test_damaged_state_is_told(data, tmp_path):
@@ -308,7 +358,8 @@ def test_training_continues_from_a_checkpoint(data, tmp_path):
     [
         ({"network": "drsformer-xxl"}, "drsformer-tiny"),
         ({"network": "drsformer-tiny", "init": "absent.safetensors"}, "leave --network out"),
-        ({"rendered": 0.8, "dry": 0.8}, r"--dry: expected 0 to 0\.2"),
+        ({"rendered": 0.8, "dry": 0.8}, r"--rendered and --dry: expected at most 1 together, found 1\.6"),
+        ({"dry": -0.1}, r"--dry: expected 0 to 1, found -0\.1"),
         ({"clean": "data/target"}, "--clean"),
         ({"streaks": "data/target"}, "--streaks"),
         ({"validate_limit": 0}, "--validate-limit"),
@@ -350,7 +401,8 @@ def test_several_machines_need_a_launcher(monkeypatch, tmp_path):
     ("part", "options", "message"),
     [
         (Recipe, {"patch": 20}, "multiple of 8, found 20"),
-        (Recipe, {"seed": -1}, "--seed: expected at least 0, found -1"),
+        (Recipe, {"seed": -1}, "--seed: expected 0 to 18446744073709551615, found -1"),
+        (Recipe, {"seed": 2**64}, "--seed"),
         (Recipe, {"ema": 1.0}, "--ema: expected at least 0 and less than 1, found 1"),
         (Recipe, {"clip": 0.0}, "--clip: expected more than 0, found 0"),
         (Recipe, {"lr": float("nan")}, "--lr"),

@@ -7,6 +7,7 @@ import ctypes
 import enum
 import gc
 import importlib
+import os
 import sys
 import threading
 from pathlib import Path
@@ -29,10 +30,13 @@ class Code(enum.IntEnum):
     cudaErrorMemoryAllocation = 2  # noqa: N815
     cudaErrorInsufficientDriver = 35  # noqa: N815
     cudaErrorNoDevice = 100  # noqa: N815
+    cudaErrorInvalidDevice = 101  # noqa: N815
+    cudaErrorStreamCaptureInvalidated = 901  # noqa: N815
 
 
 class Cuda(ModuleType):
-    """`cuda.bindings.runtime` with a GPU whose memory is the host's. Functions record their names in `calls`."""
+    """`cuda.bindings.runtime` with GPUs whose memory is the host's. Functions record their names in `calls`, and in
+    `used` the GPU that was current in the calling thread; where things are is in `places`."""
 
     cudaStreamNonBlocking = 1  # noqa: N815
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down")  # noqa: N815
@@ -41,25 +45,47 @@ class Cuda(ModuleType):
         cudaDevAttrComputeCapabilityMajor=0, cudaDevAttrComputeCapabilityMinor=1
     )
 
-    def __init__(self, capability: tuple[int, int] = (8, 6), devices: int = 1, memory: int = GB) -> None:
+    def __init__(self, *capabilities: tuple[int, int], devices: int | None = None, memory: int = GB) -> None:
         super().__init__("cuda.bindings.runtime")
-        self.capability, self.devices, self.free = capability, devices, memory
+        self.capabilities = capabilities or ((8, 6),)
+        self.devices = len(self.capabilities) if devices is None else devices
+        self.free = memory
+        self.thread = threading.local()
         self.calls: list[str] = []
+        self.used: set[int] = set()
+        self.places: dict[int, int] = {}
         self.blocks: dict[int, np.ndarray] = {}
+        self.captured: dict[int, list] = {}
         self.graphs: dict[int, list] = {}
         self.capturing: list | None = None
+        self.spoilt = False
+
+    @property
+    def current(self) -> int:
+        return getattr(self.thread, "device", 0)
 
     def _call(self, name: str, *values):
         self.calls.append(name)
+        self.used.add(self.current)
         return (Code.cudaSuccess, *values)
 
     def cudaGetDeviceCount(self):  # noqa: N802
         return (Code.cudaSuccess, self.devices) if self.devices >= 0 else (Code.cudaErrorInsufficientDriver, None)
 
+    def cudaGetDevice(self):  # noqa: N802
+        return Code.cudaSuccess, self.current
+
+    def cudaSetDevice(self, device):  # noqa: N802
+        if not 0 <= device < self.devices:
+            return (Code.cudaErrorInvalidDevice,)
+        self.thread.device = device
+        return (Code.cudaSuccess,)
+
     def cudaDeviceGetAttribute(self, attribute, device):  # noqa: N802
-        return Code.cudaSuccess, self.capability[attribute]
+        return Code.cudaSuccess, self.capabilities[device][attribute]
 
     def cudaStreamCreateWithFlags(self, flags):  # noqa: N802
+        self.places[7] = self.current
         return self._call("stream", 7)
 
     def cudaStreamDestroy(self, stream):  # noqa: N802
@@ -74,6 +100,7 @@ class Cuda(ModuleType):
         self.free -= size
         block = np.full(max(size, 1), 255, np.uint8)  # as float32, NaN
         self.blocks[block.ctypes.data] = block
+        self.places[block.ctypes.data] = self.current
         return self._call(f"malloc {size}", block.ctypes.data)
 
     cudaMallocHost = cudaMalloc  # noqa: N815
@@ -89,19 +116,27 @@ class Cuda(ModuleType):
         return self._call(kind)
 
     def cudaStreamBeginCapture(self, stream, mode):  # noqa: N802
+        assert self.capturing is None
         self.capturing = []
         return self._call("begin")
 
     def cudaStreamEndCapture(self, stream):  # noqa: N802
-        captured, self.capturing = self.capturing, None
-        return self._call("end", captured)
+        assert self.capturing is not None
+        key = 1000 + len(self.calls)
+        self.captured[key], self.capturing = self.capturing, None
+        if self.spoilt:
+            self.spoilt = False
+            del self.captured[key]
+            return Code.cudaErrorStreamCaptureInvalidated, None
+        return self._call("end", key)
 
     def cudaGraphInstantiate(self, graph, flags):  # noqa: N802
         key = 1000 + len(self.calls)
-        self.graphs[key] = graph
+        self.graphs[key] = self.captured[graph]
         return self._call("instantiate", key)
 
     def cudaGraphDestroy(self, graph):  # noqa: N802
+        del self.captured[graph]
         return self._call("destroy captured")
 
     def cudaGraphExecDestroy(self, key):  # noqa: N802
@@ -119,6 +154,7 @@ class Context:
 
     def __init__(self, library: Library) -> None:
         self.library, self.cuda = library, library.cuda
+        self.device = library.cuda.current
         self.addresses: dict[str, int] = {}
         self.shape: tuple[int, ...] = ()
         self.profile: int | None = None
@@ -139,6 +175,9 @@ class Context:
         return True
 
     def update_device_memory_size_for_shapes(self):
+        if self.library.unmeasured:
+            self.library.log.log(self.library.ILogger.Severity.ERROR, "shapes that\nno one knows")
+            return 0
         return self.library.activations * int(np.prod(self.shape))
 
     def set_device_memory(self, address, size):
@@ -148,6 +187,11 @@ class Context:
         if self.library.failing:
             self.library.log.log(self.library.ILogger.Severity.ERROR, "out of\n luck")
             return False
+        if self.cuda.capturing is not None and self.library.synchronizes:  # which is not allowed while capturing
+            self.cuda.spoilt = True
+            return True
+        places = {self.cuda.places[key] for key in (stream, self.memory[0], *self.addresses.values())}
+        assert places == {self.device, self.cuda.current}
         assert self.memory[0] in self.cuda.blocks
         assert self.memory[1] >= self.update_device_memory_size_for_shapes()
         self.cuda.calls.append("enqueue")
@@ -162,25 +206,54 @@ class Context:
         target[:size].view(dtype)[:] = (255 if dtype == "uint8" else 1) - source[:size].view(dtype)
 
 
+class Config:
+    """Of TensorRT for RTX; as it is made, its contexts would take their memory themselves."""
+
+    strategy = "static"
+    cuda_graph_strategy = "disabled"
+    cache = None
+    deserialized: bytes | None = None
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        self.strategy = strategy
+
+    def create_runtime_cache(self):
+        return SimpleNamespace(deserialize=self._deserialize, serialize=lambda: b"kernels")
+
+    def _deserialize(self, content):
+        assert hasattr(self.library.cuda.thread, "device")  # which makes the CUDA context that this needs
+        self.deserialized = content
+        return self.library.accepts_cache
+
+    def set_runtime_cache(self, cache):
+        self.cache = cache
+        return True
+
+
 class Library(ModuleType):
-    """A TensorRT whose engines are the bytes `plan`."""
+    """A TensorRT whose engines are the bytes `plan`. From 10.11 on they have a runtime config."""
 
     class ILogger:
         Severity = enum.IntEnum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO"], start=0)
 
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="ours")
-    CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
+    CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole", DISABLED="disabled")
 
     def __init__(self, cuda: Cuda, version: str = "11.4.0", dtype: str = "float32") -> None:
         super().__init__("tensorrt")
         self.__version__, self.cuda, self.dtype = version, cuda, dtype
-        self.activations, self.failing = 4, False
+        self.activations, self.failing, self.unmeasured, self.synchronizes = 4, False, False, False
         self.contexts: list[Context] = []
         self.runtimes: list = []
-        self.configs: list = []
+        self.configs: list[Config] = []
         self.refits: list = []
         self.plans: list[bytes] = []
         self.accepts_cache = True
+        if tuple(map(int, version.split("."))) >= (10, 11):
+            self.create_runtime_config = self._create_runtime_config
 
     def Runtime(self, log):  # noqa: N802
         self.log = log
@@ -192,19 +265,13 @@ class Library(ModuleType):
         self.log.log(self.ILogger.Severity.ERROR, "a plan of\nanother kind")
         return self if plan == b"plan" else None
 
-    def create_runtime_config(self):
-        config = SimpleNamespace(strategy=None, cache=None, deserialized=None)
-        config.set_execution_context_allocation_strategy = lambda strategy: setattr(config, "strategy", strategy)
-        config.create_runtime_cache = lambda: SimpleNamespace(
-            deserialize=lambda content: setattr(config, "deserialized", content) or self.accepts_cache,
-            serialize=lambda: b"kernels",
-        )
-        config.set_runtime_cache = lambda cache: setattr(config, "cache", cache)
-        self.configs.append(config)
-        return config
+    def _create_runtime_config(self):
+        self.configs.append(Config(self))
+        return self.configs[-1]
 
-    def create_execution_context(self, config):
-        assert config.strategy == "ours"
+    def create_execution_context(self, strategy):
+        """Or from a config."""
+        assert (strategy.strategy if isinstance(strategy, Config) else strategy) == "ours"
         return Context(self)
 
     def Refitter(self, engine, log):  # noqa: N802
@@ -401,7 +468,7 @@ def test_everything_is_freed(bundle, install, explicit):
     library.contexts.clear()
     del session
     gc.collect()
-    assert (cuda.blocks, cuda.graphs, cuda.calls[-1]) == ({}, {}, "destroy stream")
+    assert (cuda.blocks, cuda.graphs, cuda.captured, cuda.calls[-1]) == ({}, {}, {}, "destroy stream")
 
 
 def test_memory_that_does_not_suffice(bundle, install):
@@ -414,15 +481,92 @@ def test_memory_that_does_not_suffice(bundle, install):
 
 
 def test_a_run_that_fails_tells_the_reason(bundle, install):
-    cuda, library = install()
+    _, library = install()
     session = TrtSession(bundle)
-    check(session, 8, 8)
     library.failing = True
     with pytest.raises(InputError, match="failed on 8x8 pixels: out of luck"):
         session.run(batch(8, 8))
-    assert cuda.capturing is None
     library.failing = False
     check(session, 8, 8)
+
+
+def test_no_memory_for_a_size_is_an_error(bundle, install):
+    _, library = install()
+    session = TrtSession(bundle)
+    library.unmeasured = True
+    with pytest.raises(InputError, match="failed on 8x8 pixels: shapes that no one knows"):
+        session.run(batch(8, 8))
+    library.unmeasured = False
+    check(session, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("failing", "out of luck"), ("synchronizes", "cudaErrorStreamCaptureInvalidated")]
+)
+def test_a_size_that_cannot_be_captured(bundle, install, fault, reason):
+    cuda, library = install()
+    session = TrtSession(bundle)
+    check(session, 8, 8)
+    setattr(library, fault, True)
+    for _ in range(2):
+        with pytest.raises(InputError) as caught:
+            session.run(batch(8, 8))
+        line = f"0.engine cannot be captured in a CUDA graph: {reason}; give TrtSession cuda_graphs=False"
+        assert str(caught.value).endswith(line)
+    assert (cuda.capturing, cuda.captured) == (None, {})
+    setattr(library, fault, False)
+    check(session, 8, 8)
+
+
+def test_without_cuda_graphs(bundle, install):
+    cuda, library = install()
+    library.synchronizes = True
+    session = TrtSession(bundle, cuda_graphs=False)
+    for seed in range(3):
+        check(session, 8, 8, seed)
+    assert "begin" not in cuda.calls
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_a_session_stays_on_the_gpu_that_was_current(bundle, install, explicit):
+    cuda, library = install(Cuda((7, 5), (8, 6)))
+    assert "for this GPU of compute capability 7.5" in refusal(bundle)
+    cuda.cudaSetDevice(1)
+    assert trt.gpu() == "8.6"
+    session = TrtSession(bundle)
+    assert cuda.current == 1
+    failures: list[BaseException] = []
+
+    def work(session: TrtSession) -> None:
+        """In a new thread, where the first GPU is current."""
+        try:
+            for seed in range(3):
+                check(session, 8, 8, seed)
+            assert cuda.current == 0
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work, args=(session,))
+    thread.start()
+    thread.join()
+    assert failures == []
+    cuda.cudaSetDevice(0)
+    library.failing = True
+    with pytest.raises(InputError, match="failed"):
+        session.run(batch(8, 16))
+    assert cuda.current == 0
+    if explicit:
+        session.close()
+    library.contexts.clear()
+    del session
+    gc.collect()
+    assert (cuda.current, cuda.used, cuda.blocks) == (0, {1}, {})
+
+
+def test_tensorrt_without_runtime_configs(tmp_path, install):
+    _, library = install(version="10.1.0")
+    check(TrtSession(make_bundle(tmp_path / "bundle", {"version": "10.1.0"})), 8, 8)
+    assert library.configs == []
 
 
 # TensorRT for RTX
@@ -450,6 +594,24 @@ def test_rtx_captures_graphs_itself_and_keeps_its_kernels(rtx, install):
     assert library.configs[1].deserialized == b"kernels"
 
 
+def test_rtx_without_cuda_graphs(rtx, install):
+    _, library = install()
+    check(TrtSession(rtx, cuda_graphs=False), 8, 8)
+    assert library.configs[0].cuda_graph_strategy == "disabled"
+
+
+def test_a_cache_is_read_again_whatever_new_files_permit(rtx, install):
+    _, library = install()
+    mask = os.umask(0o002)
+    try:
+        TrtSession(rtx).close()
+    finally:
+        os.umask(mask)
+    assert cache_path(rtx, rtx.manifest.engines[0]).stat().st_mode & 0o777 == 0o600
+    TrtSession(rtx)
+    assert library.configs[1].deserialized == b"kernels"
+
+
 def test_a_cache_that_others_could_write_is_not_read(rtx, install):
     _, library = install()
     path = cache_path(rtx, rtx.manifest.engines[0])
@@ -466,7 +628,7 @@ def test_a_cache_that_does_not_fit_or_cannot_be_written_does_no_harm(rtx, instal
     path.write_bytes(b"of another GPU")
     session = TrtSession(rtx)
     check(session, 8, 8)
-    monkeypatch.setattr(trt, "writing", lambda path: (_ for _ in ()).throw(PermissionError(path)))
+    monkeypatch.setattr(trt, "writing", lambda path, mode: (_ for _ in ()).throw(PermissionError(path)))
     session.close()
     assert path.read_bytes() == b"of another GPU"
 
@@ -488,9 +650,13 @@ def test_the_newest_engine_that_this_machine_can_run(tmp_path, install):
         ({"flags": {"version_compatible": True}}, "11.4.1", (8, 6), True),
         ({"flags": {"version_compatible": True}}, "12.0.0", (8, 6), True),
         ({"flags": {"version_compatible": True}}, "11.3.9", (8, 6), False),
+        ({"flags": {"version_compatible": False}}, "11.4.0", (8, 6), True),
+        ({"flags": {"version_compatible": False}}, "11.4.1", (8, 6), False),
+        ({"flags": {"version_compatible": "no"}}, "11.4.0", (8, 6), True),
         ({}, "11.4.0", (9, 0), False),
         ({"flags": {"hardware_compatible": True}}, "11.4.0", (9, 0), True),
         ({"flags": {"hardware_compatible": True}}, "11.4.0", (7, 5), False),
+        ({"flags": {"hardware_compatible": False}}, "11.4.0", (9, 0), False),
         ({"compute_capabilities": ("8.6", "12.0")}, "11.4.0", (12, 0), True),
     ],
 )
@@ -499,7 +665,7 @@ def test_version_and_gpu(tmp_path, install, options, version, capability, runs):
     bundle = make_bundle(tmp_path / "bundle", options)
     if runs:
         check(TrtSession(bundle), 8, 8)
-        trusted = "version_compatible" in options.get("flags", {})
+        trusted = options.get("flags") == {"version_compatible": True}
         assert library.runtimes[0].engine_host_code_allowed is trusted
     else:
         assert "expected" in refusal(bundle)
@@ -539,7 +705,14 @@ def test_without_cudas_bindings(bundle, monkeypatch):
 def test_without_the_library(bundle, install, monkeypatch):
     install()
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    assert "TensorRT is not here" in refusal(bundle)
+    assert "TensorRT is not here" in (line := refusal(bundle))
+    assert line.endswith(": pip install tensorrt, which fetches it from NVIDIA's package index, or use the SDK")
+
+
+def test_without_rtx(rtx, install, monkeypatch):
+    install()
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
+    assert refusal(rtx).endswith(": pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings")
 
 
 def test_an_engine_is_verified_before_it_is_deserialised(bundle, install):
@@ -561,6 +734,8 @@ def test_weights_are_put_back_from_the_verified_model(tmp_path, install):
     bundle = make_bundle(tmp_path / "bundle", {"flags": {"strip_weights": True}})
     TrtSession(bundle)
     assert library.refits == [b"weights", "refitted"]
+    TrtSession(make_bundle(tmp_path / "whole", {"flags": {"strip_weights": False}}))
+    assert len(library.refits) == 2
     (bundle.folder / "model.onnx").write_bytes(b"Weights")
     assert "expected SHA-256" in refusal(bundle)
 

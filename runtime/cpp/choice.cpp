@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <sstream>
+#include <utility>
 
 namespace derainer {
 
@@ -60,6 +61,9 @@ std::int64_t count(std::int64_t length, std::int64_t tile, std::int64_t overlap)
     return length <= tile ? 1 : (length - overlap + tile - overlap - 1) / (tile - overlap);
 }
 
+/// Exact for whatever memory holds, and beyond that no overflow.
+double area(Size size) { return static_cast<double>(size.height) * static_cast<double>(size.width); }
+
 }  // namespace
 
 const Engine& choose_engine(const Bundle& bundle, const std::string& flavor, const std::string& version,
@@ -71,9 +75,10 @@ const Engine& choose_engine(const Bundle& bundle, const std::string& flavor, con
                                                  " for this GPU of compute capability " + capability + ", found " +
                                                  describe(engines) + "; add one with python -m export.tensorrt");
     const auto fits = [&](const Engine& e) { return fits_gpu(e) && fits_version(e, version); };
-    DERAINER_CHECK(std::any_of(engines.begin(), engines.end(), fits), (bundle.folder / newest->file).string() + ": expected version " +
-                                                newest->version + " of the library, which it was built with, found " +
-                                                version + "; install that one or build the engine again");
+    DERAINER_CHECK(std::any_of(engines.begin(), engines.end(), fits),
+                   (bundle.folder / newest->file).string() + ": expected version " + newest->version +
+                       " of the library, which it was built with, found " + version +
+                       "; install that one or build the engine again");
     const auto found = std::find_if(engines.rbegin(), engines.rend(),
                                     [&](const Engine& e) { return fits(e) && !has(e, "strip_weights"); });
     DERAINER_CHECK(found != engines.rend(), bundle.folder.string() +
@@ -94,25 +99,26 @@ std::size_t choose_profile(const Engine& engine, Size size) {
 Cut choose_tiles(const Engine& engine, Size size, std::int64_t multiple, Size tile,
                  std::optional<std::int64_t> overlap) {
     const bool asked = tile != Size{};
-    DERAINER_CHECK(
-        !asked || (tile.height > 0 && tile.width > 0 && tile.height % multiple == 0 && tile.width % multiple == 0),
-        "expected tiles in multiples of " + std::to_string(multiple) + " pixels, found " + to_string(tile));
+    DERAINER_CHECK(!asked || (tile.height > 0 && tile.width > 0 && is_multiple(tile, multiple)),
+                   "expected tiles in multiples of " + std::to_string(multiple) + " pixels, found " + to_string(tile));
     std::optional<Cut> best;
-    std::int64_t fewest = 0;
+    std::pair<double, double> least;
     for (const Profile& profile : engine.profiles) {
-        const Size largest{profile.max.height / multiple * multiple, profile.max.width / multiple * multiple};
-        const Size most = asked ? tile : largest;
-        const Cut cut{{std::min(size.height, most.height), std::min(size.width, most.width)},
+        const Size most = asked ? tile : profile.max;
+        const Size grown{std::max(size.height, profile.min.height), std::max(size.width, profile.min.width)};
+        const Cut cut{grown,
+                      {std::min(grown.height, most.height), std::min(grown.width, most.width)},
                       overlap.value_or(std::min(kOverlap, std::min(most.height, most.width) / 4))};
-        if (!profile.takes(cut.tile) || !overlaps(size.height, cut.tile.height, cut.overlap) ||
-            !overlaps(size.width, cut.tile.width, cut.overlap)) {
+        if (!profile.takes(cut.tile) || !overlaps(grown.height, cut.tile.height, cut.overlap) ||
+            !overlaps(grown.width, cut.tile.width, cut.overlap)) {
             continue;
         }
-        const std::int64_t tiles =
-            count(size.height, cut.tile.height, cut.overlap) * count(size.width, cut.tile.width, cut.overlap);
-        if (!best || tiles < fewest) {
+        const Size tiles{count(grown.height, cut.tile.height, cut.overlap),
+                         count(grown.width, cut.tile.width, cut.overlap)};
+        const std::pair<double, double> cost{area(grown), area(tiles)};
+        if (!best || cost < least) {
             best = cut;
-            fewest = tiles;
+            least = cost;
         }
     }
     const std::string tiles = asked ? " in tiles of " + to_string(tile) : "";

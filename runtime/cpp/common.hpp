@@ -34,6 +34,8 @@ struct Size {
 inline bool operator==(Size a, Size b) { return a.height == b.height && a.width == b.width; }
 inline bool operator!=(Size a, Size b) { return !(a == b); }
 
+inline bool is_multiple(Size size, std::int64_t of) { return size.height % of == 0 && size.width % of == 0; }
+
 inline std::string to_string(Size size) { return std::to_string(size.height) + "x" + std::to_string(size.width); }
 
 }  // namespace derainer

@@ -189,6 +189,7 @@ public:
     }
 
     int device() const { return options_.device; }
+    std::int64_t multiple() const { return bundle_.manifest.model.size_multiple; }
 
     void run(const std::vector<Image>& images) {
         const std::lock_guard<std::mutex> lock(mutex_);
@@ -197,8 +198,7 @@ public:
         for (const Image& image : images) {
             check(image);
             const Size size{padded(image.height, multiple()), padded(image.width, multiple())};
-            const Cut cut = choose_tiles(entry_, size, multiple(), options_.tile, options_.overlap);
-            tasks.push_back({image, cut.tile, cut.overlap});
+            tasks.push_back({image, choose_tiles(entry_, size, multiple(), options_.tile, options_.overlap)});
         }
         restore(*this, tasks);
     }
@@ -206,9 +206,8 @@ public:
     void enqueue(const void* input, void* output, Size size, cudaStream_t stream) {
         const std::lock_guard<std::mutex> lock(mutex_);
         const OnDevice on_device(options_.device);
-        DERAINER_CHECK(
-            size.height % multiple() == 0 && size.width % multiple() == 0,
-            "expected height and width in multiples of " + std::to_string(multiple()) + ", found " + to_string(size));
+        DERAINER_CHECK(is_multiple(size, multiple()), "expected height and width in multiples of " +
+                                                          std::to_string(multiple()) + ", found " + to_string(size));
         Context& context = prepare(size, kCallers);
         set_addresses(context, input, output);
         launch(context, stream);
@@ -217,7 +216,6 @@ public:
     // Network, for `restore`.
 
     Io io() const override { return bundle_.manifest.model.io; }
-    std::int64_t multiple() const override { return bundle_.manifest.model.size_multiple; }
     std::size_t lanes() const override { return kLanes; }
 
     void* input(std::size_t lane, Size) override { return lanes_[lane].host_input.get(); }
@@ -285,6 +283,7 @@ private:
             set_addresses(context, lanes_[lane].input.get(), lanes_[lane].output.get());
         }
         const std::size_t needed = context.execution->updateDeviceMemorySizeForShapes();
+        TENSORRT_CHECK(needed > 0);
         if (needed > memory_bytes_) {
             wait();
             contexts_.clear();  // as the address is in their graphs

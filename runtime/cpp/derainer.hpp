@@ -24,8 +24,8 @@
 ///     target_link_libraries(app PRIVATE derainer::derainer)
 ///
 /// Everything around the network is as `runtime.Derainer` does it in Python, to the byte; `restore.hpp` has the image
-/// contract. Images larger than the engine takes are cut into overlapping tiles; the network looks at the whole of what
-/// it is given, so that tiles change its answer.
+/// contract. Images larger than the engine takes are cut into overlapping tiles, smaller ones are padded to the
+/// smallest size that it takes. The network looks at the whole of what it is given, so that both change its answer.
 ///
 /// Threads may share a Derainer: they take turns, in any order. Only moving and destroying it is not for while another
 /// thread uses it. After an Error it can be used again, unless CUDA itself failed for good.
@@ -77,8 +77,8 @@ public:
     ~Derainer();
 
     /// Restore an image on the host into `out`, which has the same size and stride and may be `rgb`. Throws Error for
-    /// a size that the engine does not take, for want of memory on the GPU, and where the network answers with NaN or
-    /// infinity.
+    /// an image that is none, for `Options::tile` and `overlap` that the engine does not take, for want of memory on
+    /// the GPU, and where the network answers with NaN or infinity.
     void run(const std::uint8_t* rgb, std::int64_t height, std::int64_t width, std::size_t stride, std::uint8_t* out);
 
     /// Restore several images, of equal or different sizes, as `run` does each. None may be written where another is

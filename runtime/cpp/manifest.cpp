@@ -212,7 +212,9 @@ std::pair<Engine, std::string> parse_engine(const json& value, const std::string
     engine.profiles = parse_list(object.list("profiles"), where + ".profiles", parse_profile);
     DERAINER_CHECK(!engine.profiles.empty(), where + ": expected at least one profile, found none");
     for (const auto& flag : object.object("flags").items()) {
-        engine.flags.insert(flag.key());
+        if (flag.value() == true) {
+            engine.flags.insert(flag.key());
+        }
     }
     return {engine, object.text("onnx_sha256")};
 }
@@ -387,6 +389,12 @@ Manifest parse(const std::string& content) {
         DERAINER_CHECK(built_from == onnx_sha256, engine.file + " was built from another model: expected SHA-256 " +
                                                       onnx_sha256 + ", found " + quote(built_from) +
                                                       "; build it again");
+        const std::int64_t multiple = manifest.model.size_multiple;
+        for (const Profile& profile : engine.profiles) {
+            DERAINER_CHECK(is_multiple(profile.min, multiple) && is_multiple(profile.max, multiple),
+                           engine.file + ": expected profiles in multiples of " + std::to_string(multiple) +
+                               ", found " + to_string(profile.min) + " to " + to_string(profile.max));
+        }
     }
     for (const std::string& measured : parse_list(object.list("drift"), "manifest.drift", parse_drift)) {
         DERAINER_CHECK(described.count(measured) == 1,

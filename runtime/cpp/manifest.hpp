@@ -44,7 +44,7 @@ struct Model {
     std::int64_t size_multiple;
 };
 
-/// Sizes that an engine takes, and those it is fastest at.
+/// Sizes that an engine takes, from `min` to `max`, which are in multiples, and those it is fastest at.
 struct Profile {
     Size min;
     Size opt;
@@ -55,7 +55,7 @@ struct Profile {
 };
 
 /// A plan: the network compiled by one version of a library for some GPUs. `flavor` is "rtx" or "tensorrt", `flags`
-/// are the names of what the builder was told besides.
+/// are the names of what is true of what the builder was told besides.
 struct Engine {
     std::string file;
     std::string flavor;

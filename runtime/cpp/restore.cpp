@@ -5,8 +5,6 @@
 #include <deque>
 #include <memory>
 
-#include "tiling.hpp"
-
 namespace derainer {
 
 namespace {
@@ -27,10 +25,10 @@ public:
     Restoration(const Task& task, const Network& network)
         : image_(task.image),
           io_(network.io()),
-          rows_(padded_index(image_.height, network.multiple())),
-          columns_(padded_index(image_.width, network.multiple())),
-          down_(cut(static_cast<std::int64_t>(rows_.size()), task.tile.height, task.overlap)),
-          across_(cut(static_cast<std::int64_t>(columns_.size()), task.tile.width, task.overlap)),
+          rows_(padded_index(image_.height, task.cut.size.height)),
+          columns_(padded_index(image_.width, task.cut.size.width)),
+          down_(cut(task.cut.size.height, task.cut.tile.height, task.cut.overlap)),
+          across_(cut(task.cut.size.width, task.cut.tile.width, task.cut.overlap)),
           missing_(tiles()) {
         if (tiles() > 1) {
             sum_.resize(3 * rows_.size() * columns_.size());
@@ -174,10 +172,12 @@ std::int64_t padded(std::int64_t length, std::int64_t multiple) {
     return (length + multiple - 1) / multiple * multiple;
 }
 
-std::vector<std::int64_t> padded_index(std::int64_t length, std::int64_t multiple) {
-    const std::int64_t padding = padded(length, multiple) - length;
+std::vector<std::int64_t> padded_index(std::int64_t length, std::int64_t size) {
+    DERAINER_CHECK(length <= size, "expected at least " + std::to_string(length) + " pixels to pad an axis to, found " +
+                                       std::to_string(size));
+    const std::int64_t padding = size - length;
     std::vector<std::int64_t> indices;
-    for (std::int64_t i = 0; i < length + padding; ++i) {
+    for (std::int64_t i = 0; i < size; ++i) {
         const std::int64_t beyond = length > padding ? 2 * (length - 1) - i : length - 1;
         indices.push_back(i < length ? i : beyond);
     }

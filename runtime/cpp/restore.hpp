@@ -1,5 +1,5 @@
-/// The image contract, to the bit that of runtime/session.py, over any network: divide by 255, pad right and bottom to
-/// a multiple, run whole or in tiles, clamp to [0, 1], crop, multiply by 255, round half to even.
+/// The image contract, to the bit that of runtime/session.py, over any network: divide by 255, pad right and bottom,
+/// run whole or in tiles, clamp to [0, 1], crop, multiply by 255, round half to even.
 #pragma once
 
 #include <cstddef>
@@ -8,6 +8,7 @@
 
 #include "common.hpp"
 #include "manifest.hpp"
+#include "tiling.hpp"
 
 namespace derainer {
 
@@ -24,11 +25,10 @@ struct Image {
 /// Throws Error for an image without pixels, with rows that overlap, or larger than any memory.
 void check(const Image& image);
 
-/// An image, and the tiles in which it is run; the size of the padded image or more for all of it at once.
+/// An image, to which size it is padded, and the tiles in which it is run.
 struct Task {
     Image image;
-    Size tile;
-    std::int64_t overlap;
+    Cut cut;
 };
 
 /// A network on some device that can work on a tile in one lane while the host fills or empties another.
@@ -41,8 +41,6 @@ public:
 
     /// What `input` and `finish` point to: float32 (3, H, W) or uint8 (H, W, 3).
     virtual Io io() const = 0;
-    /// What heights and widths have to be multiples of.
-    virtual std::int64_t multiple() const = 0;
     virtual std::size_t lanes() const = 0;
 
     /// Where the input of that size belongs.
@@ -60,8 +58,8 @@ void restore(Network& network, const std::vector<Task>& tasks);
 /// A length rounded up to a multiple.
 std::int64_t padded(std::int64_t length, std::int64_t multiple);
 
-/// Which pixel stands at each place of a padded axis: a reflection without repeating the border, or the border where
-/// the axis is not longer than its padding.
-std::vector<std::int64_t> padded_index(std::int64_t length, std::int64_t multiple);
+/// Which pixel stands at each place of an axis that is padded to `size`: a reflection without repeating the border, or
+/// the border where the axis is not longer than its padding. Throws Error where `size` is less than `length`.
+std::vector<std::int64_t> padded_index(std::int64_t length, std::int64_t size);
 
 }  // namespace derainer

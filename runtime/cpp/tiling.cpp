@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <string>
 
-#include "common.hpp"
-
 namespace derainer {
 
 namespace {

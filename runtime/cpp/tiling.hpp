@@ -1,4 +1,4 @@
-/// How an axis is cut into overlapping tiles, and with which weights they are put together again.
+/// How an image is cut into overlapping tiles, and with which weights they are put together again.
 ///
 /// To the bit what runtime/tiling.py does: tiles of one size at regular starts, the last one shifted inside; weights
 /// rise smoothly over the overlap and sum to 1 at every pixel, so that nothing has to be divided afterwards.
@@ -7,7 +7,17 @@
 #include <cstdint>
 #include <vector>
 
+#include "common.hpp"
+
 namespace derainer {
+
+/// How an image is cut. `size`: of the padded image; `tile`: of every tile, where a side that is not shorter than the
+/// image's does not cut it; `overlap`: pixels that neighbours share, at most half of a side that does.
+struct Cut {
+    Size size;
+    Size tile;
+    std::int64_t overlap;
+};
 
 /// A tile of one axis: pixels `start` to `start + weights.size()`, and what each of them counts.
 struct Tile {

@@ -7,13 +7,17 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <filesystem>
 #include <iostream>
 #include <string>
 #include <vector>
 
 #include <png.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "derainer.hpp"
 
@@ -40,23 +44,41 @@ struct Png {
         return png;
     }
 
-    /// Whole or not at all.
+    /// Whole or not at all: a new file beside `path` takes its place. What is no file there stays.
     void write(const std::string& path) const {
+        const std::filesystem::file_status former = std::filesystem::status(path);
+        if (exists(former) && !is_regular_file(former)) {
+            throw derainer::Error("expected a file to write, found a folder, a pipe or a device at " + path,
+                                  "is_regular_file(former)");
+        }
         png_image image = {};
         image.version = PNG_IMAGE_VERSION;
         image.height = static_cast<png_uint_32>(height);
         image.width = static_cast<png_uint_32>(width);
         image.format = PNG_FORMAT_RGB;
-        const std::string temporary = path + ".part";
-        const int written = png_image_write_to_file(&image, temporary.c_str(), 0, rgb.data(), 0, nullptr);
-        if (written == 0 || std::rename(temporary.c_str(), path.c_str()) != 0) {
-            const std::string reason = written == 0 ? image.message : std::strerror(errno);
+        std::string temporary = std::filesystem::path(path).replace_filename(".derain-XXXXXX").string();
+        const int file = ::mkstemp(temporary.data());
+        check_written(file >= 0, std::strerror(errno), path);
+        std::FILE* const stream = ::fdopen(file, "wb");
+        const int written = png_image_write_to_stdio(&image, stream, 0, rgb.data(), 0, nullptr);
+        const mode_t mask = ::umask(0);
+        ::umask(mask);
+        const bool in_place = written != 0 && ::fchmod(file, 0666 & ~mask) == 0 && std::fclose(stream) == 0 &&
+                              std::rename(temporary.c_str(), path.c_str()) == 0;
+        const std::string reason = written == 0 ? image.message : std::strerror(errno);
+        if (!in_place) {
             std::remove(temporary.c_str());
-            throw derainer::Error(path + " cannot be written: " + reason, "png_image_write_to_file");
         }
+        check_written(in_place, reason, path);
     }
 
 private:
+    static void check_written(bool done, const std::string& reason, const std::string& path) {
+        if (!done) {
+            throw derainer::Error(path + " cannot be written: " + reason, "png_image_write_to_stdio");
+        }
+    }
+
     static void check(int done, const png_image& image, const std::string& path) {
         if (done == 0) {
             throw derainer::Error(path + ": expected a PNG image, found none: " + image.message, "png_image");

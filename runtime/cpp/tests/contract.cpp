@@ -1,15 +1,20 @@
 /// What tests/test_cpp.py compares with Python byte by byte. Raw bytes come from stdin and go to stdout.
 ///
-///     contract tensor HEIGHT WIDTH MULTIPLE                           # uint8 (H, W, 3) -> padded float32 (3, H', W')
-///     contract levels HEIGHT WIDTH                                    # float32 (3, H, W) -> uint8 (H, W, 3)
-///     contract restore HEIGHT WIDTH MULTIPLE TILE_H TILE_W OVERLAP    # uint8 (H, W, 3) -> the same, by the stand-in
+///     contract tensor H W PADDED_H PADDED_W        # uint8 (H, W, 3) -> padded float32 (3, PADDED_H, PADDED_W)
+///     contract levels H W H W                      # float32 (3, H, W) -> uint8 (H, W, 3)
+///     contract restore H W PADDED_H PADDED_W TILE_H TILE_W OVERLAP    # uint8 (H, W, 3) -> the same, by the stand-in
+///     contract cut        # lines H W MULTIPLE TILE_H TILE_W OVERLAP, and of each profile its smallest and largest
+///                         # height and width; tile 0 0 and overlap -1 for none -> how that image is cut, if it can be
 ///     contract parse FOLDER    # for each manifest in it, by name, one line: nothing, or why it is refused
 #include <algorithm>
 #include <filesystem>
 #include <iostream>
 #include <iterator>
+#include <optional>
+#include <sstream>
 #include <string>
 
+#include "choice.hpp"
 #include "crypto.hpp"
 #include "host_network.hpp"
 #include "network.hpp"
@@ -28,6 +33,26 @@ void parse_all(const std::filesystem::path& folder) {
     }
 }
 
+std::string cut(const std::string& line) {
+    std::istringstream numbers(line);
+    Size image;
+    Size tile;
+    std::int64_t multiple = 0;
+    std::int64_t overlap = 0;
+    numbers >> image.height >> image.width >> multiple >> tile.height >> tile.width >> overlap;
+    Engine engine;
+    for (Profile p; numbers >> p.min.height >> p.min.width >> p.max.height >> p.max.width;) {
+        engine.profiles.push_back(p);
+    }
+    Cut cut{};
+    const std::string refused = refusal([&] {
+        cut = choose_tiles(engine, {padded(image.height, multiple), padded(image.width, multiple)}, multiple, tile,
+                           overlap < 0 ? std::nullopt : std::make_optional(overlap));
+    });
+    return refused.empty() ? to_string(cut.size) + " " + to_string(cut.tile) + " " + std::to_string(cut.overlap)
+                           : "refused";
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -37,10 +62,16 @@ int main(int count, char** arguments) {
             parse_all(arguments[2]);
             return 0;
         }
+        if (verb == "cut") {
+            for (std::string line; std::getline(std::cin, line);) {
+                std::cout << cut(line) << "\n";
+            }
+            return 0;
+        }
         const auto number = [&](int i) { return i < count ? std::stoll(arguments[i]) : 0; };
         const std::int64_t height = number(2);
         const std::int64_t width = number(3);
-        const std::int64_t multiple = std::max<std::int64_t>(number(4), 1);
+        const Size size{number(4), number(5)};
         const std::string given{std::istreambuf_iterator<char>(std::cin), {}};
 
         std::string tensor;
@@ -55,11 +86,10 @@ int main(int count, char** arguments) {
         if (verb != "levels") {
             std::copy_n(given.begin(), image.size(), image.begin());
         }
-        HostNetwork network(multiple, verb == "levels" ? HostNetwork::Function(answer) : HostNetwork::Function(keep));
-        const Size tile =
-            verb == "restore" ? Size{number(5), number(6)} : Size{padded(height, multiple), padded(width, multiple)};
+        HostNetwork network(verb == "levels" ? HostNetwork::Function(answer) : HostNetwork::Function(keep));
+        const Size tile = verb == "restore" ? Size{number(6), number(7)} : size;
         const Image whole{image.data(), height, width, static_cast<std::size_t>(3 * width), image.data()};
-        restore(network, {{whole, tile, number(7)}});
+        restore(network, {{whole, {size, tile, number(8)}}});
         std::cout << (verb == "tensor" ? tensor : std::string(image.begin(), image.end()));
     } catch (const std::exception& error) {
         std::cerr << error.what() << "\n";

@@ -10,11 +10,9 @@ class HostNetwork final : public derainer::Network {
 public:
     using Function = std::function<void(const float*, float*, std::size_t height, std::size_t width)>;
 
-    HostNetwork(std::int64_t multiple, Function function, std::size_t lanes = 2)
-        : multiple_(multiple), function_(std::move(function)), lanes_(lanes) {}
+    explicit HostNetwork(Function function, std::size_t lanes = 2) : function_(std::move(function)), lanes_(lanes) {}
 
     derainer::Io io() const override { return derainer::Io::tensor; }
-    std::int64_t multiple() const override { return multiple_; }
     std::size_t lanes() const override { return lanes_.size(); }
 
     void* input(std::size_t lane, derainer::Size size) override {
@@ -39,7 +37,6 @@ private:
         std::vector<float> output;
     };
 
-    std::int64_t multiple_;
     Function function_;
     std::vector<Lane> lanes_;
 };

@@ -23,7 +23,7 @@ const nlohmann::json& golden() {
 
 Bundle bundle_of(const std::vector<Engine>& engines) { return {"bundle", {"", {"", Io::tensor, 8}, {}, engines}}; }
 
-const std::vector<Profile> profiles = {{{64, 64}, {128, 128}, {256, 512}}, {{64, 64}, {512, 512}, {1090, 700}}};
+const std::vector<Profile> profiles = {{{64, 64}, {128, 128}, {256, 512}}, {{64, 64}, {512, 512}, {1088, 696}}};
 
 }  // namespace
 
@@ -43,8 +43,12 @@ TEST_CASE("tiles and weights are the golden ones") {
 
 TEST_CASE("padding is the golden one") {
     for (const auto& axis : golden()["padding"]) {
-        CHECK(padded_index(axis["length"], axis["multiple"]) == axis["index"].get<std::vector<std::int64_t>>());
+        const std::int64_t size = padded(axis["length"], axis["multiple"]);
+        CHECK(padded_index(axis["length"], size) == axis["index"].get<std::vector<std::int64_t>>());
     }
+    CHECK(padded_index(4, 7) == std::vector<std::int64_t>{0, 1, 2, 3, 2, 1, 0});
+    CHECK(padded_index(4, 8) == std::vector<std::int64_t>{0, 1, 2, 3, 3, 3, 3, 3});
+    CHECK(contains(refusal([] { padded_index(9, 8); }), "expected at least 9 pixels"));
 }
 
 TEST_CASE("restored images are the golden ones, in any number of lanes") {
@@ -52,30 +56,32 @@ TEST_CASE("restored images are the golden ones, in any number of lanes") {
         const std::size_t height = image["height"];
         const std::size_t width = image["width"];
         for (const std::size_t lanes : {1, 2, 3}) {
-            HostNetwork network(image["multiple"], stand_in, lanes);
-            Size tile{padded(image["height"], image["multiple"]), padded(image["width"], image["multiple"])};
+            HostNetwork network(stand_in, lanes);
+            const Size size{padded(image["height"], image["multiple"]), padded(image["width"], image["multiple"])};
+            Size tile = size;
             if (!image["tile"].is_null()) {
                 tile = {image["tile"][0], image["tile"][1]};
             }
             std::vector<std::uint8_t> pixels = golden_image(height, width, 3 * width);
             const Image task{pixels.data(), image["height"], image["width"], 3 * width, pixels.data()};
-            restore(network, {{task, tile, image["overlap"]}});
+            restore(network, {{task, {size, tile, image["overlap"]}}});
             CHECK(sha256({pixels.begin(), pixels.end()}) == image["sha256"].get<std::string>());
         }
     }
 }
 
 TEST_CASE("several images come out as each of them, and nothing between rows is touched") {
-    HostNetwork network(8, stand_in);
+    HostNetwork network(stand_in);
+    const Cut cut{{40, 48}, {16, 24}, 4};
     const std::vector<std::uint8_t> original = golden_image(33, 47, 150);
     std::vector<std::uint8_t> single(original.size(), 7);
-    restore(network, {{{original.data(), 33, 47, 150, single.data()}, {16, 24}, 4}});
+    restore(network, {{{original.data(), 33, 47, 150, single.data()}, cut}});
     std::vector<std::uint8_t> first(original.size(), 7);
     std::vector<std::uint8_t> second(original.size(), 7);
     std::vector<std::uint8_t> third = original;
-    restore(network, {{{original.data(), 33, 47, 150, first.data()}, {16, 24}, 4},
-                      {{original.data(), 11, 5, 150, second.data()}, {16, 8}, 0},
-                      {{third.data(), 33, 47, 150, third.data()}, {16, 24}, 4}});
+    restore(network, {{{original.data(), 33, 47, 150, first.data()}, cut},
+                      {{original.data(), 11, 5, 150, second.data()}, {{16, 8}, {16, 8}, 0}},
+                      {{third.data(), 33, 47, 150, third.data()}, cut}});
     CHECK(first == single);
     for (std::size_t y = 0; y < 33; ++y) {
         for (std::size_t i = 0; i < 150; ++i) {
@@ -86,9 +92,10 @@ TEST_CASE("several images come out as each of them, and nothing between rows is 
 }
 
 TEST_CASE("what is no image is refused") {
-    HostNetwork network(8, stand_in);
+    HostNetwork network(stand_in);
     std::uint8_t pixel[3] = {};
-    const auto run = [&](Image image) { return refusal([&] { restore(network, {{image, {8, 8}, 0}}); }); };
+    const Cut whole{{8, 8}, {8, 8}, 0};
+    const auto run = [&](Image image) { return refusal([&] { restore(network, {{image, whole}}); }); };
     CHECK(run({pixel, 1, 1, 3, pixel}).empty());
     CHECK(contains(run({pixel, 0, 5, 15, pixel}), "at least one pixel, found 0x5 [image.height >= 1"));
     CHECK(contains(run({pixel, 1, -1, 3, pixel}), "at least one pixel"));
@@ -102,7 +109,7 @@ TEST_CASE("NaN and infinity are an error, unless they are cropped") {
     for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
                             -std::numeric_limits<float>::infinity()}) {
         std::size_t place = 0;
-        HostNetwork network(8, [&](const float* input, float* output, std::size_t height, std::size_t width) {
+        HostNetwork network([&](const float* input, float* output, std::size_t height, std::size_t width) {
             stand_in(input, output, height, width);
             output[place] = bad;
         });
@@ -110,9 +117,9 @@ TEST_CASE("NaN and infinity are an error, unless they are cropped") {
         const Image task{image.data(), 5, 12, 36, image.data()};
         for (const Size tile : {Size{8, 16}, Size{8, 8}}) {
             place = 0;
-            CHECK(contains(refusal([&] { restore(network, {{task, tile, 2}}); }), "NaN or infinity"));
+            CHECK(contains(refusal([&] { restore(network, {{task, {{8, 16}, tile, 2}}}); }), "NaN or infinity"));
             place = static_cast<std::size_t>(tile.width) * 7;
-            CHECK(refusal([&] { restore(network, {{task, tile, 2}}); }).empty());
+            CHECK(refusal([&] { restore(network, {{task, {{8, 16}, tile, 2}}}); }).empty());
         }
     }
 }
@@ -122,11 +129,11 @@ TEST_CASE("levels are clamped and rounded half to even") {
                                                         {1.5F / 255, 2}, {2.5F / 255, 2}, {0.999F, 255},
                                                         {1.0F, 255},     {7.0F, 255}};
     for (const auto& [answer, level] : answers) {
-        HostNetwork network(1, [&, answer = answer](const float*, float* output, std::size_t, std::size_t) {
+        HostNetwork network([&, answer = answer](const float*, float* output, std::size_t, std::size_t) {
             std::fill_n(output, 3, answer);
         });
         std::uint8_t pixel[3] = {9, 9, 9};
-        restore(network, {{{pixel, 1, 1, 3, pixel}, {1, 1}, 0}});
+        restore(network, {{{pixel, 1, 1, 3, pixel}, {{1, 1}, {1, 1}, 0}}});
         CHECK(int{pixel[0]} == level);
     }
 }
@@ -188,11 +195,38 @@ TEST_CASE("an image is whole where a profile takes it, else in the fewest tiles"
     CHECK(contains(refusal([&] { tiles({2000, 3000}, {}, -1); }), "with an overlap of -1"));
     CHECK(contains(refusal([&] { tiles({2000, 3000}, {}, INT64_MAX); }), "with an overlap of"));
     CHECK(tiles({72, 72}, {128, 128}).tile == Size{72, 72});
-    CHECK(contains(refusal([&] { tiles({8, 3000}); }), "found 8x3000; build it with another --min"));
     CHECK(contains(refusal([&] { tiles({512, 512}, {8, 8}); }), "in tiles of 8x8"));
     CHECK(contains(refusal([&] { tiles({2000, 3000}, {1096, 512}); }), "in tiles of 1096x512"));
     CHECK(contains(refusal([&] { tiles({512, 512}, {128, 0}); }), "found 128x0"));
     CHECK(contains(refusal([&] { tiles({512, 512}, {130, 128}); }), "multiples of 8 pixels, found 130x128"));
+}
+
+TEST_CASE("an image grows to the smallest size of a profile, to that for which it has to grow least") {
+    const auto cut = [](Size size, const std::vector<Profile>& profiles, Size tile = {}) {
+        const Cut cut = choose_tiles({"plan", "rtx", "1", {"8.6"}, profiles, {}}, size, 8, tile, {});
+        return std::vector<Size>{cut.size, cut.tile};
+    };
+    const Profile large{{64, 64}, {64, 64}, {256, 512}};
+    const Profile wide{{32, 128}, {32, 128}, {64, 1024}};
+    CHECK(cut({8, 8}, {large}) == std::vector<Size>{{64, 64}, {64, 64}});
+    CHECK(cut({48, 200}, {large}) == std::vector<Size>{{64, 200}, {64, 200}});
+    CHECK(cut({8, 3000}, {large}) == std::vector<Size>{{64, 3000}, {64, 512}});
+    CHECK(cut({3000, 8}, {large}) == std::vector<Size>{{3000, 64}, {256, 64}});
+    CHECK(cut({80, 104}, {large, wide}) == std::vector<Size>{{80, 104}, {80, 104}});  // the second would grow it
+    CHECK(cut({80, 104}, {wide, large}) == std::vector<Size>{{80, 104}, {80, 104}});
+    CHECK(cut({16, 1000}, {large, wide}) == std::vector<Size>{{32, 1000}, {32, 1000}});
+    CHECK(cut({64, 600}, {large, wide}) == std::vector<Size>{{64, 600}, {64, 600}});  // fewer tiles
+    CHECK(cut({72, 600}, {large, wide}) == std::vector<Size>{{72, 600}, {72, 512}});
+    CHECK(cut({24, 600}, {large, wide}) == std::vector<Size>{{32, 600}, {32, 600}});
+    const Profile low{{8, 96}, {8, 96}, {40, 256}};
+    const Profile high{{24, 16}, {24, 16}, {48, 64}};
+    CHECK(cut({40, 72}, {low, high}) == std::vector<Size>{{40, 72}, {40, 64}});  // in tiles rather than grown
+    const Profile larger{{64, 64}, {64, 64}, {320, 512}};
+    CHECK(cut({400, 64}, {large, larger}) == std::vector<Size>{{400, 64}, {256, 64}});  // the first of equal ones
+    CHECK(cut({400, 64}, {larger, large}) == std::vector<Size>{{400, 64}, {320, 64}});
+    CHECK(cut({128, 104}, {wide, large}, {64, 64}) == std::vector<Size>{{128, 104}, {64, 64}});
+    CHECK(contains(refusal([&] { cut({8, 8}, {large}, {32, 64}); }), "found 8x8 in tiles of 32x64"));
+    CHECK(cut({INT64_MAX / 16, 8}, {large, wide})[0] == Size{INT64_MAX / 16, 64});
 }
 
 TEST_CASE("SHA-256 is that of the standard") {

@@ -307,6 +307,9 @@ TEST_CASE("what TensorRT says is passed on in one line") {
     CHECK(contains(refusal([&] { run(derain, 8, 8); }), "failed: out of luck [enqueued]"));
     fake.failing = false;
     CHECK(run(derain, 8, 8) == expected(8, 8));
+    fake.activations = 0;  // which TensorRT answers where it failed
+    CHECK(contains(refusal([&] { run(derain, 16, 8); }), "failed: no memory plan [needed > 0]"));
+    fake.activations = 4;
     fake.failing = true;
     refusal([&] { run(derain, 8, 8); });  // in the capture
     fake.failing = false;
@@ -335,6 +338,9 @@ TEST_CASE("what fails halfway keeps its memory until it is over") {
 TEST_CASE("only an engine that says so may bring code") {
     const TestBundle strict;
     { Derainer derain(strict.folder); }
+    CHECK(!fake.host_code_allowed);
+    const TestBundle denied("tensor", R"({"version_compatible": false, "strip_weights": false, "other": 1})");
+    { Derainer derain(denied.folder); }
     CHECK(!fake.host_code_allowed);
     const TestBundle later("tensor", R"({"version_compatible": true})");
     { Derainer derain(later.folder); }

@@ -274,6 +274,9 @@ bool IExecutionContext::setTensorAddress(const char* name, void* address) noexce
 }
 
 std::size_t IExecutionContext::updateDeviceMemorySizeForShapes() noexcept {
+    if (fake.activations == 0) {
+        logger->log(ILogger::Severity::kERROR, "no memory\nplan");
+    }
     return fake.activations * static_cast<std::size_t>(dims_.d[1] * dims_.d[2] * dims_.d[3]);
 }
 

@@ -8,7 +8,7 @@
 struct Fake {
     int devices = 1;
     std::size_t memory = std::size_t{1} << 30;  // free, on the GPU
-    std::size_t activations = 4;                // bytes that a context needs for each number of its input
+    std::size_t activations = 4;                // bytes that a context needs for each number of its input; 0 fails
     bool failing = false;                       // enqueueV3 does, halfway
     std::string kernels;                        // what the cache of TensorRT for RTX was given, and gives
 
