@@ -310,8 +310,8 @@ def export(
 ) -> Exported:
     """Export a checkpoint, prove the result against PyTorch, and write it.
 
-    Raises InputError for arguments or a checkpoint that cannot be used, GateError where the proof fails; nothing is
-    written then.
+    Raises InputError for arguments or a checkpoint that cannot be used, GateError where the proof fails and where the
+    network's values on noise exceed float16; nothing is written then.
 
     Args:
         weights: Checkpoint, .safetensors or the authors' .pth.
