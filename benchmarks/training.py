@@ -248,7 +248,7 @@ class Train(Stage):
             else:
                 result = train.train(network=None if init else plan.network, init=init,
                                      form=train.itself if self.readable else live, **options)  # fmt: skip
-            return {"finished": result.get("finished", True), **self.send(sheet.device, run, name, plan, folder)}
+            return {"finished": result["finished"], **self.send(sheet.device, run, name, plan, folder)}
 
         row = protected(sheet.device, work)
         sheet.put(f"train {name}", {"iterations": plan.recipe.iterations, **row})

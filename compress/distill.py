@@ -196,7 +196,7 @@ def distill(
     unlabelled: float = 0.25,
     terms: Annotated[Terms, tyro.conf.OmitArgPrefixes] = Terms(),
     material: Annotated[Material, tyro.conf.OmitArgPrefixes] = Material(),
-    recipe: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = Recipe(),
+    recipe: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = Recipe(iterations=10_000),
     hardware: Annotated[Hardware, tyro.conf.OmitArgPrefixes] = Hardware(),
     cadence: Annotated[Cadence, tyro.conf.OmitArgPrefixes] = Cadence(),
 ) -> dict[str, Any]:

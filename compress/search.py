@@ -124,15 +124,19 @@ class Candidates:
         self.network = checkpoint.load(weights).model
         self.session = functools.cache(lambda: ship(self.network, size))
         self.rows: list[Candidate] = []
-        self._keep("whole", None, lambda: self._measured(self.network, self.session()) | {"latency": 1.0})
+        self._keep("whole", None, self._whole)
 
-    def add(self, kind: str, file: str, make: Callable[[Path], Any]) -> Candidate:
-        """Have a checkpoint made, unless that is done, and measure it."""
+    def add(self, kind: str, file: str, make: Callable[[Path], Any], like: Candidate | None = None) -> Candidate:
+        """Have a checkpoint made, unless that is done, and measure it; one of the same structure as `like` takes its
+        time."""
 
         def measure() -> dict[str, Any]:
             make(self.work / file)
             network = checkpoint.load(self.work / file).model
-            return self._measured(network, ship(network, self.size))
+            if like:
+                return self._scored(network) | {"latency": like.latency, "ms": like.ms}
+            before, after = time_sessions([self.session(), ship(network, self.size)], self.size)
+            return self._scored(network) | {"latency": after.ms / before.ms, "ms": after.ms}
 
         return self._keep(kind, file, measure)
 
@@ -149,11 +153,13 @@ class Candidates:
 
         return self._keep("int8", file, measure)
 
-    def _measured(self, network: DRSformer, session: OrtSession) -> dict[str, Any]:
-        before, after = time_sessions([self.session(), session], self.size)
+    def _whole(self) -> dict[str, Any]:
+        (timing,) = time_sessions([self.session()], self.size)
+        return self._scored(self.network) | {"latency": 1.0, "ms": timing.ms}
+
+    def _scored(self, network: DRSformer) -> dict[str, Any]:
         return {
             "params": cost.params(network.config), "macs": cost.macs(network.config) / cost.macs(self.network.config),
-            "latency": after.ms / before.ms, "ms": after.ms,
             "psnr": {short(folder): evaluate_model(network, pairs, self.protocol).psnr
                      for folder, pairs in self.folders.items()},
         }  # fmt: skip
@@ -306,7 +312,7 @@ def search(
         if pruned.macs >= best.macs:
             ended = "nothing more can be taken out"
             break
-        distilled = candidates.add("distilled", f"step{number}/last.safetensors", teach)
+        distilled = candidates.add("distilled", f"step{number}/last.safetensors", teach, like=pruned)
         if distilled.drop_db > max_drop_db:
             ended = f"the next step, {distilled}, is outside it"
             break

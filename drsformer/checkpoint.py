@@ -130,6 +130,11 @@ def _read_safetensors(path: Path) -> tuple[DRSformerConfig, dict[str, Tensor], d
 
 
 def _read_pickle(path: Path) -> tuple[DRSformerConfig, dict[str, Tensor], dict[str, Any]]:
+    with path.open("rb") as file:
+        start = file.read(16)
+    if not start.startswith((b"PK", b"\x80")):
+        raise InputError(f"{path}: expected a PyTorch checkpoint, found a file that begins with {start!r}; was it "
+                         "downloaded in full?")  # fmt: skip
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a hostile or damaged file provokes
@@ -213,7 +218,7 @@ def _check_strictly(path: Path, expected: dict[str, Tensor], found: dict[str, Te
     if missing or unknown:
         parts = [f"{len(names)} {what} (such as {names[0]})"
                  for what, names in (("missing", missing), ("unknown", unknown)) if names]  # fmt: skip
-        raise InputError(f"{path}: expected {len(expected)} tensors, found {' and '.join(parts)}")
+        raise InputError(f"{path}: expected the {len(expected)} tensors of a DRSformer, found {' and '.join(parts)}")
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape or not found[name].is_floating_point():
             raise InputError(f"{path}: {name}: expected floats of shape {tuple(tensor.shape)}, "

@@ -162,7 +162,8 @@ def find_pairs(folder: str | os.PathLike[str]) -> list[Pair]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder}: expected a folder of pairs, found no such folder")
+        found = "a file" if folder.exists() else "no such folder"
+        raise InputError(f"{folder}: expected a folder of pairs, found {found}")
     for layout in LAYOUTS:
         if pairs := layout.find(folder):
             return pairs

@@ -380,8 +380,11 @@ class Run:
 
     def log(self, fabric: Fabric, iteration: int, values: dict[str, float]) -> None:
         fabric.log_dict(values, step=iteration)
+        line = json.dumps({"iteration": iteration, **values})
         with open(self.log_path, "a") as file:
-            file.write(json.dumps({"iteration": iteration, **values}) + "\n")
+            file.write(line + "\n")
+        if not console.is_terminal:  # where there is no progress bar
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 class Objective(nn.Module):
@@ -432,8 +435,8 @@ def fit(
     cadence: Cadence = Cadence(),
 ) -> dict[str, Any]:
     """The training loop, which every way of training here uses. Trains `model` in place until `recipe` is done,
-    continuing the run if it has begun, and returns the last validation scores, by "folder psnr" and "folder ssim"; if
-    `cadence.minutes` ended it before, also the "iteration" reached and "finished": False.
+    continuing the run if it has begun, and returns the last validation scores, by "folder psnr" and "folder ssim", the
+    "iteration" reached, and whether it is "finished", which `cadence.minutes` may have prevented.
 
     Steps run through the `form` of the model; everything that is validated and saved is the model itself. The first
     process validates, logs and saves; the logged loss is that of its own patches. Raises InputError when the weights
@@ -491,9 +494,8 @@ def fit(
 
     sums: dict[str, Tensor] = {}
     iteration, counted, seconds, saved = done, 0, 0.0, time.monotonic()
-    with progress(fabric.is_global_zero, loss="loss {task.fields[loss]:.4f}",
-                  speed="{task.fields[speed]:.1f} patches/s") as bar:  # fmt: skip
-        task = bar.add_task("Training", total=recipe.iterations, completed=done, loss=math.nan, speed=0.0)
+    with progress(fabric.is_global_zero, loss="{task.fields[loss]}", speed="{task.fields[speed]}") as bar:
+        task = bar.add_task("Training", total=recipe.iterations, completed=done, loss="", speed="")
         started = time.monotonic()
         for iteration, (rainy, clean) in enumerate(loader, done + 1):
             for group in optimizer.param_groups:
@@ -525,7 +527,7 @@ def fit(
             if log:
                 means = {name: term.item() / counted for name, term in sums.items()}
                 speed = counted * recipe.batch / seconds
-                bar.update(task, loss=sum(means.values()), speed=speed)
+                bar.update(task, loss=f"loss {sum(means.values()):.4f}", speed=f"{speed:.1f} patches/s")
                 if fabric.is_global_zero:
                     rate = optimizer.param_groups[0]["lr"]
                     run.log(fabric, iteration, {**means, "lr": rate, "patches_per_second": round(speed, 2)})
@@ -551,11 +553,14 @@ def fit(
     model.load_state_dict(averaged.state_dict())
     scores = fabric.broadcast(scores)
     if iteration == recipe.iterations:
-        return scores
+        before = " before" if done == iteration else ""
+        told = f"Finished{before} after {iteration} iterations: {run.output / 'last.safetensors'}"
+    else:
+        told = (f"Not finished: stopped by --minutes at iteration {iteration} of {recipe.iterations}. "
+                "The same command goes on from there.")  # fmt: skip
     if fabric.is_global_zero:
-        console.print(f"Not finished: stopped by --minutes at iteration {iteration} of {recipe.iterations}. "
-                      "The same command goes on from there.")  # fmt: skip
-    return {**scores, "iteration": iteration, "finished": False}
+        console.print(told, soft_wrap=True, highlight=False)
+    return {**scores, "iteration": iteration, "finished": iteration == recipe.iterations}
 
 
 def _scores(network: DRSformer, validate: Sequence[tuple[str, Sequence[Pair]]], protocol: Protocol) -> dict[str, float]:

@@ -266,10 +266,14 @@ class _Unrounded(TorchSession):
 
 @dataclass(frozen=True)
 class Exported:
-    """A model that was written, and what it was found to be. `operators` counts its nodes by type."""
+    """A model that was written, and what it was found to be. `operators` counts its nodes by type.
+
+    A graph in half precision is compared as `widened` makes it.
+    """
 
     output: Path
     operators: dict[str, int]
+    precision: Precision
     agreements: tuple[Agreement, ...]
     seconds: float
 
@@ -277,9 +281,11 @@ class Exported:
         """For JSON."""
         return {
             "output": str(self.output),
+            "precision": self.precision,
             "nodes": sum(self.operators.values()),
             "topk": self.operators.get("TopK", 0),
             "bytes": self.output.stat().st_size,
+            "compared_in": "fp32",
             "max_difference": max(a.difference for a in self.agreements),
             "max_difference_with_flips": max(a.free_difference for a in self.agreements),
             "flips": sum(a.flips for a in self.agreements),
@@ -288,7 +294,9 @@ class Exported:
 
     def table(self) -> Table:
         """For people."""
-        table = Table("size", title=f"{self.output}: PyTorch against ONNX Runtime")
+        widened = "both in float32 with the rounded weights; export.validate measures the file itself"
+        caption = None if self.precision == "fp32" else widened
+        table = Table("size", title=f"{self.output}: PyTorch against ONNX Runtime", caption=caption)
         for column in ("max difference", "top-k selections flipped", "max difference with them"):
             table.add_column(column, justify="right")
         for a in self.agreements:
@@ -369,7 +377,7 @@ def export(
                                     "which float16 cannot hold; use --precision bf16")  # fmt: skip
             onnx.save(model, temporary)
     operators = collections.Counter(node.op_type for node in model.graph.node)
-    done = Exported(output, dict(operators), tuple(agreements), time.monotonic() - started)
+    done = Exported(output, dict(operators), precision, tuple(agreements), time.monotonic() - started)
     Console().print(done.table())
     return done
 

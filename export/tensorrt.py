@@ -143,6 +143,9 @@ def build(
     described = _describe(onnx, content)
     if (output / manifest.MANIFEST).exists():
         described = _existing(output, described, sign)
+    elif output.is_dir() and (others := [path.name for path in output.iterdir() if path.name != onnx.name]):
+        raise InputError(f"--output: expected a bundle or a folder with nothing else in it, found {others[0]} in "
+                         f"{output}; name a new folder")  # fmt: skip
     profiles = _profiles(described.model, {"min": min, "opt": opt, "max": max})
     trt = library.load()
     capabilities = _capabilities(trt, library, compute_capability)

@@ -29,6 +29,7 @@ Polygraphy runs the two, one image at a time, since it keeps all outputs of a ru
 from __future__ import annotations
 
 import dataclasses
+import operator
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -86,6 +87,7 @@ class TorchEngine(TorchSession):
         trained = checkpoint.load(path)
         super().__init__(trained.model, provider if provider in ("cpu", "cuda") else "auto")
         self.ks = {layer: mask.ks for layer, mask in masks(trained.model).items()}
+        self.sha256 = trained.sha256
         self.description = f"{path}, PyTorch on {self.device}, weights {trained.sha256[:12]}"
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -251,22 +253,32 @@ def validate(
     print(validation.verdict)
     judged = engines[1]
     if record and validation.passed and isinstance(judged, (OnnxEngine, PlanEngine)):
-        _record(candidate, judged.path.name, judged.provider, data, protocol, validation, sign)
+        _record(candidate, engines[0].sha256, judged.path.name, judged.provider, data, protocol, validation, sign)
     return validation
 
 
 def _record(
-    folder: Path, file: str, provider: str, data: Path, protocol: str, validation: Validation, sign: Path | None
+    folder: Path,
+    reference: str,
+    file: str,
+    provider: str,
+    data: Path,
+    protocol: str,
+    validation: Validation,
+    sign: Path | None,
 ) -> None:
-    """Put what was measured on a file of a bundle into its manifest, in place of what was on the same data."""
+    """Put what was measured on a file of a bundle into its manifest, in place of what was on the same data against the
+    same reference."""
     manifest = load_to_change(folder, sign)
     found = {**validation.summary(), "max_difference": max(image.max_difference for image in validation.images)}
     drift = Drift(
-        file=file, provider=provider, data=f"{data.resolve().parent.name}/{data.resolve().name}",
+        file=file, provider=provider, reference_sha256=reference,
+        data=f"{data.resolve().parent.name}/{data.resolve().name}",
         protocol=protocol if "drop_db" in found else None,
         **{field.name: found[field.name] for field in dataclasses.fields(Drift) if field.name in found},
     )  # fmt: skip
-    others = (d for d in manifest.drift if (d.file, d.provider, d.data) != (drift.file, drift.provider, drift.data))
+    same = operator.attrgetter("file", "provider", "reference_sha256", "data")
+    others = (former for former in manifest.drift if same(former) != same(drift))
     dataclasses.replace(manifest, drift=(*others, drift)).save(folder, sign)
 
 

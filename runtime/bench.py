@@ -239,7 +239,7 @@ def report(result: Result) -> Iterator[Table | str]:
     for name, timing in zip(("model", "vs"), result.timings[: result.models], strict=False):
         yield f"{name}: {timing.model} on {timing.provider}"
     shown = Table("", "size", title="milliseconds an image", title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for column in ("median", "25 %", "75 %", "p99", "rounds", "images/s", "peak MiB"):
+    for column in ("median", "25 %", "75 %", "p99", "rounds", "img/s", "peak MiB"):
         shown.add_column(column, justify="right")
     for i, t in enumerate(result.timings):
         shown.add_row(

@@ -54,11 +54,13 @@ class Report:
     restored: the files written.
     failures: one line for each image that could not be restored, and for each fault of a video.
     skipped:  how many images of a folder had been restored before.
+    tiled:    how many images were cut into tiles.
     """
 
     restored: list[Path]
     failures: list[str]
     skipped: int = 0
+    tiled: int = 0
 
 
 def derain(
@@ -122,14 +124,15 @@ def derain(
         count = f"{len(report.restored)} of {len(files)} images" if input.is_dir() else "1 image"
     for failure in report.failures:
         print(f"error: {one_line(failure)}", file=sys.stderr)
-    before = f", {report.skipped} had been before" if report.skipped else ""
-    print(f"{count} restored on {session.provider}{before}: {output}")
+    before = f", {report.skipped} had been before (--overwrite restores them again)" if report.skipped else ""
+    tiled = f", {report.tiled} in tiles" if report.tiled else ""
+    print(f"{count} restored on {session.provider}{tiled}{before}: {output if input.is_dir() else files[0][1]}")
     return report
 
 
 def _restore(derainer: Derainer, files: list[tuple[Path, Path]]) -> Report:
     """Restore images, the next one being read and the last one written meanwhile. One that fails is reported."""
-    report = Report([], [])
+    report, tiled = Report([], []), 0
     with progress() as bar:
         images = bar.add_task("deraining", total=len(files))
         tiles = bar.add_task("tiles", visible=False)
@@ -156,6 +159,8 @@ def _restore(derainer: Derainer, files: list[tuple[Path, Path]]) -> Report:
                 return target, InputError(f"{source}: not enough memory; cut it into tiles by --memory or --tile")
 
         def show_tiles(done: int, total: int) -> None:
+            nonlocal tiled
+            tiled += 1 < done == total
             bar.update(tiles, completed=done, total=total, visible=done < total)
 
         def write(item: tuple[Path, Photo | InputError]) -> None:
@@ -174,7 +179,7 @@ def _restore(derainer: Derainer, files: list[tuple[Path, Path]]) -> Report:
             bar.advance(images)
 
         pipeline(read(), work, write)
-    return report
+    return replace(report, tiled=tiled)
 
 
 def _plan(input: Path, output: Path) -> list[tuple[Path, Path]]:

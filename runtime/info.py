@@ -78,12 +78,13 @@ def tables(manifest: Manifest) -> list[Table]:
         result.append(_table("engines", ["file", "library", "GPUs", "min / opt / max HxW", "flags"], rows))
     if manifest.drift:
         rows = [
-            [f"{d.file} on {d.provider}", f"{d.images} of {d.data}, protocol {d.protocol or 'none'}",
+            [d.reference_sha256[:12], f"{d.file} on {d.provider}",
+             f"{d.images} of {d.data}, protocol {d.protocol or 'none'}",
              _db(d.reference_psnr), _db(d.candidate_psnr), _db(d.drop_db),
              "equal" if d.psnr_between is None else _db(d.psnr_between)]
             for d in manifest.drift
         ]  # fmt: skip
-        titles = ["file", "images", "PSNR\nfull", "PSNR\nthis", "drop\ndB", "between\ndB"]
+        titles = ["full model", "file", "images", "PSNR\nfull", "PSNR\nthis", "drop\ndB", "between\ndB"]
         result.append(_table("drift from the full model", titles, rows))
     return result
 

@@ -175,6 +175,7 @@ class Drift:
     """How far a file of the bundle is from the full model, as `export.validate` measures and names it.
 
     file:     what was measured, and `provider` where it ran.
+    reference_sha256: hash of the full model's checkpoint.
     data:     which images, so many `images`, by which `protocol`; None without ground truth.
     psnr_between: the least over the images, in dB; None where the outputs are equal.
     max_difference: the largest, in levels of 255.
@@ -183,6 +184,7 @@ class Drift:
 
     file: str
     provider: str
+    reference_sha256: str
     data: str
     protocol: str | None
     images: int
@@ -193,6 +195,9 @@ class Drift:
     drop_db: float | None = None
     reference_ssim: float | None = None
     candidate_ssim: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_sha256(self.reference_sha256, f"drift of {self.file}")
 
 
 @dataclass(frozen=True)

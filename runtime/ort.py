@@ -78,7 +78,10 @@ class OrtSession:
         else:
             self.path = content = Path(model) if model is not None else shipped_model()
             if not self.path.is_file():
-                raise InputError(f"expected an ONNX file, found no file at {self.path}")
+                raise InputError(f"expected a bundle or an ONNX file, found nothing at {self.path}")
+            if self.path.suffix in (".safetensors", ".pth", ".pt"):
+                raise InputError(f"expected a bundle or an ONNX file, found the checkpoint {self.path}; export "
+                                 f"it first: python -m export.onnx --weights {self.path}")  # fmt: skip
         if not 0 <= threads <= MAX_THREADS:
             raise InputError(f"expected 0 (all cores) to {MAX_THREADS} threads, found {threads}")
         options.intra_op_num_threads = threads

@@ -112,7 +112,7 @@ def test_seconds_that_are_none(seconds):
 
 
 def test_network_that_fails(tmp_path):
-    with pytest.raises(InputError, match="found no file at"):
+    with pytest.raises(InputError, match="expected a bundle or an ONNX file, found nothing at"):
         bench.bench(tmp_path / "none.onnx")
     broken = write_slow_network(tmp_path / "broken.onnx")
     model = onnx.load(broken)

@@ -157,8 +157,16 @@ def test_truncated_files_are_refused(tmp_path, suffix, kept):
         checkpoint.save(path, DRSformer(preset("drsformer-tiny")), {})
     content = path.read_bytes()
     path.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(InputError, match=r"damaged|begins with b''; was it downloaded in full\?"):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html>", b"\xff\xd8\xff\xe0 a photograph", b""])
+def test_what_is_no_checkpoint_is_not_said_to_hold_code(tmp_path, content):
+    (tmp_path / "m.pth").write_bytes(content)
+    with pytest.raises(InputError, match="expected a PyTorch checkpoint, found a file that begins with") as error:
+        checkpoint.load(tmp_path / "m.pth")
+    assert "\n" not in str(error.value)
 
 
 def changed(state: dict, how: str) -> dict:

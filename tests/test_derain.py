@@ -93,7 +93,8 @@ def test_what_is_done_is_left_out_of_a_folder(network, photos, tmp_path, monkeyp
     os.utime(photos / "b.JPG", (0, 0))
     capsys.readouterr()
     assert command(monkeypatch, photos, output, "--model", network, "--provider", "cpu") == 0
-    assert capsys.readouterr().out == f"0 of 3 images restored on cpu, 3 had been before: {output}\n"
+    before = "3 had been before (--overwrite restores them again)"
+    assert capsys.readouterr().out == f"0 of 3 images restored on cpu, {before}: {output}\n"
     (output / "a.png").write_text("anything")
     assert len(derain(photos, output, model=network, overwrite=True).restored) == 3
     assert value(output / "a.png") == 50
@@ -254,6 +255,12 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_network_runs(photos,
             folder.rmdir()
 
 
+def test_tiled_images_are_counted(network, photos, tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (9, 40), (100,) * 3).save(photos / "high.png")
+    assert command(monkeypatch, photos, tmp_path, "--model", network, "--provider", "cpu", "--tile", "16x16") == 0
+    assert capsys.readouterr().out == f"4 of 4 images restored on cpu, 1 in tiles: {tmp_path}\n"
+
+
 def test_large_images_are_tiled(network, photos, tmp_path, monkeypatch, capsys):
     Image.new("RGB", (500, 300), (100,) * 3).save(photos / "large.png")
     for option, text in (("--tile", "64x128"), ("--memory", "4GB")):
@@ -312,7 +319,7 @@ def test_bad_arguments_end_with_one_line_and_status_2(network, photos, tmp_path,
         assert len(printed.err.splitlines()) == 1, printed.err
         assert words in printed.err
     assert command(monkeypatch, photos, tmp_path / "out", "--model", tmp_path / "none.onnx") == 2
-    assert "expected an ONNX file" in capsys.readouterr().err
+    assert "expected a bundle or an ONNX file" in capsys.readouterr().err
     assert (tmp_path / "file.png").read_text() == "here"
     assert value(photos / "a.png") == 100
     assert not (tmp_path / "out").exists()

@@ -43,7 +43,7 @@ def write_bundle(folder: Path, scale: float = 0.5, key: Path | None = None) -> P
         made = made.with_file(File.of(folder / name, "engine"), engine)
     (folder / "report.html").write_text("<html>")
     made = made.with_file(File.of(folder / "report.html", "report"))
-    drift = Drift("model.onnx", "cpu", "val", "rain200", 3, None, 0, reference_psnr=30.25, drop_db=0.0)
+    drift = Drift("model.onnx", "cpu", 64 * "a", "val", "rain200", 3, None, 0, reference_psnr=30.25, drop_db=0.0)
     replace(made, drift=(drift,)).save(folder, key)
     return folder
 
@@ -127,8 +127,8 @@ def test_json_is_what_other_readers_are_told(original):
         "profiles": [{"min": [64, 64], "opt": [256, 256], "max": [1088, 1920]}], "flags": {"tf32": False},
         "onnx_sha256": found["files"][0]["sha256"], "build_seconds": None,
     }  # fmt: skip
-    assert list(found["drift"][0]) == ["file", "provider", "data", "protocol", "images", "psnr_between",
-                                       "max_difference", "reference_psnr", "candidate_psnr", "drop_db",
+    assert list(found["drift"][0]) == ["file", "provider", "reference_sha256", "data", "protocol", "images",
+                                       "psnr_between", "max_difference", "reference_psnr", "candidate_psnr", "drop_db",
                                        "reference_ssim", "candidate_ssim"]  # fmt: skip
 
 
@@ -346,6 +346,7 @@ def test_flipped_bit_of_the_manifest_is_a_refusal_or_another_manifest(original):
         (lambda m: m["files"].append(m["files"][0]), "expected every file once"),
         (lambda m: m["drift"][0].update(file="report.html"), "expected a drift of"),
         (lambda m: m["drift"][0].update(drop_db=True), "drop_db: expected float, found true"),
+        (lambda m: m["drift"][0].update(reference_sha256="aa"), "expected a SHA-256 of 64 digits"),
     ],
 )  # fmt: skip
 def test_refuses_what_it_does_not_know(bundle, change, message):

@@ -119,6 +119,13 @@ def test_static_graph_takes_its_size_only(tmp_path):
     assert set(Derainer(session)(np.full((33, 24, 3), 100, np.uint8)).ravel()) == {50}  # three tiles of its size
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
+def test_checkpoint_is_not_taken_for_a_model(tmp_path, suffix):
+    (tmp_path / f"w{suffix}").write_bytes(b"weights")
+    with pytest.raises(InputError, match=r"found the checkpoint .*; export it first: python -m export.onnx --weights"):
+        OrtSession(tmp_path / f"w{suffix}")
+
+
 def test_says_when_a_run_fails(tmp_path):
     path = write_network(tmp_path / "m.onnx")
     model = onnx.load(path)

@@ -168,6 +168,12 @@ def test_signed_bundles_stay_signed(bundle, model, tmp_path):
     assert len(manifest.load(bundle, public).manifest.engines) == len(added.bundle.manifest.engines) == 2
 
 
+def test_other_folders_are_left_alone(model, tmp_path):
+    (tmp_path / "input").mkdir()
+    assert "found input in" in refusal(model, tmp_path, **SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["input"]
+
+
 def test_key_is_looked_at_before_the_work(model, tmp_path):
     assert "found no file at" in refusal(model, tmp_path / "bundle", sign=tmp_path / "missing.pem", **SMALL)
     assert not (tmp_path / "bundle").exists()

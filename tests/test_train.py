@@ -115,7 +115,7 @@ def test_training_learns_and_leaves_a_checkpoint_that_says_what_it_is(data, tmp_
     loaded = checkpoint.load(tmp_path / "run" / "last.safetensors")
     name = f"{data.parent.name}/data"
     assert loaded.provenance["trained_on"] == [name]
-    assert loaded.provenance["scores"] == scores
+    assert {**loaded.provenance["scores"], "iteration": 40, "finished": True} == scores
     assert loaded.provenance["steps"][0]["options"]["lr"] == 2e-3
     assert scores[f"{name} psnr"] == log[-1][f"{name} psnr"]
     assert any(path.name.startswith("events.out.tfevents") for path in (tmp_path / "run").iterdir())
@@ -193,7 +193,8 @@ def test_two_processes_train_on_what_one_would(data, tmp_path, launcher):
         words += ["--devices", "2"]
     result = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert list(json.loads(result.stdout)) == [f"{data.parent.name}/data {metric}" for metric in ("psnr", "ssim")]
+    scores = [f"{data.parent.name}/data {metric}" for metric in ("psnr", "ssim")]
+    assert list(json.loads(result.stdout)) == [*scores, "iteration", "finished"]
     one, two = (checkpoint.load(tmp_path / name / "last.safetensors").model.state_dict() for name in ("one", "two"))
     torch.manual_seed(0)
     start = DRSformer(preset("drsformer-tiny")).state_dict()
@@ -442,7 +443,11 @@ def test_run_that_stops_by_the_clock_goes_on_as_if_it_had_not(data, tmp_path):
         train(tmp_path / "parts", [data], "drsformer-tiny", recipe=recipe, hardware=CPU,
               cadence=Cadence(log_every=2, minutes=minutes)) for minutes in (0, 0, 60)
     ]  # fmt: skip
-    assert stopped == [{"iteration": 1, "finished": False}, {"iteration": 2, "finished": False}, {}]
+    assert stopped == [
+        {"iteration": 1, "finished": False},
+        {"iteration": 2, "finished": False},
+        {"iteration": 6, "finished": True},
+    ]
     whole, parts = ((tmp_path / name / "last.safetensors").read_bytes() for name in ("whole", "parts"))
     assert whole == parts
 

@@ -351,9 +351,13 @@ def test_bundle_records_what_was_measured(folder, tmp_path):
     (drift,) = load(tmp_path).manifest.drift
     assert (drift.file, drift.provider, drift.protocol, drift.images) == ("model.onnx", "cpu", "rain200", 3)
     assert (drift.drop_db, drift.psnr_between) == (found["drop_db"], found["psnr_between"])
+    assert drift.reference_sha256 == checkpoint.load(folder / "reference.safetensors").sha256
     validate(**options | {"data": folder / "plain"}, record=True)
     validate(**options, record=True)  # again, in place of the first
-    assert [d.protocol for d in load(tmp_path).manifest.drift] == [None, "rain200"]
+    validate(**options | {"reference": folder / "damaged.safetensors"}, record=True)
+    found = load(tmp_path).manifest.drift
+    assert [d.protocol for d in found] == [None, "rain200", "rain200"]
+    assert [d.reference_sha256 == drift.reference_sha256 for d in found] == [True, True, False]
 
 
 def test_signed_bundles_stay_signed(folder, tmp_path):

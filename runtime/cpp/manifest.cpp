@@ -222,9 +222,13 @@ std::pair<Engine, std::string> parse_engine(const json& value, const std::string
 /// The name of the file that was measured.
 std::string parse_drift(const json& value, const std::string& where) {
     const Object object(value, where,
-                        {"file", "provider", "data", "protocol", "images", "psnr_between", "max_difference",
-                         "reference_psnr", "candidate_psnr", "drop_db", "reference_ssim", "candidate_ssim"});
+                        {"file", "provider", "reference_sha256", "data", "protocol", "images", "psnr_between",
+                         "max_difference", "reference_psnr", "candidate_psnr", "drop_db", "reference_ssim",
+                         "candidate_ssim"});
     object.text("provider");
+    const std::string reference = object.text("reference_sha256");
+    DERAINER_CHECK(is_sha256(reference),
+                   where + ": expected a SHA-256 of 64 digits 0-9 and a-f, found " + quote(reference));
     object.text("data");
     object.integer("images");
     object.integer("max_difference");
