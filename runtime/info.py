@@ -78,13 +78,13 @@ def tables(manifest: Manifest) -> list[Table]:
         result.append(_table("engines", ["file", "library", "GPUs", "min / opt / max HxW", "flags"], rows))
     if manifest.drift:
         rows = [
-            [d.reference_sha256[:12], f"{d.file} on {d.provider}",
-             f"{d.images} of {d.data}, protocol {d.protocol or 'none'}",
+            [f"{d.file} on {d.provider}\n{d.reference_sha256[:12]}",
+             f"{d.images} of {d.data}\nprotocol {d.protocol or 'none'}",
              _db(d.reference_psnr), _db(d.candidate_psnr), _db(d.drop_db),
              "equal" if d.psnr_between is None else _db(d.psnr_between)]
             for d in manifest.drift
         ]  # fmt: skip
-        titles = ["full model", "file", "images", "PSNR\nfull", "PSNR\nthis", "drop\ndB", "between\ndB"]
+        titles = ["file\nfull model", "images", "PSNR\nfull", "PSNR\nthis", "drop\ndB", "between\ndB"]
         result.append(_table("drift from the full model", titles, rows))
     return result
 

@@ -38,7 +38,7 @@ def test_tells_what_is_there(bundle, monkeypatch, capsys):
         assert any(file.name in line and f"{file.size:,}" in line and file.sha256[:12] in line
                    for line in printed.splitlines())  # fmt: skip
     for fact in ("float32 (1, 3, any, any)", "multiples of 4", "rank", "rtx 1.7.1.116", "tf32: False",
-                 "64x64 / 256x256 / 1088x1920", "3 of val, protocol rain200", "30.2500", "equal",
+                 "64x64 / 256x256 / 1088x1920", "3 of val", "protocol rain200", 12 * "a", "30.2500", "equal",
                  "Signature: none", "Not in the manifest: ['notes.txt']"):  # fmt: skip
         assert fact in printed, fact
     assert json.loads(printed.splitlines()[-1]) == {
