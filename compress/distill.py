@@ -50,7 +50,7 @@ from drsformer.train import (
     to_tensor,
 )
 from export.folding import live
-from runtime.cli import InputError, console, main
+from runtime.cli import InputError, console, expect_other_files, main
 
 Level = Literal[
     "encoder_level1", "encoder_level2", "encoder_level3", "latent", "decoder_level3", "decoder_level2", "decoder_level1"
@@ -217,7 +217,7 @@ def distill(
         cadence: How often to validate, log and save, and when to stop.
     """
     expect("--unlabelled", unlabelled, 0, 1)
-    checkpoint.expect_other_files(*networks_of(output), teacher=teacher, student=student)
+    expect_other_files(*networks_of(output), teacher=teacher, student=student)
     folders = [find_pairs(folder) for folder in data or []]
     validation = material.validation()
     patches = PatchesOfPhotographs(folders, recipe, material.clean, material.streaks, material.rendered, material.dry)

@@ -22,7 +22,7 @@ from drsformer import checkpoint
 from drsformer.config import EXPERTS, BlockConfig, LevelConfig, MEFCConfig
 from drsformer.model import DRSformer
 from drsformer.train import LARGEST_SEED, expect
-from runtime.cli import InputError, console, main
+from runtime.cli import InputError, console, expect_other_files, main
 
 
 def grow(
@@ -147,7 +147,7 @@ def grow_checkpoint(
     """
     if output.suffix != ".safetensors":
         raise InputError(f"--output: expected a name ending in .safetensors, found {output}")
-    checkpoint.expect_other_files(output, weights=weights)
+    expect_other_files(output, weights=weights)
     small = checkpoint.load(weights)
     larger = grow(small.model, depths, hidden, seed=seed)
     options = {"depths": depths, "hidden": hidden, "seed": seed}

@@ -50,7 +50,7 @@ from drsformer.evaluate import evaluate_model
 from drsformer.metrics import Protocol
 from drsformer.model import DRSformer, LayerNorm
 from drsformer.train import Patches, Recipe, short
-from runtime.cli import GateError, InputError, console, main, parse_size, progress, writing
+from runtime.cli import GateError, InputError, console, expect_other_files, main, parse_size, progress, writing
 
 Importance = Literal["taylor", "fisher", "magnitude"]
 
@@ -542,7 +542,7 @@ def prune(
     if output and (output.suffix != ".safetensors" or output.is_dir()):
         raise InputError(f"--output: expected the name of a file ending in .safetensors, found {output}")
     if output:
-        checkpoint.expect_other_files(output, weights=weights)
+        expect_other_files(output, weights=weights)
     for name, given in (("data", data), ("scope", scope)):
         if not given:
             raise InputError(f"--{name}: expected at least one, found none")

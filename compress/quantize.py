@@ -49,10 +49,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from compress.cost import SIDE, Latency, time_sessions
-from drsformer.checkpoint import expect_other_files
 from drsformer.data import Pair, find_pairs
 from drsformer.metrics import Protocol, luma, psnr
-from runtime.cli import GateError, InputError, console, main, progress, writing
+from runtime.cli import GateError, InputError, console, expect_other_files, main, progress, writing
 from runtime.ort import OrtSession
 from runtime.session import Derainer, Session, to_image
 

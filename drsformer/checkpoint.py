@@ -96,15 +96,6 @@ def save(
         temporary.write_bytes(serialised(state, {METADATA_KEY: json.dumps(description)}))
 
 
-def expect_other_files(*outputs: Path, **sources: str | os.PathLike[str] | None) -> None:
-    """Raise InputError where one of the files to write is one that is read, of `sources` by the names of their
-    options."""
-    for output in outputs:
-        for name, source in sources.items():
-            if source is not None and os.path.exists(source) and output.exists() and output.samefile(source):
-                raise InputError(f"--output: expected another file than --{name}, found {output} for both")
-
-
 def file_sha256(path: str | os.PathLike[str]) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -63,7 +63,7 @@ from drsformer.rain import (
     read_streaks,
 )
 from runtime import images
-from runtime.cli import InputError, console, main, progress, writing
+from runtime.cli import InputError, console, expect_other_files, main, progress, writing
 
 Loss = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 """Named terms whose sum is minimised, from the network and a batch of rainy and clean patches (B, 3, P, P). One that is
@@ -553,8 +553,8 @@ def fit(
     model.load_state_dict(averaged.state_dict())
     scores = fabric.broadcast(scores)
     if iteration == recipe.iterations:
-        before = " before" if done == iteration else ""
-        told = f"Finished{before} after {iteration} iterations: {run.output / 'last.safetensors'}"
+        finished = "Had finished" if done == iteration else "Finished"
+        told = f"{finished} after {iteration} iterations: {run.output / 'last.safetensors'}"
     else:
         told = (f"Not finished: stopped by --minutes at iteration {iteration} of {recipe.iterations}. "
                 "The same command goes on from there.")  # fmt: skip
@@ -653,7 +653,7 @@ def train(
     """
     if init and network:
         raise InputError("--init brings its own network: leave --network out")
-    checkpoint.expect_other_files(*networks_of(output), init=init)
+    expect_other_files(*networks_of(output), init=init)
     folders = [find_pairs(folder) for folder in data or []]
     validation = material.validation()
     patches = Patches(folders, recipe, material.clean, material.streaks, material.rendered, material.dry)

@@ -30,7 +30,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -362,7 +362,8 @@ def export(
         # An image may have any size, so odd ones are what has to be seen.
         sizes = [size] if size else [(H - 3, W - 1) if io == "image" else (H, W) for H, W in SIZES]
         status.update("Comparing with PyTorch")
-        with writing(output) as temporary, _largest(reference) as largest:
+        watched = _largest(reference) if precision == "fp16" else nullcontext(dict[str, float]())
+        with writing(output) as temporary, watched as largest:
             agreements = []
             onnx.save(widened(model), temporary)
             for agreement in verify(temporary, reference, sizes):
@@ -371,7 +372,7 @@ def export(
                     raise GateError(f"{output} is not written: the exported network differs from PyTorch by "
                                        f"{agreement.difference:.1e} at {agreement.height}x{agreement.width}, "
                                        f"more than {TOLERANCE}")  # fmt: skip
-            for module, value in largest.items() if precision == "fp16" else ():
+            for module, value in largest.items():
                 if not value <= torch.finfo(torch.float16).max:
                     raise GateError(f"{output} is not written: {module} meets {value:.2g} on an image of noise, "
                                     "which float16 cannot hold; use --precision bf16")  # fmt: skip

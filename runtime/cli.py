@@ -68,22 +68,23 @@ def main(
             traceback.print_exc()
             sys.exit(3)
         fail(": ".join([*([str(error.filename)] if error.filename else []), error.strerror]))
-    except MemoryError as error:
-        fail(f"out of memory: {error}" if str(error) else "out of memory")
     except GateError as error:
         print("failed: " + one_line(str(error)), file=sys.stderr, flush=True)
         sys.exit(1)
-    except RuntimeError as error:  # what PyTorch raises in place of a MemoryError, on a GPU and on a CPU
-        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
-            traceback.print_exc()
-            sys.exit(3)
-        fail(f"out of memory: {error}")
-    except Exception:  # a fault of ours, which is not a gate that failed
-        traceback.print_exc()
+    except Exception as error:
+        if _is_want_of_memory(error):
+            fail(f"out of memory: {error}" if str(error) else "out of memory")
+        traceback.print_exc()  # a fault of ours, which is not a gate that failed
         sys.exit(3)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _is_want_of_memory(error: Exception) -> bool:
+    """PyTorch has a RuntimeError of its own for it on a GPU, and a plain one on a CPU."""
+    of_pytorch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and of_pytorch)
 
 
 def fail(message: str) -> NoReturn:
@@ -122,6 +123,15 @@ def progress(shown: bool = True, **columns: Any) -> Progress:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), *extra,
         console=console, disable=not (shown and console.is_terminal),
     )  # fmt: skip
+
+
+def expect_other_files(*outputs: Path, **sources: str | os.PathLike[str] | None) -> None:
+    """Raise InputError where one of the files to write is one that is read, of `sources` by the names of their
+    options."""
+    for output in outputs:
+        for name, source in sources.items():
+            if source is not None and os.path.exists(source) and output.exists() and output.samefile(source):
+                raise InputError(f"--output: expected another file than --{name}, found {output} for both")
 
 
 @contextmanager

@@ -480,23 +480,15 @@ def test_memory_that_does_not_suffice(bundle, install):
     assert "cudaErrorMemoryAllocation" in refusal(bundle)
 
 
-def test_a_run_that_fails_tells_the_reason(bundle, install):
+@pytest.mark.parametrize(("fault", "reason"), [("failing", "out of luck"), ("unmeasured", "shapes that no one knows")])
+def test_a_run_that_fails_tells_the_reason(bundle, install, fault, reason):
+    """`unmeasured`: no memory is known for a size, which is an error."""
     _, library = install()
     session = TrtSession(bundle)
-    library.failing = True
-    with pytest.raises(InputError, match="failed on 8x8 pixels: out of luck"):
+    setattr(library, fault, True)
+    with pytest.raises(InputError, match=f"failed on 8x8 pixels: {reason}"):
         session.run(batch(8, 8))
-    library.failing = False
-    check(session, 8, 8)
-
-
-def test_no_memory_for_a_size_is_an_error(bundle, install):
-    _, library = install()
-    session = TrtSession(bundle)
-    library.unmeasured = True
-    with pytest.raises(InputError, match="failed on 8x8 pixels: shapes that no one knows"):
-        session.run(batch(8, 8))
-    library.unmeasured = False
+    setattr(library, fault, False)
     check(session, 8, 8)
 
 
