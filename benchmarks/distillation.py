@@ -85,9 +85,17 @@ def distillation(
 
         def run(number: int = number, variant: Terms = variant) -> Row:
             folder, terms = run_dir / str(number), replace(variant, attention_levels=shared)
-            distill(folder, teacher, str(student), pair_folders(data, "train"), terms=terms, recipe=recipe,
-                    material=Material(dry=0.05), hardware=Hardware(devices="1", channels_last=True),
-                    cadence=Cadence(log_every=max(1, iterations // 10)))  # fmt: skip
+            distill(
+                folder,
+                teacher,
+                str(student),
+                pair_folders(data, "train"),
+                terms=terms,
+                recipe=recipe,
+                material=Material(dry=0.05),
+                hardware=Hardware(devices="1", channels_last=True),
+                cadence=Cadence(log_every=max(1, iterations // 10)),
+            )
             return scored(folder / "last.safetensors")
 
         sheet.measure(name, run)

@@ -140,12 +140,16 @@ class Correct(Stage):
                 sheet.measure(f"{name} folded fp64 64x64", functools.partial(same, (64, 64), dtype=torch.float64))
                 for title, image in images.items():
                     for precision in HALVES:
-                        sheet.measure(f"{name} folded {precision} {title}", functools.partial(
-                            self.drift, sheet.device, subject, precision, image))  # fmt: skip
+                        sheet.measure(
+                            f"{name} folded {precision} {title}",
+                            functools.partial(self.drift, sheet.device, subject, precision, image),
+                        )
                 for pattern in PATTERNS:
                     for precision in DTYPES:
-                        sheet.measure(f"{name} folded {precision} {pattern} {size_text(sizes[0])}", functools.partial(
-                            self.patterned, sheet.device, subject, pattern, precision, sizes[0]))  # fmt: skip
+                        sheet.measure(
+                            f"{name} folded {precision} {pattern} {size_text(sizes[0])}",
+                            functools.partial(self.patterned, sheet.device, subject, pattern, precision, sizes[0]),
+                        )
         for subject in (subject for subject in subjects if subject.trained):
             for place in pair_folders(self.data, "val") if self.data else []:
                 for form, precision in SCORED:
@@ -153,8 +157,10 @@ class Correct(Stage):
                     sheet.measure(key, functools.partial(self.scored, sheet, subject, form, precision, place))
         for size in sizes:
             for form, precision in WEIGHED:
-                sheet.measure(f"memory {subjects[0].name} {form} {precision} {size_text(size)}", functools.partial(
-                    self.memory, sheet.device, subjects[0], form, precision, size))  # fmt: skip
+                sheet.measure(
+                    f"memory {subjects[0].name} {form} {precision} {size_text(size)}",
+                    functools.partial(self.memory, sheet.device, subjects[0], form, precision, size),
+                )
         return sheet.summary()
 
     @staticmethod
@@ -171,8 +177,11 @@ class Correct(Stage):
             with scores_of(readable, found):
                 same = readable(image)
         flips = sum(count_flips(own[layer], found[layer], mask.ks) for layer, mask in masks(readable).items())
-        return {**difference(output, reference), "flipped": flips,
-                "max difference, same selections": (output - same).abs().max().item()}  # fmt: skip
+        return {
+            **difference(output, reference),
+            "flipped": flips,
+            "max difference, same selections": (output - same).abs().max().item(),
+        }
 
     @staticmethod
     def drift(device: torch.device, subject: Subject, precision: Precision, image: Tensor) -> Row:
@@ -329,9 +338,14 @@ class Kernels(Stage):
         torch._dynamo.config.recompile_limit = 256
         subject = from_preset(self.network)
         of = functools.partial(Torch, subject)
-        entrants = [of("folded", "fp16"), of("folded", "fp16", compiled=True), of("folded", "fp16", channels_last=True),
-                    of("folded", "fp16", compiled=True, channels_last=True), of("released", "fp16"),
-                    *(Torch(from_weights(path), "folded", "fp16", compiled=True) for path in self.weights)]  # fmt: skip
+        entrants = [
+            of("folded", "fp16"),
+            of("folded", "fp16", compiled=True),
+            of("folded", "fp16", channels_last=True),
+            of("folded", "fp16", compiled=True, channels_last=True),
+            of("released", "fp16"),
+            *(Torch(from_weights(path), "folded", "fp16", compiled=True) for path in self.weights),
+        ]
         for size in parse_sizes(self.sizes):
             for contestant in entrants:
                 if not any(part in contestant.name for part in self.only):
@@ -371,8 +385,12 @@ class Kernels(Stage):
         for kind, row in kinds.rows():
             if moved := work.bytes[kind]:
                 bandwidth = moved / row["ms"] / 1e6
-                row |= {"GMAC": work.macs[kind] / 1e9, "GB moved": moved / 1e9, "GB/s": bandwidth,
-                        "of copy bandwidth": bandwidth / sheet.run["ceilings"]["copy GB/s"]}  # fmt: skip
+                row |= {
+                    "GMAC": work.macs[kind] / 1e9,
+                    "GB moved": moved / 1e9,
+                    "GB/s": bandwidth,
+                    "of copy bandwidth": bandwidth / sheet.run["ceilings"]["copy GB/s"],
+                }
             found[kind] = row
         for name, row in list(kernels.rows())[:20]:
             found[f"kernel {name[:120]}"] = row

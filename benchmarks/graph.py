@@ -93,9 +93,14 @@ def _untouched(network: nn.Module) -> onnx.ModelProto:
     h, w = torch.export.Dim("h", min=1), torch.export.Dim("w", min=1)
     example = torch.rand(1, 3, 8 * SIZE_MULTIPLE, 9 * SIZE_MULTIPLE)
     program = torch.onnx.export(
-        network, (example,), dynamo=True, verbose=False, input_names=["input"], output_names=["output"],
+        network,
+        (example,),
+        dynamo=True,
+        verbose=False,
+        input_names=["input"],
+        output_names=["output"],
         dynamic_shapes=({2: SIZE_MULTIPLE * h, 3: SIZE_MULTIPLE * w},),
-    )  # fmt: skip
+    )
     assert program is not None
     return program.model_proto
 
@@ -169,12 +174,17 @@ def compete(contestants: list[Contestant], size: Size, rounds: int) -> dict[str,
         low, median, high = statistics.quantiles(times[c.name], n=4, method="inclusive")
         busy = statistics.median(processor[c.name])
         rows[c.name] = {
-            "seconds": median, "quartile 1": low, "quartile 3": high, "processor seconds": busy, "runs": rounds,
-            "threads": c.threads, "load before": load,
+            "seconds": median,
+            "quartile 1": low,
+            "quartile 3": high,
+            "processor seconds": busy,
+            "runs": rounds,
+            "threads": c.threads,
+            "load before": load,
             "times as fast": statistics.median(times[first]) / median,
             "times as fast, processor": statistics.median(processor[first]) / busy,
             "relative error": ((outputs[c.name] - reference).norm() / reference.norm()).item(),
-        }  # fmt: skip
+        }
     return rows
 
 

@@ -54,8 +54,10 @@ class Sheet:
             self.content = json.loads(self.path.read_text()) if self.path.exists() else {"stage": stage, "runs": []}
             machines = [run["machine"] for run in self.content["runs"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.path}: expected results of an earlier run, found something else ({error}); "
-                             "give another --output") from None  # fmt: skip
+            raise InputError(
+                f"{self.path}: expected results of an earlier run, found something else ({error}); "
+                "give another --output"
+            ) from None
         machine = describe(device)
         if machine not in machines:
             run = {"machine": machine, "commands": [], "ceilings": {}, "rows": {}}
@@ -395,5 +397,9 @@ class Work(TorchDispatchMode):
         macs = sum(self.macs.values())
         compute = 2 * macs / ceiling[f"{precision} TFLOP/s"] / 1e9
         memory = moved / ceiling["copy GB/s"] / 1e6
-        return {"GMAC": macs / 1e9, "GB moved": moved / 1e9, "floor ms": max(compute, memory),
-                "floor by": "MACs" if compute > memory else "bytes"}  # fmt: skip
+        return {
+            "GMAC": macs / 1e9,
+            "GB moved": moved / 1e9,
+            "floor ms": max(compute, memory),
+            "floor by": "MACs" if compute > memory else "bytes",
+        }

@@ -34,8 +34,14 @@ def split(name: str, files: list[Path], output: Path, limit: int = LIMIT) -> lis
         content, planes = path.read_bytes(), PLANES.get(path.suffix, 1)
         packed = [zlib.compress(content[i::planes], 6) for i in range(planes)]
         stream += b"".join(packed)
-        described.append({"file": path.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(),
-                          "planes": [len(plane) for plane in packed]})  # fmt: skip
+        described.append(
+            {
+                "file": path.name,
+                "bytes": len(content),
+                "sha256": hashlib.sha256(content).hexdigest(),
+                "planes": [len(plane) for plane in packed],
+            }
+        )
     parts = [stream[i : i + limit] for i in range(0, len(stream), limit)]
     paths = [output / f"{name}.{i:02}" for i in range(len(parts))]
     for path, part in zip(paths, parts, strict=True):

@@ -215,8 +215,14 @@ class Train(Stage):
 
     def material(self, plan: Plan, folder: Path) -> train.Material:
         clean, streaks = ((folder / name) if (folder / name).is_dir() else None for name in ("clean", "streaks"))
-        return train.Material(validate=pair_folders(folder, "val"), validate_limit=4, clean=clean, streaks=streaks,
-                              rendered=plan.rendered, dry=plan.dry)  # fmt: skip
+        return train.Material(
+            validate=pair_folders(folder, "val"),
+            validate_limit=4,
+            clean=clean,
+            streaks=streaks,
+            rendered=plan.rendered,
+            dry=plan.dry,
+        )
 
     def train(self, sheet: Sheet, name: str, plan: Plan, folder: Path) -> None:
         """Train as long as time allows, score what came out on all validation pairs, and split it."""
@@ -232,13 +238,21 @@ class Train(Stage):
             "material": self.material(plan, folder),
             "recipe": plan.recipe,
             "hardware": train.Hardware(
-                accelerator=cast("Any", sheet.device.type), devices="1", workers=self.workers,
-                precision="bf16-mixed", channels_last=self.channels_last, compile=self.compile,
+                accelerator=cast("Any", sheet.device.type),
+                devices="1",
+                workers=self.workers,
+                precision="bf16-mixed",
+                channels_last=self.channels_last,
+                compile=self.compile,
                 cuda_graph=self.cuda_graph and sheet.device.type == "cuda",
             ),
-            "cadence": train.Cadence(validate_every=max(1, plan.recipe.iterations // 4),
-                                     log_every=max(1, plan.recipe.iterations // 200), save_minutes=2, minutes=minutes),
-        }  # fmt: skip
+            "cadence": train.Cadence(
+                validate_every=max(1, plan.recipe.iterations // 4),
+                log_every=max(1, plan.recipe.iterations // 200),
+                save_minutes=2,
+                minutes=minutes,
+            ),
+        }
 
         def work() -> Row:
             init = self.init or (self.run_dir / plan.start / "last.safetensors" if plan.start else None)
@@ -246,8 +260,12 @@ class Train(Stage):
                 teacher = self.teacher or self.run_dir / plan.teacher / "last.safetensors"
                 result = distill.distill(teacher=teacher, student=str(init or plan.network), **options)
             else:
-                result = train.train(network=None if init else plan.network, init=init,
-                                     form=train.itself if self.readable else live, **options)  # fmt: skip
+                result = train.train(
+                    network=None if init else plan.network,
+                    init=init,
+                    form=train.itself if self.readable else live,
+                    **options,
+                )
             return {"finished": result["finished"], **self.send(sheet.device, run, name, plan, folder)}
 
         row = protected(sheet.device, work)

@@ -205,8 +205,10 @@ class Cost:
         """For JSON."""
         summary: dict[str, Any] = {"params": self.params, "gmacs": round(self.macs / 1e9, 4)}
         if self.latency:
-            summary |= {"ms": round(self.latency.ms, 3),
-                        "ms_quartiles": [round(self.latency.low, 3), round(self.latency.high, 3)]}  # fmt: skip
+            summary |= {
+                "ms": round(self.latency.ms, 3),
+                "ms_quartiles": [round(self.latency.low, 3), round(self.latency.high, 3)],
+            }
         return summary
 
     def tables(self) -> list[Table]:
@@ -223,13 +225,18 @@ class Cost:
                 modules.add_section()
             chosen = [item for item in self.items if module in (item.module, "all")]
             counts = [sum(item.macs for item in chosen if item.part == part) for part in parts]
-            modules.add_row(module, *(f"{count / 1e6:.0f}" if count else "" for count in counts),
-                            f"{sum(counts) / 1e6:.0f}", str(sum(item.params for item in chosen)))  # fmt: skip
+            modules.add_row(
+                module,
+                *(f"{count / 1e6:.0f}" if count else "" for count in counts),
+                f"{sum(counts) / 1e6:.0f}",
+                str(sum(item.params for item in chosen)),
+            )
         for kind in dict.fromkeys(item.kind for item in sorted(self.items, key=lambda item: PARTS.index(item.part))):
             chosen = [item for item in self.items if item.kind == kind]
             count = sum(item.macs for item in chosen)
-            kinds.add_row(kind, f"{count / 1e6:.0f}", f"{count / self.macs:.1%}",
-                          str(sum(item.params for item in chosen)))  # fmt: skip
+            kinds.add_row(
+                kind, f"{count / 1e6:.0f}", f"{count / self.macs:.1%}", str(sum(item.params for item in chosen))
+            )
         return [modules, kinds]
 
 
@@ -266,8 +273,12 @@ def cost(weights: Path, latency: bool = False, size: str = f"{SIDE}x{SIDE}", vs:
     paths = [weights] if vs is None else [weights, vs]
     networks = [checkpoint.load(path).model for path in paths]
     times = time_networks(networks, height_width) if latency else [None] * len(paths)
-    costs = Costs(*(Cost(path, tuple(items(network.config)), taken)
-                    for path, network, taken in zip(paths, networks, times, strict=True)))  # fmt: skip
+    costs = Costs(
+        *(
+            Cost(path, tuple(items(network.config)), taken)
+            for path, network, taken in zip(paths, networks, times, strict=True)
+        )
+    )
     for each in (costs.network, costs.vs):
         if each:
             Console().print(*each.tables())

@@ -86,8 +86,10 @@ class Terms:
         for name, weight in zip(("l1", "l1-teacher", "features", "attention", "frequency"), weights, strict=True):
             expect(f"--{name}", weight, 0)
         if not self.l1 + self.l1_teacher + self.frequency:
-            raise InputError("nothing tells the student what to put out: expected --l1, --l1-teacher or --frequency "
-                             "above 0, found none")  # fmt: skip
+            raise InputError(
+                "nothing tells the student what to put out: expected --l1, --l1-teacher or --frequency "
+                "above 0, found none"
+            )
 
 
 def tap(network: DRSformer, levels: Sequence[Level]) -> dict[str, Tensor]:
@@ -130,9 +132,11 @@ class Distillation(nn.Module):
         for level in self.levels:
             ours, theirs = heads(student.config, level), heads(teacher.config, level)
             if ours is None or ours != theirs:
-                raise InputError(f"--attention: expected attention with masks and the same heads in {level}, found "
-                                 f"{_told(ours)} in the student and {_told(theirs)} in the teacher; leave the term "
-                                 "out or choose other --attention-levels")  # fmt: skip
+                raise InputError(
+                    f"--attention: expected attention with masks and the same heads in {level}, found "
+                    f"{_told(ours)} in the student and {_told(theirs)} in the teacher; leave the term "
+                    "out or choose other --attention-levels"
+                )
         self.run_teacher = teacher.eval().requires_grad_(False).forward  # not a part of this module: it is not trained
         self.in_teacher = tap(teacher, self.levels)
         self.in_student: dict[str, Tensor] | None = None  # from when it is first seen
@@ -253,8 +257,19 @@ def distill(
     if fabric.is_global_zero:
         counts = [sum(p.numel() for p in network.parameters()) / 1e6 for network in (model, tutor.model)]
         console.print("{:.2f} M parameters, teacher {:.2f} M, on {}".format(*counts, fabric.device))
-    return fit(fabric, model, patches, recipe, Run(output, options, provenance), loss=loss, form=live,
-               validate=validation, protocol=material.protocol, hardware=hardware, cadence=cadence)  # fmt: skip
+    return fit(
+        fabric,
+        model,
+        patches,
+        recipe,
+        Run(output, options, provenance),
+        loss=loss,
+        form=live,
+        validate=validation,
+        protocol=material.protocol,
+        hardware=hardware,
+        cadence=cadence,
+    )
 
 
 def _start(student: str) -> checkpoint.Checkpoint:

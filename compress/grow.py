@@ -47,15 +47,18 @@ def grow(
     for module in LEVELS:
         level = level_of(config, module)
         if depth[module] < len(level.blocks):
-            raise InputError(f"--depths: expected at least the {len(level.blocks)} blocks of {module}, found "
-                             f"{depth[module]}")  # fmt: skip
+            raise InputError(
+                f"--depths: expected at least the {len(level.blocks)} blocks of {module}, found {depth[module]}"
+            )
         if depth[module] and not level.blocks:
-            raise InputError(f"--depths: expected 0 for {module}, which has no block to make others like, found "
-                             f"{depth[module]}")  # fmt: skip
+            raise InputError(
+                f"--depths: expected 0 for {module}, which has no block to make others like, found {depth[module]}"
+            )
         odd = any(block.hidden % 2 for block in level.blocks)
         if hidden > 1 and (config.feed_forward != "msfn" or odd):
-            raise InputError(f"{module}: expected blocks whose MSFN has an even hidden width, found others; leave "
-                             "--hidden out")  # fmt: skip
+            raise InputError(
+                f"{module}: expected blocks whose MSFN has an even hidden width, found others; leave --hidden out"
+            )
         places[module] = sorted(rng.choice(depth[module], len(level.blocks), replace=False).tolist())
         wide = [dataclasses.replace(block, hidden=hidden * block.hidden) for block in level.blocks]
         blocks = wide[:1] * depth[module]
@@ -63,8 +66,9 @@ def grow(
             blocks[place] = block
         levels[module] = LevelConfig(level.width, tuple(blocks))
     e1, e2, e3, latent, d3, d2, d1 = levels.values()
-    mefcs = {name: _with_experts(mefc, experts) for name in ("mefc_early", "mefc_late")
-             if (mefc := getattr(config, name))}  # fmt: skip
+    mefcs = {
+        name: _with_experts(mefc, experts) for name in ("mefc_early", "mefc_late") if (mefc := getattr(config, name))
+    }
     larger = DRSformer(
         dataclasses.replace(config, encoder=(e1, e2, e3), latent=latent, decoder=(d3, d2, d1), **mefcs)
     ).eval()
@@ -91,9 +95,14 @@ def grow(
 
 
 def _widen(
-    old: dict[str, Tensor], new: dict[str, Tensor], source: str, name: str, block: BlockConfig, factor: int,
+    old: dict[str, Tensor],
+    new: dict[str, Tensor],
+    source: str,
+    name: str,
+    block: BlockConfig,
+    factor: int,
     rng: np.random.Generator,
-) -> None:  # fmt: skip
+) -> None:
     """Spread the pairs of hidden channels of an MSFN among dead ones: what reads every other of those is zero, and what
     writes into the rest."""
     h, H = block.hidden, factor * block.hidden
@@ -157,8 +166,9 @@ def grow_checkpoint(
     summary = {}
     for name, config in (("before", small.model.config), ("after", larger.config)):
         summary |= {f"gmacs_{name}": macs(config) / 1e9, f"params_{name}": params(config)}
-    console.print("{gmacs_before:.2f} -> {gmacs_after:.2f} GMAC, {params_before} -> {params_after} parameters"
-                  .format(**summary))  # fmt: skip
+    console.print(
+        "{gmacs_before:.2f} -> {gmacs_after:.2f} GMAC, {params_before} -> {params_after} parameters".format(**summary)
+    )
     return summary
 
 

@@ -160,8 +160,11 @@ def _gram_matrices(network: nn.Module) -> Iterator[dict[str, Tensor]]:
 
         return note
 
-    handles = [module.register_forward_pre_hook(hook(name))
-               for name, module in network.named_modules() if isinstance(module, LayerNorm)]  # fmt: skip
+    handles = [
+        module.register_forward_pre_hook(hook(name))
+        for name, module in network.named_modules()
+        if isinstance(module, LayerNorm)
+    ]
     try:
         yield grams
     finally:
@@ -192,8 +195,10 @@ def choose(
     none that would take this target below its floor, given by its name. A block loses only what is left in it.
     """
     orders = {name: [score.argsort(stable=True).tolist() for score in axes] for name, axes in scores.items()}
-    losses = {name: torch.stack([F.pad(score.sort().values.cumsum(0), (1, 0)) for score in axes]).sum(0)
-              for name, axes in scores.items()}  # fmt: skip
+    losses = {
+        name: torch.stack([F.pad(score.sort().values.cumsum(0), (1, 0)) for score in axes]).sum(0)
+        for name, axes in scores.items()
+    }
     by_name = {structure.name: structure for structure in found}
     left = {structure.name: structure.units for structure in found}
     gone: dict[str, list[list[int]]] = {}
@@ -282,8 +287,10 @@ def prune_network(
 
     with progress() as bar:
         for turn in bar.track(range(1, rounds + 1), description="Pruning"):
-            bounds = [replace(target, bound=start[target.name] + (target.bound - start[target.name]) * turn / rounds)
-                      for target in targets]  # fmt: skip
+            bounds = [
+                replace(target, bound=start[target.name] + (target.bound - start[target.name]) * turn / rounds)
+                for target in targets
+            ]
             if any(bound.cost(network.config) > bound.bound for bound in bounds):
                 network = steps.network(f"round{turn}", functools.partial(smaller, network, bounds))
     for target in targets:
@@ -293,7 +300,8 @@ def prune_network(
                 f"--{target.name}: expected {target.bound / start[target.name]:.3f}, reached "
                 f"{reached / start[target.name]:.3f}: what is left in --scope {' '.join(scope)} is as narrow as "
                 f"--round-to {round_to} lets it be, or would end more than {below:.0%} too low; widen the scope or "
-                "lower --round-to")  # fmt: skip
+                "lower --round-to"
+            )
     return network
 
 
@@ -392,10 +400,15 @@ def measure_sensitivity(
     def measure(kind: str, pruned: DRSformer) -> dict[str, Any]:
         before, after = time_sessions([whole(), ship(pruned, size) if pruned is not network else whole()], size)
         row = {
-            "kind": kind, "macs": cost.macs(pruned.config) / macs, "params": cost.params(pruned.config),
-            "psnr": evaluate_model(pruned, pairs, protocol).psnr, "latency": after.ms / before.ms, "ms": after.ms,
-            "ms_low": after.low, "ms_high": after.high,
-        }  # fmt: skip
+            "kind": kind,
+            "macs": cost.macs(pruned.config) / macs,
+            "params": cost.params(pruned.config),
+            "psnr": evaluate_model(pruned, pairs, protocol).psnr,
+            "latency": after.ms / before.ms,
+            "ms": after.ms,
+            "ms_low": after.low,
+            "ms_high": after.high,
+        }
         console.print("{kind}: {macs:.3f} of the MACs, {latency:.3f} of the time, {psnr:.2f} dB".format(**row))
         return row
 
@@ -405,8 +418,9 @@ def measure_sensitivity(
         for ratio in ratios:
             target, name = Target("macs", cost.macs, ratio * macs), f"{kind}-{ratio:g}"
             try:
-                smaller = prune_network(pruned, patches, [target], scope=[kind], rounds=1, below=1.0,
-                                        steps=steps.within(name), **options)  # fmt: skip
+                smaller = prune_network(
+                    pruned, patches, [target], scope=[kind], rounds=1, below=1.0, steps=steps.within(name), **options
+                )
             except GateError:  # this kind goes no further
                 break
             if smaller.config != pruned.config:  # otherwise the last step has gone this far already
@@ -487,8 +501,9 @@ class Pruned:
             if was := getattr(self.before, module):
                 now = getattr(self.after, module)
                 experts = [sum(name != NO_EXPERT for step in mefc.steps for name in step) for mefc in (was, now)]
-                table.add_row(module, "", "", f"{experts[0]} -> {experts[1]} experts",
-                              f"{was.gate_hidden} -> {now.gate_hidden}")  # fmt: skip
+                table.add_row(
+                    module, "", "", f"{experts[0]} -> {experts[1]} experts", f"{was.gate_hidden} -> {now.gate_hidden}"
+                )
         return table
 
 
@@ -569,16 +584,20 @@ def prune(
     inputs = {"weights": trained.sha256, **options, "limit": limit, "protocol": protocol, "size": size}
     measured = Steps(sensitivity / "work", inputs) if sensitivity else ANEW
     if sensitivity:
-        rows = measure_sensitivity(trained.model, images, patches, height_width, sensitivity, RATIOS, scope, protocol,
-                                   measured, **how)  # fmt: skip
+        rows = measure_sensitivity(
+            trained.model, images, patches, height_width, sensitivity, RATIOS, scope, protocol, measured, **how
+        )
         Console().print(_sensitivity_table(rows))
     if not output:
         measured.remove()
         return None
     steps = Steps(output.with_name(f"{output.name}.work"), inputs)  # which also shows at once that it can be written
     narrow = functools.partial(prune_network, trained.model, patches, scope=scope, rounds=rounds, **how)
-    targets = [Target(name, getattr(cost, name), fractions[name] * getattr(cost, name)(trained.model.config))
-               for name in ("macs", "params") if name in fractions]  # fmt: skip
+    targets = [
+        Target(name, getattr(cost, name), fractions[name] * getattr(cost, name)(trained.model.config))
+        for name in ("macs", "params")
+        if name in fractions
+    ]
     times = missed = None
     try:
         if latency:
@@ -601,9 +620,10 @@ def prune(
     measured.remove()
     pruned = Pruned(output, trained.model.config, network.config, (psnr[0], psnr[1]), len(images), times, missed)
     Console().print(pruned.table())
-    print(", ".join(f"{name} {ratio:.4f}" for name, ratio in pruned.ratios().items())
-          + f" of {weights}; PSNR {psnr[0]:.2f} -> {psnr[1]:.2f} dB on {len(images)} pairs, protocol {protocol}"
-          )  # fmt: skip
+    print(
+        ", ".join(f"{name} {ratio:.4f}" for name, ratio in pruned.ratios().items())
+        + f" of {weights}; PSNR {psnr[0]:.2f} -> {psnr[1]:.2f} dB on {len(images)} pairs, protocol {protocol}"
+    )
     if missed:
         console.print(f"failed: {missed}", soft_wrap=True)
     return pruned
@@ -643,9 +663,11 @@ def _prune_to_latency(
             break
         bound *= latency / ratio
     off, pruned, (before, after) = min(attempts, key=lambda attempt: attempt[0])
-    missed = (f"--latency: expected {latency:.3f}, measured {after.ms / before.ms:.3f} at best after correcting the "
-              f"estimate by parts {len(attempts) - 1} times; before: {before}, after: {after}; where the quartiles are "
-              "wide, try again on a quiet machine or with a larger --size")  # fmt: skip
+    missed = (
+        f"--latency: expected {latency:.3f}, measured {after.ms / before.ms:.3f} at best after correcting the "
+        f"estimate by parts {len(attempts) - 1} times; before: {before}, after: {after}; where the quartiles are "
+        "wide, try again on a quiet machine or with a larger --size"
+    )
     return pruned, (before, after), missed if off > NEAR else None
 
 
@@ -654,12 +676,22 @@ def _sensitivity_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for column in ("MACs left", "parameters", "PSNR, dB", "time left", "ms", "ms, quartiles"):
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(row["kind"], f"{row['macs']:.3f}", str(row["params"]), f"{row['psnr']:.2f}",
-                      f"{row['latency']:.3f}", f"{row['ms']:.1f}", f"{row['ms_low']:.1f} to {row['ms_high']:.1f}"
-                      )  # fmt: skip
+        table.add_row(
+            row["kind"],
+            f"{row['macs']:.3f}",
+            str(row["params"]),
+            f"{row['psnr']:.2f}",
+            f"{row['latency']:.3f}",
+            f"{row['ms']:.1f}",
+            f"{row['ms_low']:.1f} to {row['ms_high']:.1f}",
+        )
     return table
 
 
 if __name__ == "__main__":
-    main(prune, __doc__, summary=lambda pruned: pruned.summary() if pruned else None,
-         status=lambda pruned: 1 if pruned and pruned.missed else 0)  # fmt: skip
+    main(
+        prune,
+        __doc__,
+        summary=lambda pruned: pruned.summary() if pruned else None,
+        status=lambda pruned: 1 if pruned and pruned.missed else 0,
+    )

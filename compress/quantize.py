@@ -165,10 +165,17 @@ def _with_pairs(model: onnx.ModelProto, nodes: list[str], feeds: CalibrationData
         plain, full = Path(folder) / "plain.onnx", Path(folder) / "full.onnx"
         onnx.save(model, plain)
         quantize_static(
-            plain, full, feeds, QuantFormat.QDQ, ["Conv", "MatMul"], per_channel=True, nodes_to_quantize=nodes,
-            activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
+            plain,
+            full,
+            feeds,
+            QuantFormat.QDQ,
+            ["Conv", "MatMul"],
+            per_channel=True,
+            nodes_to_quantize=nodes,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
             extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
-        )  # fmt: skip
+        )
         return onnx.load(full)
 
 
@@ -305,8 +312,10 @@ class Quantised:
         height, width = self.size
         ratio = self.int8.ms / self.plain.ms
         how = "faster" if ratio < 1 else "slower"
-        return (f"INT8 is {how} than float32 on this CPU in ONNX Runtime: {height}x{width} takes {self.int8.ms:.1f} "
-                f"ms, {ratio:.2f} times the {self.plain.ms:.1f} ms of float32")  # fmt: skip
+        return (
+            f"INT8 is {how} than float32 on this CPU in ONNX Runtime: {height}x{width} takes {self.int8.ms:.1f} "
+            f"ms, {ratio:.2f} times the {self.plain.ms:.1f} ms of float32"
+        )
 
 
 def quantize(
@@ -374,21 +383,39 @@ def quantize(
             else:
                 kept, least_db = tried, found
         if freed == len(groups):
-            raise GateError(f"{output} is not written: {max_drop_db} dB leave nothing to quantise; with {groups[-1]} "
-                            f"alone, the group that costs least, the model loses {least_db:.4f} dB")  # fmt: skip
+            raise GateError(
+                f"{output} is not written: {max_drop_db} dB leave nothing to quantise; with {groups[-1]} "
+                f"alone, the group that costs least, the model loses {least_db:.4f} dB"
+            )
     _describe(
-        mixed, int8=groups[freed:], float32=groups[:freed], sensitivity=sensitivity, drop_db=drop_db,
-        images=len(pairs), protocol=protocol, data=f"{data.resolve().parent.name}/{data.resolve().name}",
-    )  # fmt: skip
+        mixed,
+        int8=groups[freed:],
+        float32=groups[:freed],
+        sensitivity=sensitivity,
+        drop_db=drop_db,
+        images=len(pairs),
+        protocol=protocol,
+        data=f"{data.resolve().parent.name}/{data.resolve().name}",
+    )
     onnx.checker.check_model(mixed, full_check=True)
     with writing(output) as temporary:
         onnx.save(mixed, temporary)
     size = _size(session, SIDE)
     plain, int8 = time_sessions([session, OrtSession(output, "cpu")], size)
     done = Quantised(
-        model, output, drop_db, all_db, {group: len(nodes) for group, nodes in mixtures.groups.items()},
-        tuple(groups[:freed]), sensitivity, len(pairs), size, plain, int8, time.monotonic() - started,
-    )  # fmt: skip
+        model,
+        output,
+        drop_db,
+        all_db,
+        {group: len(nodes) for group, nodes in mixtures.groups.items()},
+        tuple(groups[:freed]),
+        sensitivity,
+        len(pairs),
+        size,
+        plain,
+        int8,
+        time.monotonic() - started,
+    )
     if sensitivity:
         Console().print(done.table())
     print(f"{freed} of {len(groups)} groups freed, {drop_db:.4f} dB lost")
@@ -409,8 +436,9 @@ def _read(path: Path) -> onnx.ModelProto:
     kinds = {tensor.data_type for tensor in model.graph.initializer}
     for kind, name in ((onnx.TensorProto.FLOAT16, "float16"), (onnx.TensorProto.BFLOAT16, "bfloat16")):
         if kind in kinds:
-            raise InputError(f"--model: expected a float32 model, found one in {name} at {path}; export it without "
-                             "--precision")  # fmt: skip
+            raise InputError(
+                f"--model: expected a float32 model, found one in {name} at {path}; export it without --precision"
+            )
     if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         raise InputError(f"--model: expected a float32 model, found one that is quantised already at {path}")
     return model

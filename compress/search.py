@@ -88,8 +88,10 @@ class Candidate:
     drop_db: float
 
     def __str__(self) -> str:
-        return (f"{self.kind}, {self.macs:.3f} of the MACs, {self.latency:.3f} of the milliseconds, "
-                f"{self.drop_db:.3f} dB lost")  # fmt: skip
+        return (
+            f"{self.kind}, {self.macs:.3f} of the MACs, {self.latency:.3f} of the milliseconds, "
+            f"{self.drop_db:.3f} dB lost"
+        )
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,13 @@ class Found:
     def summary(self) -> dict[str, Any]:
         """For JSON."""
         numbers = {name: getattr(self.best, name) for name in ("macs", "latency", "ms", "drop_db")}
-        return {"bundle": str(self.bundle), "weights": str(self.weights), "kind": self.best.kind,
-                "params": self.best.params, **{name: round(number, 4) for name, number in numbers.items()}}  # fmt: skip
+        return {
+            "bundle": str(self.bundle),
+            "weights": str(self.weights),
+            "kind": self.best.kind,
+            "params": self.best.params,
+            **{name: round(number, 4) for name, number in numbers.items()},
+        }
 
 
 class Candidates:
@@ -115,9 +122,15 @@ class Candidates:
     """
 
     def __init__(
-        self, weights: Path, folders: dict[Path, list[Pair]], protocol: Protocol, size: tuple[int, int], budget: float,
-        work: Path, steps: Steps,
-    ) -> None:  # fmt: skip
+        self,
+        weights: Path,
+        folders: dict[Path, list[Pair]],
+        protocol: Protocol,
+        size: tuple[int, int],
+        budget: float,
+        work: Path,
+        steps: Steps,
+    ) -> None:
         self.weights, self.folders, self.size, self.budget = weights, folders, size, budget
         self.work, self.steps = work, steps
         self.protocol: Protocol = protocol
@@ -146,10 +159,19 @@ class Candidates:
         def measure() -> dict[str, Any]:
             make(self.work / file)
             before, after = time_sessions([OrtSession(path, "cpu") for path in (model, self.work / file)], self.size)
-            psnr = {short(folder): compare(self.weights, self.work / file, folder, protocol=self.protocol,
-                    limit=len(pairs)).totals["candidate_psnr"] for folder, pairs in self.folders.items()}  # fmt: skip
-            return {"params": origin.params, "macs": origin.macs, "latency": origin.latency * after.ms / before.ms,
-                    "ms": after.ms, "psnr": psnr}  # fmt: skip
+            psnr = {
+                short(folder): compare(
+                    self.weights, self.work / file, folder, protocol=self.protocol, limit=len(pairs)
+                ).totals["candidate_psnr"]
+                for folder, pairs in self.folders.items()
+            }
+            return {
+                "params": origin.params,
+                "macs": origin.macs,
+                "latency": origin.latency * after.ms / before.ms,
+                "ms": after.ms,
+                "psnr": psnr,
+            }
 
         return self._keep("int8", file, measure)
 
@@ -159,10 +181,13 @@ class Candidates:
 
     def _scored(self, network: DRSformer) -> dict[str, Any]:
         return {
-            "params": cost.params(network.config), "macs": cost.macs(network.config) / cost.macs(self.network.config),
-            "psnr": {short(folder): evaluate_model(network, pairs, self.protocol).psnr
-                     for folder, pairs in self.folders.items()},
-        }  # fmt: skip
+            "params": cost.params(network.config),
+            "macs": cost.macs(network.config) / cost.macs(self.network.config),
+            "psnr": {
+                short(folder): evaluate_model(network, pairs, self.protocol).psnr
+                for folder, pairs in self.folders.items()
+            },
+        }
 
     def _keep(self, kind: str, file: str | None, measure: Callable[[], dict[str, Any]]) -> Candidate:
         measured = self.steps.json(f"candidate{len(self.rows)}", measure)
@@ -172,8 +197,11 @@ class Candidates:
         self.rows.append(candidate)
         console.print(str(candidate), soft_wrap=True)
         with writing(self.work / TABLE) as temporary:
-            table = {"max_drop_db": self.budget, "protocol": self.protocol,
-                     "candidates": [asdict(each) for each in self.rows]}  # fmt: skip
+            table = {
+                "max_drop_db": self.budget,
+                "protocol": self.protocol,
+                "candidates": [asdict(each) for each in self.rows],
+            }
             temporary.write_text(json.dumps(table, indent=1) + "\n")
         with writing(self.work / PLOT) as temporary:
             self._plot().savefig(temporary, dpi=120)
@@ -199,9 +227,16 @@ class Candidates:
         for column in ("parameters", "MACs", "time", "ms", *map(escape, self.rows[0].psnr), "drop, dB"):
             table.add_column(column, justify="right")
         for each in self.rows:
-            table.add_row("*" if each == best else "", each.kind, str(each.params), f"{each.macs:.3f}",
-                          f"{each.latency:.3f}", f"{each.ms:.1f}", *(f"{psnr:.3f}" for psnr in each.psnr.values()),
-                          f"{each.drop_db:.3f}")  # fmt: skip
+            table.add_row(
+                "*" if each == best else "",
+                each.kind,
+                str(each.params),
+                f"{each.macs:.3f}",
+                f"{each.latency:.3f}",
+                f"{each.ms:.1f}",
+                *(f"{psnr:.3f}" for psnr in each.psnr.values()),
+                f"{each.drop_db:.3f}",
+            )
         return table
 
 
@@ -268,19 +303,42 @@ def search(
     found = Material(validate=sources, validate_limit=limit).validation()
     folders = {folder: pairs for folder, (_, pairs) in zip(sources, found, strict=True)}
     patches = Patches([find_pairs(folder) for folder in data], recipe)
-    steps = Steps(work, {
-        "weights": checkpoint.load(weights).sha256, "data": [short(folder) for folder in data],
-        "validate": [short(folder) for folder in sources], "limit": limit, "protocol": protocol,
-        "max_drop_db": max_drop_db, "macs": macs, "latency": latency, "step": step, "quantize": quantize,
-        "compute_capability": compute_capability, "round_to": round_to, "size": size, **asdict(recipe),
-        "precision": hardware.precision,
-    })  # fmt: skip
+    steps = Steps(
+        work,
+        {
+            "weights": checkpoint.load(weights).sha256,
+            "data": [short(folder) for folder in data],
+            "validate": [short(folder) for folder in sources],
+            "limit": limit,
+            "protocol": protocol,
+            "max_drop_db": max_drop_db,
+            "macs": macs,
+            "latency": latency,
+            "step": step,
+            "quantize": quantize,
+            "compute_capability": compute_capability,
+            "round_to": round_to,
+            "size": size,
+            **asdict(recipe),
+            "precision": hardware.precision,
+        },
+    )
     candidates = Candidates(weights, folders, protocol, height_width, max_drop_db, work, steps)
     pairs = [pair for found in folders.values() for pair in found]
-    rows = steps.json("sensitivity", lambda: measure_sensitivity(
-        candidates.network, pairs, [patches[number] for number in range(SAMPLES)], height_width, work / "sensitivity",
-        [step], protocol=protocol, steps=steps.within("sensitivity"), round_to=round_to,
-    ))  # fmt: skip
+    rows = steps.json(
+        "sensitivity",
+        lambda: measure_sensitivity(
+            candidates.network,
+            pairs,
+            [patches[number] for number in range(SAMPLES)],
+            height_width,
+            work / "sensitivity",
+            [step],
+            protocol=protocol,
+            steps=steps.within("sensitivity"),
+            round_to=round_to,
+        ),
+    )
     slow = [row["kind"] for row in rows[1:] if row["latency"] >= 1]
     if slow and len(slow) == len(rows) - 1:
         raise GateError(f"the exported graph gets no faster, whatever is taken out; see {work / 'sensitivity'}")
@@ -293,13 +351,25 @@ def search(
     def thin(path: Path) -> None:
         if not path.exists():
             part: dict[str, Any] = {name: max(step, (goal or 0) / getattr(best, name))}
-            prune(work / best.file if best.file else weights, data, path, scope=scope, round_to=round_to,
-                  samples=SAMPLES, patch=recipe.patch, limit=1, protocol=protocol, size=size, **part)  # fmt: skip
+            prune(
+                work / best.file if best.file else weights,
+                data,
+                path,
+                scope=scope,
+                round_to=round_to,
+                samples=SAMPLES,
+                patch=recipe.patch,
+                limit=1,
+                protocol=protocol,
+                size=size,
+                **part,
+            )
 
     def teach(path: Path) -> None:
         student = str(path.with_name("pruned.safetensors"))
-        distill(path.parent, weights, student, data, material=Material(protocol=protocol), recipe=recipe,
-                hardware=hardware)  # fmt: skip
+        distill(
+            path.parent, weights, student, data, material=Material(protocol=protocol), recipe=recipe, hardware=hardware
+        )
 
     for number in itertools.count(1):
         if best.file and goal and getattr(best, name) <= goal * (1 + NEAR):
@@ -319,9 +389,11 @@ def search(
         best = distilled
     if best.file is None or (goal and ended):
         wanted = f"{goal:.3f} of the {'MACs' if name == 'macs' else 'milliseconds'}" if goal else "a smaller network"
-        raise GateError(f"--max-drop-db {max_drop_db:g}: expected {wanted} within it, found {best} at best: {ended}; "
-                        "try more --iterations, a larger --step or a larger budget; all networks are in "
-                        f"{work}, see {TABLE} and {PLOT} there")  # fmt: skip
+        raise GateError(
+            f"--max-drop-db {max_drop_db:g}: expected {wanted} within it, found {best} at best: {ended}; "
+            "try more --iterations, a larger --step or a larger budget; all networks are in "
+            f"{work}, see {TABLE} and {PLOT} there"
+        )
 
     found, model = work / best.file, work / "model.onnx"
     if not model.exists():
@@ -372,12 +444,20 @@ def _bundle(candidates: Candidates, model: Path, compute_capability: tuple[str, 
     for number, (source, pairs) in enumerate(candidates.folders.items(), 1):
         files.append(folder / f"report{number}.html")
         proof = compare(
-            candidates.weights, folder, source, candidates.budget, protocol=candidates.protocol, report=files[-1],
-            limit=len(pairs), record=True,
-        )  # fmt: skip
+            candidates.weights,
+            folder,
+            source,
+            candidates.budget,
+            protocol=candidates.protocol,
+            report=files[-1],
+            limit=len(pairs),
+            record=True,
+        )
         if not proof.passed:
-            raise GateError(f"{model}: expected at most {candidates.budget:g} dB lost on {source}, found "
-                            f"{proof.totals['drop_db']:.4f} dB in its bundle; see {files[-1]}")  # fmt: skip
+            raise GateError(
+                f"{model}: expected at most {candidates.budget:g} dB lost on {source}, found "
+                f"{proof.totals['drop_db']:.4f} dB in its bundle; see {files[-1]}"
+            )
     found = manifest.load(folder).manifest
     for file in files:
         found = found.with_file(File.of(file, "report"))

@@ -138,11 +138,14 @@ def structures(config: DRSformerConfig, scope: Iterable[Kind] = KINDS) -> list[S
             found.append(_depth(module, (*path, "blocks"), blocks, config.feed_forward))
     for module, width in (("mefc_early", config.encoder[0].width), ("mefc_late", config.decoder[2].width)):
         if mefc := getattr(config, module):
-            gate = Axis(mefc.gate_hidden, (
-                Place(f"{module}.gate.0.weight", 0, _each(mefc.gate_hidden), "writes"),
-                Place(f"{module}.gate.0.bias", 0, _each(mefc.gate_hidden)),
-                Place(f"{module}.gate.2.weight", 1, _each(mefc.gate_hidden), "reads"),
-            ))  # fmt: skip
+            gate = Axis(
+                mefc.gate_hidden,
+                (
+                    Place(f"{module}.gate.0.weight", 0, _each(mefc.gate_hidden), "writes"),
+                    Place(f"{module}.gate.0.bias", 0, _each(mefc.gate_hidden)),
+                    Place(f"{module}.gate.2.weight", 1, _each(mefc.gate_hidden), "reads"),
+                ),
+            )
             found.append(Structure("experts", f"{module}.gate", (module, "gate_hidden"), (gate,)))
             for i, names in enumerate(mefc.steps):
                 if present := [name for name in names if name != NO_EXPERT]:
@@ -167,11 +170,16 @@ def _attention(name: str, path: tuple[str | int, ...], block: BlockConfig) -> It
         yield Place(f"{name}.qkv_dwconv.weight", 0, index, "reads" if reads else "neither")
 
     q, k, v = (_each(heads, part * inner, d) for part in range(3))
-    whole = Axis(heads, (
-        *rows(q, False), *rows(k, False), *rows(v, True),
-        Place(f"{name}.temperature", 0, _each(heads)),
-        Place(f"{name}.project_out.weight", 1, q, "reads"),
-    ))  # fmt: skip
+    whole = Axis(
+        heads,
+        (
+            *rows(q, False),
+            *rows(k, False),
+            *rows(v, True),
+            Place(f"{name}.temperature", 0, _each(heads)),
+            Place(f"{name}.project_out.weight", 1, q, "reads"),
+        ),
+    )
     yield Structure("heads", name, (*path, "heads"), (whole,), 1, (f"{name}.head_width", 0))
     axes = []
     for h in range(heads):
@@ -218,11 +226,14 @@ def _feed_forward(kind: str, name: str, path: tuple[str | int, ...], h: int) -> 
     if kind == "msfn":
         return _msfn(name, path, h)
     rows = torch.cat([_each(h), _each(h, h)], dim=1) if kind == "gdfn" else _each(h)
-    axis = Axis(h, (
-        Place(f"{name}.project_in.weight", 0, rows, "writes"),
-        *(Place(f"{name}.{layer}.weight", 0, rows) for layer in ("dwconv",) if kind != "fn"),
-        Place(f"{name}.project_out.weight", 1, _each(h), "reads"),
-    ))  # fmt: skip
+    axis = Axis(
+        h,
+        (
+            Place(f"{name}.project_in.weight", 0, rows, "writes"),
+            *(Place(f"{name}.{layer}.weight", 0, rows) for layer in ("dwconv",) if kind != "fn"),
+            Place(f"{name}.project_out.weight", 1, _each(h), "reads"),
+        ),
+    )
     return Structure("ffn", name, path, (axis,))
 
 
@@ -260,13 +271,17 @@ def _widths(config: DRSformerConfig) -> Iterator[Structure]:
         axis = Axis(len(places[0].units), places)
         return Structure("width", f"{module}.width", path, (axis,), group, (group, 0))
 
-    yield level("encoder_level1", ("encoder", 0, "width"), [
-        Place("patch_embed.weight", 0, _each(e1.width), "writes"),
-        *_compensator(config, "mefc_early", e1.width, _each(e1.width)),
-        *_residual("encoder_level1", len(e1.blocks), _each(e1.width)),
-        Place("down1_2.conv.weight", 1, _each(e1.width), "reads"),
-        *late(_each(e1.width, u1)),
-    ])  # fmt: skip
+    yield level(
+        "encoder_level1",
+        ("encoder", 0, "width"),
+        [
+            Place("patch_embed.weight", 0, _each(e1.width), "writes"),
+            *_compensator(config, "mefc_early", e1.width, _each(e1.width)),
+            *_residual("encoder_level1", len(e1.blocks), _each(e1.width)),
+            Place("down1_2.conv.weight", 1, _each(e1.width), "reads"),
+            *late(_each(e1.width, u1)),
+        ],
+    )
     for module, below, narrow, after, group, path, offset in (
         ("encoder_level2", e2, "down1_2", "down2_3", "reduce_chan_level2", ("encoder", 1, "width"), u2),
         ("encoder_level3", e3, "down2_3", "down3_4", "reduce_chan_level3", ("encoder", 2, "width"), u3),
@@ -274,21 +289,30 @@ def _widths(config: DRSformerConfig) -> Iterator[Structure]:
     ):
         units = below.width // 4
         skip = [Place(f"{group}.weight", 1, _each(units, offset, 4), "reads")] if group else []
-        yield level(module, path, [
-            Place(f"{narrow}.conv.weight", 0, _each(units), "writes"),
-            *_residual(module, len(below.blocks), _each(units, 0, 4)),
-            Place(f"{after}.conv.weight", 1, _each(units, 0, 4), "reads"),
-            *skip,
-        ], 4)  # fmt: skip
+        yield level(
+            module,
+            path,
+            [
+                Place(f"{narrow}.conv.weight", 0, _each(units), "writes"),
+                *_residual(module, len(below.blocks), _each(units, 0, 4)),
+                Place(f"{after}.conv.weight", 1, _each(units, 0, 4), "reads"),
+                *skip,
+            ],
+            4,
+        )
     for module, here, before, after, path in (
         ("decoder_level3", d3, "reduce_chan_level3", "up3_2", ("decoder", 0, "width")),
         ("decoder_level2", d2, "reduce_chan_level2", "up2_1", ("decoder", 1, "width")),
     ):
-        yield level(module, path, [
-            Place(f"{before}.weight", 0, _each(here.width), "writes"),
-            *_residual(module, len(here.blocks), _each(here.width)),
-            Place(f"{after}.conv.weight", 1, _each(here.width), "reads"),
-        ])  # fmt: skip
+        yield level(
+            module,
+            path,
+            [
+                Place(f"{before}.weight", 0, _each(here.width), "writes"),
+                *_residual(module, len(here.blocks), _each(here.width)),
+                Place(f"{after}.conv.weight", 1, _each(here.width), "reads"),
+            ],
+        )
     for module, i, channels, readers in (
         ("up4_3", 0, u3, [Place("reduce_chan_level3.weight", 1, _each(u3), "reads")]),
         ("up3_2", 1, u2, [Place("reduce_chan_level2.weight", 1, _each(u2), "reads")]),

@@ -43,11 +43,15 @@ class Steps:
         try:
             before = dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
-            raise InputError(f"{path}: expected the options of the steps in this folder, found something else; remove "
-                             "the folder to start again") from error  # fmt: skip
+            raise InputError(
+                f"{path}: expected the options of the steps in this folder, found something else; remove "
+                "the folder to start again"
+            ) from error
         for name in (name for name in wanted if wanted[name] != before.get(name)):
-            raise InputError(f"{folder} holds steps with {name}={before.get(name)}, not {wanted[name]}; give the same "
-                             "options to go on, or remove it to start again")  # fmt: skip
+            raise InputError(
+                f"{folder} holds steps with {name}={before.get(name)}, not {wanted[name]}; give the same "
+                "options to go on, or remove it to start again"
+            )
 
     def within(self, name: str) -> Steps:
         """The steps of a part, in a folder of its own."""

@@ -124,8 +124,10 @@ def _read_pickle(path: Path) -> tuple[DRSformerConfig, dict[str, Tensor], dict[s
     with path.open("rb") as file:
         start = file.read(16)
     if not start.startswith((b"PK", b"\x80")):
-        raise InputError(f"{path}: expected a PyTorch checkpoint, found a file that begins with {start!r}; was it "
-                         "downloaded in full?")  # fmt: skip
+        raise InputError(
+            f"{path}: expected a PyTorch checkpoint, found a file that begins with {start!r}; was it "
+            "downloaded in full?"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a hostile or damaged file provokes
@@ -207,12 +209,17 @@ def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> DRSformerConfig:
 def _check_strictly(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unknown:
-        parts = [f"{len(names)} {what} (such as {names[0]})"
-                 for what, names in (("missing", missing), ("unknown", unknown)) if names]  # fmt: skip
+        parts = [
+            f"{len(names)} {what} (such as {names[0]})"
+            for what, names in (("missing", missing), ("unknown", unknown))
+            if names
+        ]
         raise InputError(f"{path}: expected the {len(expected)} tensors of a DRSformer, found {' and '.join(parts)}")
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape or not found[name].is_floating_point():
-            raise InputError(f"{path}: {name}: expected floats of shape {tuple(tensor.shape)}, "
-                             f"found {found[name].dtype} {tuple(found[name].shape)}")  # fmt: skip
+            raise InputError(
+                f"{path}: {name}: expected floats of shape {tuple(tensor.shape)}, "
+                f"found {found[name].dtype} {tuple(found[name].shape)}"
+            )
         if not found[name].isfinite().all():
             raise InputError(f"{path}: {name} holds values that are not finite numbers")

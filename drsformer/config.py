@@ -115,8 +115,10 @@ class DRSformerConfig:
                 raise ValueError(f"levels 2 to 4 of the encoder need a multiple of 4 as width, found {level.width}")
         expected = self.encoder[0].width + self.up[2]
         if self.decoder[2].width != expected:
-            raise ValueError(f"decoder level 1 must be encoder level 1 plus up[2] = {expected} channels wide, "
-                             f"found {self.decoder[2].width}")  # fmt: skip
+            raise ValueError(
+                f"decoder level 1 must be encoder level 1 plus up[2] = {expected} channels wide, "
+                f"found {self.decoder[2].width}"
+            )
         fractions = [_fraction(f) for f in self.topk]
         if fractions != sorted(set(fractions)) or any(not 0 < f <= 1 for f in fractions):
             raise ValueError(f"expected ascending top-k fractions in (0, 1], found {', '.join(self.topk)}")

@@ -185,8 +185,10 @@ def evaluate(
             scores = Scores(dict(rows))
             title = str(restored)
         else:
-            raise InputError("expected --weights and --data, or --restored and --target, or --restored and "
-                             "--no-reference; see --help")  # fmt: skip
+            raise InputError(
+                "expected --weights and --data, or --restored and --target, or --restored and "
+                "--no-reference; see --help"
+            )
     print(f"{title}, protocol {protocol}" if scores.protocol else title)
     Console().print(scores.table())
     return scores
@@ -223,8 +225,10 @@ def _score_unpaired(paths: Iterable[Path], device: str) -> Iterator[tuple[str, d
     try:
         import pyiqa  # pyright: ignore[reportMissingImports] - an extra that brings far more than it is used for here
     except ImportError as error:
-        raise InputError(f"NIQE and BRISQUE need pyiqa ({error}); in the folder of this project, run: "
-                         "pip install -c constraints.txt -e '.[export,iqa]'") from None  # fmt: skip
+        raise InputError(
+            f"NIQE and BRISQUE need pyiqa ({error}); in the folder of this project, run: "
+            "pip install -c constraints.txt -e '.[export,iqa]'"
+        ) from None
     measures = {name: pyiqa.create_metric(name, device=_device(device)) for name in ("niqe", "brisque")}
     for path in paths:
         image = read_rgb(path)

@@ -56,8 +56,9 @@ def ssim(restored: NDArray[np.uint8], target: NDArray[np.uint8], protocol: Proto
     """
     _check(restored, target)
     if min(target.shape[:2]) < len(WINDOW):
-        raise ValueError(f"SSIM needs at least {len(WINDOW)}x{len(WINDOW)} pixels, "
-                         f"found {target.shape[1]}x{target.shape[0]}")  # fmt: skip
+        raise ValueError(
+            f"SSIM needs at least {len(WINDOW)}x{len(WINDOW)} pixels, found {target.shape[1]}x{target.shape[0]}"
+        )
     c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
     a, b = luma(restored, protocol), luma(target, protocol)
     mean_a, mean_b, mean_aa, mean_bb, mean_ab = _filter(np.stack([a, b, a * a, b * b, a * b]))

@@ -285,8 +285,9 @@ class DRSformer(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         if image.dim() != 4 or image.shape[1] != 3 or image.shape[2] % SIZE_MULTIPLE or image.shape[3] % SIZE_MULTIPLE:
-            raise ValueError(f"expected (B, 3, H, W) with H and W multiples of {SIZE_MULTIPLE}, "
-                             f"found {tuple(image.shape)}")  # fmt: skip
+            raise ValueError(
+                f"expected (B, 3, H, W) with H and W multiples of {SIZE_MULTIPLE}, found {tuple(image.shape)}"
+            )
         level1 = self.encoder_level1(self.mefc_early(self.patch_embed(image)))
         level2 = self.encoder_level2(self.down1_2(level1))
         level3 = self.encoder_level3(self.down2_3(level2))

@@ -151,8 +151,10 @@ def rain(
         raise cli.InputError(f"--seed: expected at least 0, found {seed}")
     for place in (output / "input", output / "target"):
         if place.exists() and place.samefile(clean):
-            raise cli.InputError(f"{output}: expected another folder than that of the photographs, found them in "
-                                 f"{place}; name a new folder")  # fmt: skip
+            raise cli.InputError(
+                f"{output}: expected another folder than that of the photographs, found them in "
+                f"{place}; name a new folder"
+            )
     with cli.progress() as bar:
         for i, path in enumerate(bar.track(paths, description="Rendering rain")):
             photograph = images.read_rgb(path)

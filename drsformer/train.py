@@ -189,11 +189,14 @@ class Hardware:
             devices = int(os.environ["LOCAL_WORLD_SIZE"])
             nodes = int(os.environ["WORLD_SIZE"]) // devices
         if nodes > 1 and not {"MASTER_ADDR", "SLURM_NTASKS"} & set(os.environ):
-            raise InputError(f"--num-nodes: expected a launcher that brings {nodes} machines together, found none; "
-                             f"start it on each with torchrun --nnodes {nodes}")  # fmt: skip
+            raise InputError(
+                f"--num-nodes: expected a launcher that brings {nodes} machines together, found none; "
+                f"start it on each with torchrun --nnodes {nodes}"
+            )
         try:
-            fabric = Fabric(accelerator=self.accelerator, devices=devices, num_nodes=nodes, precision=self.precision,
-                            loggers=logger)  # fmt: skip
+            fabric = Fabric(
+                accelerator=self.accelerator, devices=devices, num_nodes=nodes, precision=self.precision, loggers=logger
+            )
         except (ValueError, RuntimeError) as error:
             raise InputError(f"cannot train on this hardware: {error}") from None
         fabric.launch()
@@ -356,8 +359,10 @@ class Run:
         changed = [name for name in self.options if self.options[name] != before.get(name)]
         if changed:
             name = changed[0]
-            raise InputError(f"{self.output} holds a run with {name}={before.get(name)}, not {self.options[name]}; "
-                             "give the same options to continue it, or another --output")  # fmt: skip
+            raise InputError(
+                f"{self.output} holds a run with {name}={before.get(name)}, not {self.options[name]}; "
+                "give the same options to continue it, or another --output"
+            )
         return state
 
     def clean_up(self, iteration: int) -> None:
@@ -454,8 +459,9 @@ def fit(
     objective = Objective(form(model), loss).to(fabric.device)
     learned = loss if isinstance(loss, nn.Module) else nn.Module()  # what the loss itself learns
     parameters = [*model.parameters(), *learned.parameters()]
-    optimizer = torch.optim.AdamW(parameters, recipe.lr, weight_decay=recipe.weight_decay,
-                                  fused=fabric.device.type == "cuda")  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        parameters, recipe.lr, weight_decay=recipe.weight_decay, fused=fabric.device.type == "cuda"
+    )
     if state:
         model.load_state_dict(state["model"])
         learned.load_state_dict(state["loss"])
@@ -483,14 +489,16 @@ def fit(
     loader = fabric.setup_dataloaders(
         DataLoader(
             patches,
-            batch_sampler=[range(i * recipe.batch + first, i * recipe.batch + first + share)  # pyright: ignore[reportArgumentType]
-                           for i in range(done, recipe.iterations)],
+            batch_sampler=[
+                range(i * recipe.batch + first, i * recipe.batch + first + share)  # pyright: ignore[reportArgumentType]
+                for i in range(done, recipe.iterations)
+            ],
             num_workers=hardware.workers,
             persistent_workers=hardware.workers > 0,
             pin_memory=fabric.device.type == "cuda",
         ),
         use_distributed_sampler=False,
-    )  # fmt: skip
+    )
 
     sums: dict[str, Tensor] = {}
     iteration, counted, seconds, saved = done, 0, 0.0, time.monotonic()
@@ -521,8 +529,10 @@ def fit(
             save = fabric.is_global_zero and (last or stop or time.monotonic() - saved > 60 * cadence.save_minutes)
             # The device runs behind this loop, which waits for it here and nowhere else.
             if (log or score or save) and not torch.stack([p.isfinite().all() for p in parameters]).all():
-                raise InputError(f"the weights are no longer numbers at iteration {iteration}: lower --lr or --clip, "
-                                 "and give another --output")  # fmt: skip
+                raise InputError(
+                    f"the weights are no longer numbers at iteration {iteration}: lower --lr or --clip, "
+                    "and give another --output"
+                )
             seconds += time.monotonic() - started
             if log:
                 means = {name: term.item() / counted for name, term in sums.items()}
@@ -540,11 +550,18 @@ def fit(
                     best = mean
                     run.save_network("best", averaged, scores)
             if save:
-                run.save_state({
-                    "iteration": iteration, "best": best, "scores": scores, "scored": scored,
-                    "model": model.state_dict(), "average": average.state_dict() if average else None,
-                    "loss": learned.state_dict(), "optimizer": optimizer.state_dict(),
-                })  # fmt: skip
+                run.save_state(
+                    {
+                        "iteration": iteration,
+                        "best": best,
+                        "scores": scores,
+                        "scored": scored,
+                        "model": model.state_dict(),
+                        "average": average.state_dict() if average else None,
+                        "loss": learned.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                    }
+                )
                 run.save_network("last", averaged, scores if scored == iteration else {})
                 saved = time.monotonic()
             if stop:
@@ -556,8 +573,10 @@ def fit(
         finished = "Had finished" if done == iteration else "Finished"
         told = f"{finished} after {iteration} iterations: {run.output / 'last.safetensors'}"
     else:
-        told = (f"Not finished: stopped by --minutes at iteration {iteration} of {recipe.iterations}. "
-                "The same command goes on from there.")  # fmt: skip
+        told = (
+            f"Not finished: stopped by --minutes at iteration {iteration} of {recipe.iterations}. "
+            "The same command goes on from there."
+        )
     if fabric.is_global_zero:
         console.print(told, soft_wrap=True, highlight=False)
     return {**scores, "iteration": iteration, "finished": iteration == recipe.iterations}
@@ -604,8 +623,10 @@ class Material:
         that cannot be read, now and not after the first thousand iterations."""
         folders = self.validate or []
         if len(set(map(short, folders))) < len(folders):
-            raise InputError("--validate: expected folders whose last two names differ, found "
-                             f"{' '.join(map(str, folders))}; rename one")  # fmt: skip
+            raise InputError(
+                "--validate: expected folders whose last two names differ, found "
+                f"{' '.join(map(str, folders))}; rename one"
+            )
         validation = [(short(folder), find_pairs(folder)[: self.validate_limit]) for folder in folders]
         for pair in (pair for _, pairs in validation for pair in pairs):
             pair.load()
@@ -678,9 +699,18 @@ def train(
     if fabric.is_global_zero:
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         console.print(f"{parameters:.2f} M parameters, {len(patches.backgrounds)} backgrounds, on {fabric.device}")
-    return fit(fabric, model, patches, recipe, Run(output, options, provenance),
-               form=form, validate=validation, protocol=material.protocol, hardware=hardware, cadence=cadence
-               )  # fmt: skip
+    return fit(
+        fabric,
+        model,
+        patches,
+        recipe,
+        Run(output, options, provenance),
+        form=form,
+        validate=validation,
+        protocol=material.protocol,
+        hardware=hardware,
+        cadence=cadence,
+    )
 
 
 def networks_of(output: Path) -> list[Path]:

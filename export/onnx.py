@@ -127,11 +127,16 @@ def to_onnx(
         example, shape = torch.rand(1, 3, height, width), {2: SIZE_MULTIPLE * h, 3: SIZE_MULTIPLE * w}
     with _quiet():
         program = torch.onnx.export(
-            _WithScores(network).eval(), (example,), dynamo=True, verbose=False, opset_version=opset,
-            input_names=["input"], output_names=["output", *scores.values()],
+            _WithScores(network).eval(),
+            (example,),
+            dynamo=True,
+            verbose=False,
+            opset_version=opset,
+            input_names=["input"],
+            output_names=["output", *scores.values()],
             dynamic_shapes=None if size else (shape,),
             custom_translation_table={torch.ops.aten.pixel_unshuffle.default: _pixel_unshuffle},
-        )  # fmt: skip
+        )
     assert program is not None
     model = program.model_proto
     _forget_sources(model)
@@ -300,8 +305,12 @@ class Exported:
         for column in ("max difference", "top-k selections flipped", "max difference with them"):
             table.add_column(column, justify="right")
         for a in self.agreements:
-            table.add_row(f"{a.height}x{a.width}", f"{a.difference:.1e}", f"{a.flips} of {a.selections}",
-                          f"{a.free_difference:.1e}")  # fmt: skip
+            table.add_row(
+                f"{a.height}x{a.width}",
+                f"{a.difference:.1e}",
+                f"{a.flips} of {a.selections}",
+                f"{a.free_difference:.1e}",
+            )
         return table
 
 
@@ -352,9 +361,14 @@ def export(
         model = to_onnx(exported, io, size, opset)
         packages = ("torch", "onnx", "onnxscript", "drsformer-deploy")
         _describe(
-            model, topk=topk, precision=precision, config=trained.model.config.to_dict(), weights_sha256=trained.sha256,
-            provenance=trained.provenance, versions={name: _version(name) for name in packages},
-        )  # fmt: skip
+            model,
+            topk=topk,
+            precision=precision,
+            config=trained.model.config.to_dict(),
+            weights_sha256=trained.sha256,
+            provenance=trained.provenance,
+            versions={name: _version(name) for name in packages},
+        )
         onnx.checker.check_model(model, full_check=True)
         reference = network if precision == "fp32" else folding.widened(exported)
         if topk == "scatter":  # of equal scores ONNX's TopK names the first; in PyTorch only the rank pattern does so
@@ -369,13 +383,17 @@ def export(
             for agreement in verify(temporary, reference, sizes):
                 agreements.append(agreement)
                 if not agreement.difference <= TOLERANCE:
-                    raise GateError(f"{output} is not written: the exported network differs from PyTorch by "
-                                       f"{agreement.difference:.1e} at {agreement.height}x{agreement.width}, "
-                                       f"more than {TOLERANCE}")  # fmt: skip
+                    raise GateError(
+                        f"{output} is not written: the exported network differs from PyTorch by "
+                        f"{agreement.difference:.1e} at {agreement.height}x{agreement.width}, "
+                        f"more than {TOLERANCE}"
+                    )
             for module, value in largest.items():
                 if not value <= torch.finfo(torch.float16).max:
-                    raise GateError(f"{output} is not written: {module} meets {value:.2g} on an image of noise, "
-                                    "which float16 cannot hold; use --precision bf16")  # fmt: skip
+                    raise GateError(
+                        f"{output} is not written: {module} meets {value:.2g} on an image of noise, "
+                        "which float16 cannot hold; use --precision bf16"
+                    )
             onnx.save(model, temporary)
     operators = collections.Counter(node.op_type for node in model.graph.node)
     done = Exported(output, dict(operators), precision, tuple(agreements), time.monotonic() - started)

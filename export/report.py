@@ -314,8 +314,13 @@ def _crop(name: str, crop: Crop) -> str:
 def _flips(validation: Validation) -> str:
     said = []
     if validation.selections:
-        said.append(_plot(_by_layer(validation), "Share of the selections that came out differently, over all images. "
-                          "They are nearly equal scores; a flip upstream changes the scores downstream."))  # fmt: skip
+        said.append(
+            _plot(
+                _by_layer(validation),
+                "Share of the selections that came out differently, over all images. "
+                "They are nearly equal scores; a flip upstream changes the scores downstream.",
+            )
+        )
     if validation.uncounted:
         layers = escape(", ".join(validation.uncounted))
         said.append(

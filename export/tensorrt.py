@@ -86,8 +86,14 @@ class Built:
             ranges = "\n".join(
                 " to ".join(dict.fromkeys((size_text(p.min), size_text(p.max)))) for p in engine.profiles
             )
-            table.add_row(engine.file, f"{engine.flavor} {engine.version}", ", ".join(engine.compute_capabilities),
-                          ranges, f"{sizes[engine.file] / 1e6:.1f}", f"{engine.build_seconds} s")  # fmt: skip
+            table.add_row(
+                engine.file,
+                f"{engine.flavor} {engine.version}",
+                ", ".join(engine.compute_capabilities),
+                ranges,
+                f"{sizes[engine.file] / 1e6:.1f}",
+                f"{engine.build_seconds} s",
+            )
         return table
 
 
@@ -128,13 +134,19 @@ def build(
     """
     started = time.monotonic()
     library = LIBRARIES[flavor]
-    options = dict(compute_capability=compute_capability, version_compatible=version_compatible,
-                   hardware_compatible=hardware_compatible, strip_weights=strip_weights,
-                   timing_cache=timing_cache)  # fmt: skip
+    options = dict(
+        compute_capability=compute_capability,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        strip_weights=strip_weights,
+        timing_cache=timing_cache,
+    )
     for option, value in options.items():
         if value and option not in library.options:
-            raise InputError(f"{_flag(option)} is not for {library.title}, which has "
-                             f"{', '.join(map(_flag, sorted(library.options)))}")  # fmt: skip
+            raise InputError(
+                f"{_flag(option)} is not for {library.title}, which has "
+                f"{', '.join(map(_flag, sorted(library.options)))}"
+            )
     if not onnx.is_file():
         raise InputError(f"--onnx: expected an ONNX file, found no file at {onnx}")
     if sign:
@@ -144,8 +156,10 @@ def build(
     if (output / manifest.MANIFEST).exists():
         described = _existing(output, described, sign)
     elif output.is_dir() and (others := [path.name for path in output.iterdir() if path.name != onnx.name]):
-        raise InputError(f"--output: expected a bundle or a folder with nothing else in it, found {others[0]} in "
-                         f"{output}; name a new folder")  # fmt: skip
+        raise InputError(
+            f"--output: expected a bundle or a folder with nothing else in it, found {others[0]} in "
+            f"{output}; name a new folder"
+        )
     profiles = _profiles(described.model, {"min": min, "opt": opt, "max": max})
     trt = library.load()
     capabilities = _capabilities(trt, library, compute_capability)
@@ -172,9 +186,15 @@ def build(
     with writing(path) as temporary:
         temporary.write_bytes(plan)
     engine = Engine(
-        file=path.name, flavor=flavor, version=trt.__version__, compute_capabilities=capabilities, profiles=profiles,
-        flags=flags, onnx_sha256=hashlib.sha256(content).hexdigest(), build_seconds=round(seconds, 1),
-    )  # fmt: skip
+        file=path.name,
+        flavor=flavor,
+        version=trt.__version__,
+        compute_capabilities=capabilities,
+        profiles=profiles,
+        flags=flags,
+        onnx_sha256=hashlib.sha256(content).hexdigest(),
+        build_seconds=round(seconds, 1),
+    )
     bundle = described.with_file(File.of(path, "engine"), engine).save(output, sign)
     built = Built(bundle, engine, compiler.network.num_layers, plan.nbytes, time.monotonic() - started, peak())
     Console().print(built.table())
@@ -239,8 +259,9 @@ class _Compiler:
                 monitor.cancelled = True
                 raise
         if plan is None:
-            raise InputError(f"{self._library.title} {self._trt.__version__} cannot build the model: "
-                             f"{self._log.reason()}")  # fmt: skip
+            raise InputError(
+                f"{self._library.title} {self._trt.__version__} cannot build the model: {self._log.reason()}"
+            )
         if timing_cache:
             with writing(timing_cache) as temporary:
                 temporary.write_bytes(self._config.get_timing_cache().serialize())
@@ -249,8 +270,10 @@ class _Compiler:
     def _read_timings(self, path: Path) -> None:
         timings = self._config.create_timing_cache(path.read_bytes() if path.exists() else b"")
         if timings is None or not self._config.set_timing_cache(timings, False):
-            raise InputError(f"--timing-cache: expected one of {self._library.title} {self._trt.__version__} on this "
-                             f"GPU, found another at {path}; name a new file")  # fmt: skip
+            raise InputError(
+                f"--timing-cache: expected one of {self._library.title} {self._trt.__version__} on this "
+                f"GPU, found another at {path}; name a new file"
+            )
 
 
 def new_monitor(trt: Any, bar: Progress) -> Any:
@@ -313,8 +336,10 @@ def _existing(folder: Path, described: Manifest, sign: Path | None) -> Manifest:
     existing = manifest.load_to_change(folder, sign)
     found, expected = (next(f.sha256 for f in m.files if f.role == "onnx") for m in (described, existing))
     if found != expected:
-        raise InputError(f"{folder} is a bundle of another model: expected SHA-256 {expected}, found {found} at "
-                         "--onnx; give another --output")  # fmt: skip
+        raise InputError(
+            f"{folder} is a bundle of another model: expected SHA-256 {expected}, found {found} at "
+            "--onnx; give another --output"
+        )
     return existing
 
 
@@ -324,9 +349,10 @@ def _capabilities(trt: Any, library: Library, named: Sequence[str]) -> tuple[str
     known = _known_capabilities(trt)
     for capability in named:
         if capability not in known:
-            raise InputError(f"--compute-capability: {library.title} {trt.__version__} builds for {', '.join(known)}, "
-                             f"found {capability}; for other GPUs use --flavor tensorrt on a machine with one"
-                             )  # fmt: skip
+            raise InputError(
+                f"--compute-capability: {library.title} {trt.__version__} builds for {', '.join(known)}, "
+                f"found {capability}; for other GPUs use --flavor tensorrt on a machine with one"
+            )
     return tuple(capability for capability in known if capability in (named or library.capabilities))
 
 
@@ -342,8 +368,10 @@ def _profiles(model: Model, given: dict[str, tuple[str, ...]]) -> tuple[Profile,
     fixed = _height_width(model)
     if -1 not in fixed:
         if any(given.values()):
-            raise InputError(f"the model takes only images of {size_text(fixed)}: leave out --min, --opt and --max, or "
-                             "export it without --height and --width")  # fmt: skip
+            raise InputError(
+                f"the model takes only images of {size_text(fixed)}: leave out --min, --opt and --max, or "
+                "export it without --height and --width"
+            )
         return (Profile(fixed, fixed, fixed),)
     sizes = {name: [parse_size(name, text, model.size_multiple) for text in texts] for name, texts in given.items()}
     count = max(1, *(len(values) for values in sizes.values()))
@@ -364,8 +392,10 @@ def _profile(given: dict[str, Size]) -> Profile:
         opt = opt.clip(low, high)
     low, opt, high = (tuple(value.tolist()) for value in (low, opt, high))
     if not all(a <= b <= c for a, b, c in zip(low, opt, high, strict=True)):
-        raise InputError(f"expected --min <= --opt <= --max in height and in width, found {size_text(low)}, "
-                         f"{size_text(opt)} and {size_text(high)}")  # fmt: skip
+        raise InputError(
+            f"expected --min <= --opt <= --max in height and in width, found {size_text(low)}, "
+            f"{size_text(opt)} and {size_text(high)}"
+        )
     return Profile(low, opt, high)
 
 

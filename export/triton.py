@@ -154,8 +154,10 @@ def _engines(bundle: Bundle, backend: Backend, provider: Provider) -> tuple[Engi
         raise InputError(f"{bundle.folder}: expected an engine of TensorRT, found {found}; {mend}")
     for engine in plans:
         if engine.flags.get("strip_weights"):
-            raise InputError(f"{bundle.folder / engine.file}: expected an engine with its weights, found one built "
-                             f"with --strip-weights, which Triton cannot fill in; {mend}")  # fmt: skip
+            raise InputError(
+                f"{bundle.folder / engine.file}: expected an engine with its weights, found one built "
+                f"with --strip-weights, which Triton cannot fill in; {mend}"
+            )
     return plans
 
 
@@ -186,9 +188,14 @@ def _interface(name: str, backend: Backend, model: Model, engines: Sequence[Engi
 
 
 def _execution(
-    backend: Backend, model: Model, engines: Sequence[Engine], instances: int, threads: int, provider: Provider,
+    backend: Backend,
+    model: Model,
+    engines: Sequence[Engine],
+    instances: int,
+    threads: int,
+    provider: Provider,
     tile: str | None,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """What Triton's ModelConfig says of how the model runs."""
     match backend:
         case "python":  # which finds the GPU itself

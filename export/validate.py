@@ -219,8 +219,10 @@ def validate(
             try:
                 plan = runners[1].derain.plan(*image.shape[:2])
                 if not size and plan.count > 1:
-                    raise InputError(f"expected an image that the candidate takes as a whole, found one for {plan}; "
-                                     "give --tile to judge tiles")  # fmt: skip
+                    raise InputError(
+                        f"expected an image that the candidate takes as a whole, found one for {plan}; "
+                        "give --tile to judge tiles"
+                    )
                 ours, theirs = (results[0] for _, results in Comparator.run(runners, data_loader=[{"image": image}]))
                 selections = _shared_selections(*engines)
                 flips = {layer: count_flips(ours[layer], theirs[layer], engines[0].ks[layer]) for layer in selections}
@@ -272,11 +274,13 @@ def _record(
     manifest = load_to_change(folder, sign)
     found = {**validation.summary(), "max_difference": max(image.max_difference for image in validation.images)}
     drift = Drift(
-        file=file, provider=provider, reference_sha256=reference,
+        file=file,
+        provider=provider,
+        reference_sha256=reference,
         data=f"{data.resolve().parent.name}/{data.resolve().name}",
         protocol=protocol if "drop_db" in found else None,
         **{field.name: found[field.name] for field in dataclasses.fields(Drift) if field.name in found},
-    )  # fmt: skip
+    )
     same = operator.attrgetter("file", "provider", "reference_sha256", "data")
     others = (former for former in manifest.drift if same(former) != same(drift))
     dataclasses.replace(manifest, drift=(*others, drift)).save(folder, sign)

@@ -135,10 +135,22 @@ def bench(
         taken = alternate([functools.partial(derain, image) for derain in derainers], seconds)
         for session, derain, times, (idle, peak) in zip(sessions, derainers, taken, peaks, strict=True):
             low, median, high, p99 = np.quantile(1000 * times, (0.25, 0.5, 0.75, 0.99)).tolist()
-            timings.append(Timing(
-                os.fspath(session.path), session.provider, (height, width), derain.plan(height, width).count,
-                len(times), median, low, high, p99, len(times) / float(times.sum()), peak, idle,
-            ))  # fmt: skip
+            timings.append(
+                Timing(
+                    os.fspath(session.path),
+                    session.provider,
+                    (height, width),
+                    derain.plan(height, width).count,
+                    len(times),
+                    median,
+                    low,
+                    high,
+                    p99,
+                    len(times) / float(times.sum()),
+                    peak,
+                    idle,
+                )
+            )
         if vs is not None:
             low, median, high = np.quantile(taken[1] / taken[0], (0.25, 0.5, 0.75)).tolist()
             ratios.append(Ratio((height, width), median, low, high))
@@ -194,8 +206,10 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             return pool.submit(function, *arguments).result()
     except BrokenProcessPool as error:
-        raise InputError("the process that measures memory was ended by the system, most often for want of memory; "
-                         "take smaller images or a smaller network") from error  # fmt: skip
+        raise InputError(
+            "the process that measures memory was ended by the system, most often for want of memory; "
+            "take smaller images or a smaller network"
+        ) from error
 
 
 def noise(height: int, width: int) -> NDArray[np.uint8]:
@@ -243,9 +257,16 @@ def report(result: Result) -> Iterator[Table | str]:
         shown.add_column(column, justify="right")
     for i, t in enumerate(result.timings):
         shown.add_row(
-            ("model", "vs")[i % result.models], size_text(t.size), f"{t.median:.1f}", f"{t.low:.1f}",
-            f"{t.high:.1f}", f"{t.p99:.1f}", str(t.rounds), f"{t.images_per_second:.2f}", str(t.peak_mib or ""),
-        )  # fmt: skip
+            ("model", "vs")[i % result.models],
+            size_text(t.size),
+            f"{t.median:.1f}",
+            f"{t.low:.1f}",
+            f"{t.high:.1f}",
+            f"{t.p99:.1f}",
+            str(t.rounds),
+            f"{t.images_per_second:.2f}",
+            str(t.peak_mib or ""),
+        )
     yield shown
     yield from dict.fromkeys(f"{size_text(t.size)} in {t.tiles} tiles" for t in result.timings if t.tiles > 1)
     for r in result.ratios:

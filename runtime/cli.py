@@ -120,9 +120,14 @@ def progress(shown: bool = True, **columns: Any) -> Progress:
     templates over the task's fields. Silent where it is not to be shown and where standard error is no terminal."""
     extra = [TextColumn(template) for template in columns.values()]
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), *extra,
-        console=console, disable=not (shown and console.is_terminal),
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        *extra,
+        console=console,
+        disable=not (shown and console.is_terminal),
+    )
 
 
 def expect_other_files(*outputs: Path, **sources: str | os.PathLike[str] | None) -> None:

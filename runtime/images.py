@@ -79,11 +79,14 @@ class Photo:
             raise InputError(f"expected an image file ending in {', '.join(SUFFIXES)} to write, found {path}")
         longest = LONGEST_SIDE.get(FORMATS[suffix.lower()])
         if longest is not None and max(self.rgb.shape) > longest:
-            raise InputError(f"{path} cannot be written: a {suffix} file holds at most {longest} pixels a side; "
-                             "write it as .png or .tif")  # fmt: skip
+            raise InputError(
+                f"{path} cannot be written: a {suffix} file holds at most {longest} pixels a side; "
+                "write it as .png or .tif"
+            )
         if FORMATS[suffix.lower()] in ("JPEG", "BMP") and self.alpha is not None and self.alpha.min() < 255:
-            raise InputError(f"{path}: a {suffix} file cannot hold the transparency of this image; "
-                             "write it as .png, .webp or .tif")  # fmt: skip
+            raise InputError(
+                f"{path}: a {suffix} file cannot hold the transparency of this image; write it as .png, .webp or .tif"
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the image in the format of the suffix, whole or not at all; missing parent folders are made.

@@ -54,36 +54,53 @@ def tables(manifest: Manifest) -> list[Table]:
     """Files, model, engines and drift, for people; those that there are."""
     model = manifest.model
     result = [
-        _table("files", ["name", "role", "bytes", "SHA-256"],
-               [[f.name, f.role, f"{f.size:,}", f.sha256[:12]] for f in manifest.files]),
-        _table("model", ["", ""], [
-            ["file", model.file],
-            *([which, f"{t.name}, {t.dtype} ({', '.join('any' if n < 0 else str(n) for n in t.shape)})"]
-              for which, t in (("input", model.input), ("output", model.output))),
-            ["height and width", f"multiples of {model.size_multiple}" if model.size_multiple > 1 else "any"],
-            ["precision", model.precision or "not told"],
-            ["top-k", model.topk or "not told"],
-            ["weights", (model.weights_sha256 or "not told")[:12]],
-            ["steps", _steps(model.provenance) or "not told"],
-            ["made by", manifest.created_by],
-        ]),
-    ]  # fmt: skip
+        _table(
+            "files",
+            ["name", "role", "bytes", "SHA-256"],
+            [[f.name, f.role, f"{f.size:,}", f.sha256[:12]] for f in manifest.files],
+        ),
+        _table(
+            "model",
+            ["", ""],
+            [
+                ["file", model.file],
+                *(
+                    [which, f"{t.name}, {t.dtype} ({', '.join('any' if n < 0 else str(n) for n in t.shape)})"]
+                    for which, t in (("input", model.input), ("output", model.output))
+                ),
+                ["height and width", f"multiples of {model.size_multiple}" if model.size_multiple > 1 else "any"],
+                ["precision", model.precision or "not told"],
+                ["top-k", model.topk or "not told"],
+                ["weights", (model.weights_sha256 or "not told")[:12]],
+                ["steps", _steps(model.provenance) or "not told"],
+                ["made by", manifest.created_by],
+            ],
+        ),
+    ]
     if manifest.engines:
         rows = [
-            [e.file, f"{e.flavor} {e.version}", " ".join(e.compute_capabilities),
-             "\n".join(" / ".join(f"{h}x{w}" for h, w in (p.min, p.opt, p.max)) for p in e.profiles),
-             "\n".join(f"{name}: {value}" for name, value in e.flags.items())]
+            [
+                e.file,
+                f"{e.flavor} {e.version}",
+                " ".join(e.compute_capabilities),
+                "\n".join(" / ".join(f"{h}x{w}" for h, w in (p.min, p.opt, p.max)) for p in e.profiles),
+                "\n".join(f"{name}: {value}" for name, value in e.flags.items()),
+            ]
             for e in manifest.engines
-        ]  # fmt: skip
+        ]
         result.append(_table("engines", ["file", "library", "GPUs", "min / opt / max HxW", "flags"], rows))
     if manifest.drift:
         rows = [
-            [f"{d.file} on {d.provider}\n{d.reference_sha256[:12]}",
-             f"{d.images} of {d.data}\nprotocol {d.protocol or 'none'}",
-             _db(d.reference_psnr), _db(d.candidate_psnr), _db(d.drop_db),
-             "equal" if d.psnr_between is None else _db(d.psnr_between)]
+            [
+                f"{d.file} on {d.provider}\n{d.reference_sha256[:12]}",
+                f"{d.images} of {d.data}\nprotocol {d.protocol or 'none'}",
+                _db(d.reference_psnr),
+                _db(d.candidate_psnr),
+                _db(d.drop_db),
+                "equal" if d.psnr_between is None else _db(d.psnr_between),
+            ]
             for d in manifest.drift
-        ]  # fmt: skip
+        ]
         titles = ["file\nfull model", "images", "PSNR\nfull", "PSNR\nthis", "drop\ndB", "between\ndB"]
         result.append(_table("drift from the full model", titles, rows))
     return result

@@ -116,8 +116,9 @@ class Model:
 
     def __post_init__(self) -> None:
         if not 1 <= self.size_multiple <= MAX_MULTIPLE:
-            raise InputError(f"{self.file}: expected a size multiple from 1 to {MAX_MULTIPLE}, found "
-                             f"{self.size_multiple}")  # fmt: skip
+            raise InputError(
+                f"{self.file}: expected a size multiple from 1 to {MAX_MULTIPLE}, found {self.size_multiple}"
+            )
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,9 @@ class Profile:
     def __post_init__(self) -> None:
         for low, opt, high in zip(self.min, self.opt, self.max, strict=True):
             if not 1 <= low <= opt <= high:
-                raise InputError(f"expected a profile with 1 <= min <= opt <= max, found {self.min}, {self.opt}, "
-                                 f"{self.max}")  # fmt: skip
+                raise InputError(
+                    f"expected a profile with 1 <= min <= opt <= max, found {self.min}, {self.opt}, {self.max}"
+                )
 
     def takes(self, height: int, width: int) -> bool:
         """Whether an image of this size, already padded, fits."""
@@ -218,18 +220,23 @@ class Manifest:
         described = {self.model.file: "onnx", **{engine.file: "engine" for engine in self.engines}}
         listed = {file.name: file.role for file in self.files if file.role in ("onnx", "engine")}
         if described != listed or len(described) <= len(self.engines):
-            raise InputError(f"expected one model and the engines under files, each described once, found "
-                             f"{list(listed)} there and {list(described)} described")  # fmt: skip
+            raise InputError(
+                f"expected one model and the engines under files, each described once, found "
+                f"{list(listed)} there and {list(described)} described"
+            )
         multiple = self.model.size_multiple
         for engine in self.engines:
             for profile in engine.profiles:
                 if any(side % multiple for side in (*profile.min, *profile.max)):
-                    raise InputError(f"{engine.file}: expected profiles in multiples of {multiple}, found "
-                                     f"{size_text(profile.min)} to {size_text(profile.max)}")  # fmt: skip
+                    raise InputError(
+                        f"{engine.file}: expected profiles in multiples of {multiple}, found "
+                        f"{size_text(profile.min)} to {size_text(profile.max)}"
+                    )
             if engine.onnx_sha256 != by_name[self.model.file].sha256:
-                raise InputError(f"{engine.file} was built from another model: expected SHA-256 "
-                                 f"{by_name[self.model.file].sha256}, found {engine.onnx_sha256}; build it again"
-                                 )  # fmt: skip
+                raise InputError(
+                    f"{engine.file} was built from another model: expected SHA-256 "
+                    f"{by_name[self.model.file].sha256}, found {engine.onnx_sha256}; build it again"
+                )
         for drift in self.drift:
             if drift.file not in described:
                 raise InputError(f"expected a drift of one of {list(described)}, found one of {drift.file!r}")
@@ -352,8 +359,10 @@ def parse(content: bytes) -> Manifest:
     try:
         found = json.loads(content.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
         if isinstance(found, dict) and found.get("schema") != SCHEMA:
-            raise InputError(f"expected schema {SCHEMA}, found {found.get('schema')!r:.100}; use the version of "
-                             "drsformer-deploy that made the bundle, or make it again")  # fmt: skip
+            raise InputError(
+                f"expected schema {SCHEMA}, found {found.get('schema')!r:.100}; use the version of "
+                "drsformer-deploy that made the bundle, or make it again"
+            )
         return _parse(Manifest, found, "manifest")
     except InputError as error:
         raise InputError(f"{error!s:.1000}") from error  # what was found may be of any length
@@ -377,13 +386,21 @@ def describe(file: File, input: Tensor, output: Tensor, metadata: dict[str, str]
     try:
         config, provenance = (json.loads(metadata.get(key, "null")) for key in ("config", "provenance"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file.name}: expected JSON as config and provenance in its metadata, found {error}"
-                         ) from error  # fmt: skip
+        raise InputError(
+            f"{file.name}: expected JSON as config and provenance in its metadata, found {error}"
+        ) from error
     model = Model(
-        file=file.name, io=io, input=input, output=output, size_multiple=multiple,
-        precision=metadata.get("precision"), topk=metadata.get("topk"), config=config,
-        weights_sha256=metadata.get("weights_sha256"), provenance=provenance,
-    )  # fmt: skip
+        file=file.name,
+        io=io,
+        input=input,
+        output=output,
+        size_multiple=multiple,
+        precision=metadata.get("precision"),
+        topk=metadata.get("topk"),
+        config=config,
+        weights_sha256=metadata.get("weights_sha256"),
+        provenance=provenance,
+    )
     return Manifest(SCHEMA, _program(), model, (file,))
 
 
@@ -404,14 +421,18 @@ def contract(tensors: Sequence[Tensor], metadata: dict[str, str]) -> tuple[IO, i
         case [Tensor("input", "float32", (_, 3, _, _)), Tensor("output", "float32", _)]:
             text = metadata.get("size_multiple", str(DEFAULT_MULTIPLE))
             if not re.fullmatch(r"\d{1,4}", text) or not 1 <= int(text) <= MAX_MULTIPLE:
-                raise InputError(f"expected a whole number from 1 to {MAX_MULTIPLE} as size_multiple in its metadata, "
-                                 f"found {text!r:.100}")  # fmt: skip
+                raise InputError(
+                    f"expected a whole number from 1 to {MAX_MULTIPLE} as size_multiple in its metadata, "
+                    f"found {text!r:.100}"
+                )
             return "tensor", int(text)
         case [Tensor("input", "uint8", (_, _, _, 3)), Tensor("output", "uint8", _)]:
             return "image", 1
     found = "; ".join(f"{t.name} {t.dtype} {t.shape}" for t in tensors)
-    raise InputError("another kind of network: expected one input named input and one output named output, both "
-                     f"float32 (1, 3, H, W) or both uint8 (1, H, W, 3), found {found}")  # fmt: skip
+    raise InputError(
+        "another kind of network: expected one input named input and one output named output, both "
+        f"float32 (1, 3, H, W) or both uint8 (1, H, W, 3), found {found}"
+    )
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:
@@ -485,8 +506,10 @@ def _check_signature(content: bytes, signature: Path, public_key: Path) -> None:
     try:
         key.verify(signature.read_bytes(), content)
     except InvalidSignature:
-        raise MismatchError(f"{signature}: expected a signature of {MANIFEST} for {public_key}, found another; the "
-                            f"manifest was changed or signed by somebody else") from None  # fmt: skip
+        raise MismatchError(
+            f"{signature}: expected a signature of {MANIFEST} for {public_key}, found another; the "
+            f"manifest was changed or signed by somebody else"
+        ) from None
 
 
 def _load_key(path: Path, kind: Literal["private", "public"]) -> Any:
@@ -496,8 +519,9 @@ def _load_key(path: Path, kind: Literal["private", "public"]) -> Any:
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ed25519
     except ImportError as error:
-        raise InputError("signatures need the package cryptography, which is not installed: "
-                         "pip install cryptography") from error  # fmt: skip
+        raise InputError(
+            "signatures need the package cryptography, which is not installed: pip install cryptography"
+        ) from error
     if not path.is_file():
         raise InputError(f"expected a {kind} key, found no file at {path}")
     content = path.read_bytes()

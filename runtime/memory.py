@@ -104,8 +104,11 @@ def measure(model: Path, threads: int = 0) -> Footprint | None:
         found = subprocess.run(
             [sys.executable, "-P", "-m", "runtime.memory", str(model), str(threads)],  # -P: not from here
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=LONGEST,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=True,
+            timeout=LONGEST,
+        )
         return Footprint(**json.loads(found.stdout))
     except (OSError, ValueError, TypeError, subprocess.SubprocessError):
         return None

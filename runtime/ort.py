@@ -80,8 +80,10 @@ class OrtSession:
             if not self.path.is_file():
                 raise InputError(f"expected a bundle or an ONNX file, found nothing at {self.path}")
             if self.path.suffix in (".safetensors", ".pth", ".pt"):
-                raise InputError(f"expected a bundle or an ONNX file, found the checkpoint {self.path}; export "
-                                 f"it first: python -m export.onnx --weights {self.path}")  # fmt: skip
+                raise InputError(
+                    f"expected a bundle or an ONNX file, found the checkpoint {self.path}; export "
+                    f"it first: python -m export.onnx --weights {self.path}"
+                )
         if not 0 <= threads <= MAX_THREADS:
             raise InputError(f"expected 0 (all cores) to {MAX_THREADS} threads, found {threads}")
         options.intra_op_num_threads = threads
@@ -95,8 +97,10 @@ class OrtSession:
         running = self._engine.get_providers()
         self.provider = next(name for name in wanted if EXECUTION_PROVIDERS[name] in running)
         if provider not in ("auto", self.provider):
-            raise InputError(f"the provider {provider} does not start: see the lines above for what it misses, or use "
-                             f"the provider {self.provider}")  # fmt: skip
+            raise InputError(
+                f"the provider {provider} does not start: see the lines above for what it misses, or use "
+                f"the provider {self.provider}"
+            )
         self.metadata = self._engine.get_modelmeta().custom_metadata_map
         tensors = [_describe(node) for node in (*self._engine.get_inputs(), *self._engine.get_outputs())]
         try:
@@ -124,8 +128,10 @@ class OrtSession:
         H, W = batch.shape[2:]
         height, width = self._size()
         if height not in (-1, H) or width not in (-1, W):
-            raise InputError(f"{self.path} takes only images of {width}x{height} pixels, found {W}x{H} after padding "
-                             f"to a multiple of {self.multiple}; export it without --height and --width")  # fmt: skip
+            raise InputError(
+                f"{self.path} takes only images of {width}x{height} pixels, found {W}x{H} after padding "
+                f"to a multiple of {self.multiple}; export it without --height and --width"
+            )
         try:
             if self._takes_images:
                 return to_batch(self._call(to_image(batch)[None])[0])
@@ -152,8 +158,10 @@ def shipped_model() -> Path:
     for folder in (package / "weights", package.parent / "weights"):
         if (folder / SHIPPED).is_file():
             return folder / SHIPPED
-    raise InputError(f"the default model {SHIPPED} is not here; name a model, or make this one: python -m export.onnx "
-                     f"--weights weights/drsformer-xs.safetensors --output weights/{SHIPPED}")  # fmt: skip
+    raise InputError(
+        f"the default model {SHIPPED} is not here; name a model, or make this one: python -m export.onnx "
+        f"--weights weights/drsformer-xs.safetensors --output weights/{SHIPPED}"
+    )
 
 
 def _choose(provider: str) -> list[str]:
@@ -162,8 +170,10 @@ def _choose(provider: str) -> list[str]:
         raise InputError(f"unknown provider {provider!r}; known: {', '.join(FALLBACKS)}")
     installed = [name for name, full in EXECUTION_PROVIDERS.items() if full in ort.get_available_providers()]
     if provider not in ("auto", *installed):
-        raise InputError(f"the provider {provider} is not in this ONNX Runtime, only {', '.join(installed)}; "
-                         "on NVIDIA GPUs install onnxruntime-gpu in place of onnxruntime")  # fmt: skip
+        raise InputError(
+            f"the provider {provider} is not in this ONNX Runtime, only {', '.join(installed)}; "
+            "on NVIDIA GPUs install onnxruntime-gpu in place of onnxruntime"
+        )
     wanted = [name for name in FALLBACKS[provider] if name in installed]
     if wanted == ["cpu"]:
         return wanted

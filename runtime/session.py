@@ -106,8 +106,10 @@ class Derainer:
         elif footprint := self._footprint:
             self._memory = memory - footprint.fixed
         else:
-            raise InputError("how much memory a network takes is known only with the provider cpu, on Linux; give the "
-                             "size of tiles in place of a memory")  # fmt: skip
+            raise InputError(
+                "how much memory a network takes is known only with the provider cpu, on Linux; give the "
+                "size of tiles in place of a memory"
+            )
         if tile:
             self.plan(tile[0] + 1, tile[1] + 1)  # raises for tiles into which nothing could be cut
 

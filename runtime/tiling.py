@@ -62,11 +62,14 @@ class Plan:
     def __post_init__(self) -> None:
         for length, tile in zip(self.size, self.tile, strict=True):
             if not 1 <= tile <= length:
-                raise InputError(f"expected tiles of at least 1x1 and at most {size_text(self.size)} pixels, found "
-                                 f"{size_text(self.tile)}")  # fmt: skip
+                raise InputError(
+                    f"expected tiles of at least 1x1 and at most {size_text(self.size)} pixels, found "
+                    f"{size_text(self.tile)}"
+                )
             if self.overlap < 0 or (tile < length and 2 * self.overlap > tile):
-                raise InputError(f"expected an overlap of 0 to {tile // 2} pixels, half of the tile, found "
-                                 f"{self.overlap}")  # fmt: skip
+                raise InputError(
+                    f"expected an overlap of 0 to {tile // 2} pixels, half of the tile, found {self.overlap}"
+                )
 
     @property
     def count(self) -> int:
@@ -163,9 +166,10 @@ def _shrink(plan: Plan, pixels: int, step: int) -> Plan:
     height = min(h, pixels // max(width, 1))
     tile = [side if side == most else side // step * step for side, most in ((height, h), (width, w))]
     if any(side < min(most, LEAST) for side, most in zip(tile, plan.tile, strict=True)):
-        raise InputError(f"expected memory for tiles of at least {LEAST}x{LEAST} pixels of an image of "
-                         f"{size_text(plan.size)}, found enough for {pixels} pixels; give or free more"
-                         )  # fmt: skip
+        raise InputError(
+            f"expected memory for tiles of at least {LEAST}x{LEAST} pixels of an image of "
+            f"{size_text(plan.size)}, found enough for {pixels} pixels; give or free more"
+        )
     overlap = min(OVERLAP, *(side // 4 for side, length in zip(tile, plan.size, strict=True) if side < length))
     for axis, (length, side) in enumerate(zip(plan.size, tile, strict=True)):
         count = _count(length, side, overlap)

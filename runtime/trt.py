@@ -120,8 +120,10 @@ def gpu() -> str:
     cuda = load_cuda()
     code, count = cuda.cudaGetDeviceCount()
     if code or not count:
-        raise InputError(f"CUDA finds no NVIDIA GPU with a driver ({code.name}); expected one: see that nvidia-smi "
-                         "shows it, or run the ONNX model with the provider cpu")  # fmt: skip
+        raise InputError(
+            f"CUDA finds no NVIDIA GPU with a driver ({code.name}); expected one: see that nvidia-smi "
+            "shows it, or run the ONNX model with the provider cpu"
+        )
     device, attributes = _check(cuda.cudaGetDevice()), cuda.cudaDeviceAttr
     major = _check(cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMajor, device))
     minor = _check(cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMinor, device))
@@ -197,8 +199,10 @@ class TrtSession:
         self._runtime.engine_host_code_allowed = _has(self.entry, "version_compatible")
         engine = self._runtime.deserialize_cuda_engine(bundle.read(self.entry.file))
         if engine is None:
-            raise InputError(f"{self._library.title} refuses {self.path}: {self._log.reason()}; build it again on or "
-                             "for this machine")  # fmt: skip
+            raise InputError(
+                f"{self._library.title} refuses {self.path}: {self._log.reason()}; build it again on or "
+                "for this machine"
+            )
         if _has(self.entry, "strip_weights"):
             refitter = trt.Refitter(engine, self._log)
             weights = trt.OnnxParserRefitter(refitter, self._log)
@@ -206,8 +210,9 @@ class TrtSession:
                 not weights.refit_from_bytes(bundle.read(bundle.manifest.model.file))
                 or not refitter.refit_cuda_engine()
             ):
-                raise InputError(f"{self.path} does not take the weights of {bundle.manifest.model.file}: "
-                                 f"{self._log.reason()}")  # fmt: skip
+                raise InputError(
+                    f"{self.path} does not take the weights of {bundle.manifest.model.file}: {self._log.reason()}"
+                )
         return engine
 
     def _configure(self, trt: Any, bundle: Bundle, resources: contextlib.ExitStack) -> Any:
@@ -231,8 +236,10 @@ class TrtSession:
         profile = next((i for i, p in enumerate(self.entry.profiles) if p.takes(H, W)), None)
         if profile is None:
             ranges = " or ".join(f"{size_text(p.min)} to {size_text(p.max)}" for p in self.entry.profiles)
-            raise InputError(f"{self.path} takes images of height x width {ranges}, found {H}x{W} after padding to a "
-                             f"multiple of {self.multiple}; build it with another --min and --max")  # fmt: skip
+            raise InputError(
+                f"{self.path} takes images of height x width {ranges}, found {H}x{W} after padding to a "
+                f"multiple of {self.multiple}; build it with another --min and --max"
+            )
         context = self._engine.create_execution_context(self._config)
         if (
             context is None
@@ -266,9 +273,10 @@ class TrtSession:
             code, captured = cuda.cudaStreamEndCapture(self._stream)
         try:
             if code or not enqueued:
-                raise InputError(f"{self.path} cannot be captured in a CUDA graph: "
-                                 f"{code.name if enqueued else self._log.reason()}; give TrtSession cuda_graphs=False"
-                                 )  # fmt: skip
+                raise InputError(
+                    f"{self.path} cannot be captured in a CUDA graph: "
+                    f"{code.name if enqueued else self._log.reason()}; give TrtSession cuda_graphs=False"
+                )
             return _check(cuda.cudaGraphInstantiate(captured, 0))
         finally:
             if captured is not None:  # as it is where CUDA refused a launch
@@ -366,10 +374,12 @@ def _choose(bundle: Bundle, capability: str) -> tuple[Engine, Any]:
     fitting = [engine for engine in engines if _runs_on(engine, capability)]
     if not fitting:
         found = "; ".join(f"{e.flavor} for {', '.join(e.compute_capabilities)}" for e in engines) or "no engine"
-        raise InputError(f"{bundle.folder}: expected an engine for this GPU of compute capability {capability}, found "
-                         f"{found}; add one: python -m export.tensorrt --onnx "
-                         f"{bundle.folder / bundle.manifest.model.file} --output {bundle.folder} with "
-                         f"--compute-capability {capability}, or on this machine with --flavor tensorrt")  # fmt: skip
+        raise InputError(
+            f"{bundle.folder}: expected an engine for this GPU of compute capability {capability}, found "
+            f"{found}; add one: python -m export.tensorrt --onnx "
+            f"{bundle.folder / bundle.manifest.model.file} --output {bundle.folder} with "
+            f"--compute-capability {capability}, or on this machine with --flavor tensorrt"
+        )
     errors: list[InputError] = []
     for engine in reversed(fitting):  # the newest first
         try:
@@ -377,9 +387,10 @@ def _choose(bundle: Bundle, capability: str) -> tuple[Engine, Any]:
             trt = library.load()
             if _fits_version(engine, trt.__version__):
                 return engine, trt
-            raise InputError(f"{bundle.folder / engine.file}: expected {library.title} {engine.version}, which it was "
-                             f"built with, found {trt.__version__}; install that one or build the engine again"
-                             )  # fmt: skip
+            raise InputError(
+                f"{bundle.folder / engine.file}: expected {library.title} {engine.version}, which it was "
+                f"built with, found {trt.__version__}; install that one or build the engine again"
+            )
         except InputError as error:
             errors.append(error)
     raise errors[0]

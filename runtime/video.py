@@ -189,8 +189,10 @@ class _Converter:
 
     def __init__(self, path: Path, first: VideoFrame) -> None:
         if first.color_trc in HDR:
-            raise InputError(f"{path}: HDR ({HDR[first.color_trc]}), where the network works on 8 bits a channel; "
-                             "map its tones to SDR first")  # fmt: skip
+            raise InputError(
+                f"{path}: HDR ({HDR[first.color_trc]}), where the network works on 8 bits a channel; "
+                "map its tones to SDR first"
+            )
         self.width, self.height = first.width, first.height
         unknown = BT709 if first.width >= 1280 or first.height > 576 else BT601  # as players have it
         code = {0: BT709, UNSPECIFIED: unknown}.get(first.colorspace, first.colorspace)
@@ -210,9 +212,15 @@ class _Converter:
         """uint8 (H, W, 3), upright."""
         swap, rows, columns = self._orientation
         converted = self._to_rgb.reformat(
-            frame, self.width, self.height, "rgb24", src_colorspace=self._matrix, src_color_range=self.range,
-            dst_color_range=ColorRange.JPEG, interpolation=EXACT,
-        )  # fmt: skip
+            frame,
+            self.width,
+            self.height,
+            "rgb24",
+            src_colorspace=self._matrix,
+            src_color_range=self.range,
+            dst_color_range=ColorRange.JPEG,
+            interpolation=EXACT,
+        )
         image = np.asarray(converted.to_ndarray(), np.uint8)
         return (image.swapaxes(0, 1) if swap else image)[::rows, ::columns]
 
@@ -222,9 +230,13 @@ class _Converter:
         image = rgb[::rows, ::columns]
         image = np.ascontiguousarray(image.swapaxes(0, 1) if swap else image)
         return self._from_rgb.reformat(
-            VideoFrame.from_ndarray(image, "rgb24"), format=self.pixel_format, dst_colorspace=self._matrix,
-            src_color_range=ColorRange.JPEG, dst_color_range=self.range, interpolation=EXACT,
-        )  # fmt: skip
+            VideoFrame.from_ndarray(image, "rgb24"),
+            format=self.pixel_format,
+            dst_colorspace=self._matrix,
+            src_color_range=ColorRange.JPEG,
+            dst_color_range=self.range,
+            interpolation=EXACT,
+        )
 
 
 def _pixel_format(frame: VideoFrame) -> str:
@@ -268,8 +280,11 @@ class _Reader:
     def __init__(self, path: Path, container: InputContainer) -> None:
         self.path, self.container = path, container
         covers = Disposition.attached_pic | Disposition.timed_thumbnails
-        videos = [stream for stream in container.streams.video
-                  if stream.codec_context is not None and not stream.disposition & covers]  # fmt: skip
+        videos = [
+            stream
+            for stream in container.streams.video
+            if stream.codec_context is not None and not stream.disposition & covers
+        ]
         if not videos:
             raise InputError(f"{path}: expected a video, found no video stream in it, or none that FFmpeg can decode")
         self.stream = max(videos, key=lambda stream: stream.width * stream.height)

@@ -91,8 +91,9 @@ class Server:
         triton = root / "tritonserver"
         stub = triton / "python_backend_stubs" / "{}.{}".format(*sys.version_info) / "triton_python_backend_stub"
         if not stub.is_file():
-            raise InputError("expected a Python that nvidia-pytriton has a backend for, found "
-                             f"{platform.python_version()}")  # fmt: skip
+            raise InputError(
+                f"expected a Python that nvidia-pytriton has a backend for, found {platform.python_version()}"
+            )
         backends = Path(shutil.copytree(triton / "backends", self._folder / "backends"))
         shutil.copy(stub, backends / "python")
         libraries = [str(root.parent / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR")]
@@ -108,9 +109,15 @@ class Server:
             command += [f"--{name}-port", str(port), f"--{name}-address", "127.0.0.1"]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                command, cwd=self._folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, preexec_fn=_end_with_parent,
-            )  # fmt: skip
+                command,
+                cwd=self._folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
         try:
             self._wait()
         except BaseException:
@@ -339,9 +346,15 @@ def serve(
             if checks.failed:
                 print(server.tail(), file=sys.stderr)
     settings = {
-        "clients": clients, "instances": instances, "threads": threads, "height": TIMED[0], "width": TIMED[1],
-        "cores": os.cpu_count(), "load_before": round(busy, 2), "python": platform.python_version(),
-    }  # fmt: skip
+        "clients": clients,
+        "instances": instances,
+        "threads": threads,
+        "height": TIMED[0],
+        "width": TIMED[1],
+        "cores": os.cpu_count(),
+        "load_before": round(busy, 2),
+        "python": platform.python_version(),
+    }
     return Served(checks, load, local_ms, settings)
 
 
@@ -368,8 +381,10 @@ def _milliseconds(derain: Derainer, pairs: list[Pair]) -> float:
 
 
 def _check_health(checks: Checks, server: Server) -> None:
-    statuses = {path: server.post(path, method="GET")
-                for path in ("/v2/health/live", "/v2/health/ready", f"/v2/models/{MODEL}/ready")}  # fmt: skip
+    statuses = {
+        path: server.post(path, method="GET")
+        for path in ("/v2/health/live", "/v2/health/ready", f"/v2/models/{MODEL}/ready")
+    }
     checks("live and ready", server.alive() and set(statuses.values()) == {200}, statuses)
 
 

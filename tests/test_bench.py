@@ -26,8 +26,9 @@ def write_slow_network(path: Path, width: int = 64) -> Path:
         helper.make_node("Conv", ["input", "w0"], ["a"], pads=[1, 1, 1, 1]),
         helper.make_node("Conv", ["a", "w1"], ["output"], pads=[1, 1, 1, 1]),
     ]
-    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, 3, "H", "W"))]
-                       for name in ("input", "output"))  # fmt: skip
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, 3, "H", "W"))] for name in ("input", "output")
+    )
     tensors = [helper.make_tensor(name, TensorProto.FLOAT, shape, np.full(shape, 1e-3)) for name, shape in weights]
     graph = helper.make_graph(nodes, "slow", inputs, outputs, tensors)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
@@ -36,8 +37,21 @@ def write_slow_network(path: Path, width: int = 64) -> Path:
 
 def test_command_compares_two_networks(tmp_path):
     fast, slow = write_bundle(tmp_path / "bundle"), write_slow_network(tmp_path / "slow.onnx", 256)
-    arguments = ["--model", fast, "--vs", slow, "--size", "64x96", "7x5", "--threads", "1", "--seconds", "0.2",
-                 "--provider", "cpu"]  # fmt: skip
+    arguments = [
+        "--model",
+        fast,
+        "--vs",
+        slow,
+        "--size",
+        "64x96",
+        "7x5",
+        "--threads",
+        "1",
+        "--seconds",
+        "0.2",
+        "--provider",
+        "cpu",
+    ]
     run = subprocess.run([sys.executable, "-m", "runtime.bench", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])

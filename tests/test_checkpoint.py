@@ -29,8 +29,9 @@ def odd_config(seed: int) -> DRSformerConfig:
     r = random.Random(seed)
 
     def level(width: int) -> LevelConfig:
-        return LevelConfig(width, tuple(BlockConfig(r.randint(1, 3), r.randint(1, 7), r.randint(1, 9))
-                                        for _ in range(r.randint(0, 2))))  # fmt: skip
+        return LevelConfig(
+            width, tuple(BlockConfig(r.randint(1, 3), r.randint(1, 7), r.randint(1, 9)) for _ in range(r.randint(0, 2)))
+        )
 
     def mefc() -> MEFCConfig | None:
         choices = (*EXPERTS, "none")
@@ -184,9 +185,14 @@ def changed(state: dict, how: str) -> dict:
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("missing", "patch_embed"), ("unknown", "latent.0.attn.extra"), ("shape", r"\(24,\).*\(5,\)"), ("dtype", "int32"),
-     ("nan", "finite")],
-)  # fmt: skip
+    [
+        ("missing", "patch_embed"),
+        ("unknown", "latent.0.attn.extra"),
+        ("shape", r"\(24,\).*\(5,\)"),
+        ("dtype", "int32"),
+        ("nan", "finite"),
+    ],
+)
 def test_wrong_tensors_are_named(tmp_path, how, message):
     torch.save({"params": changed(ReleasedDRSformer(**SMALL).state_dict(), how)}, tmp_path / "net.pth")
     with pytest.raises(InputError, match=message) as error:

@@ -23,14 +23,17 @@ def odd_config() -> DRSformerConfig:
     block = BlockConfig(3, 5, 7)
     return dataclasses.replace(
         config,
-        encoder=(encoder[0], dataclasses.replace(encoder[1], width=20, blocks=(block, BlockConfig(1, 2, 4))),
-                 dataclasses.replace(encoder[2], blocks=())),
+        encoder=(
+            encoder[0],
+            dataclasses.replace(encoder[1], width=20, blocks=(block, BlockConfig(1, 2, 4))),
+            dataclasses.replace(encoder[2], blocks=()),
+        ),
         latent=dataclasses.replace(latent, width=52),
         decoder=(dataclasses.replace(d3, width=9, blocks=(block,)), d2, dataclasses.replace(d1, width=12 + 6)),
         up=(11, 13, 6),
         mefc_early=MEFCConfig(5, (("none", "sep_conv_5x5", "avg_pool_3x3"), ("none", "none", "none"))),
         mefc_late=MEFCConfig.regular(),
-    )  # fmt: skip
+    )
 
 
 CONFIGS = {

@@ -58,10 +58,17 @@ def succeed(*command: str | Path, input: bytes = b"") -> bytes:
 def build(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("build")
     configured = run(
-        "cmake", "-S", SOURCE, "-B", folder, *(["-G", "Ninja"] if shutil.which("ninja") else []),
-        "-DDERAINER_SANITIZE=ON", "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", "-DCMAKE_BUILD_TYPE=Debug",
+        "cmake",
+        "-S",
+        SOURCE,
+        "-B",
+        folder,
+        *(["-G", "Ninja"] if shutil.which("ninja") else []),
+        "-DDERAINER_SANITIZE=ON",
+        "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON",
+        "-DCMAKE_BUILD_TYPE=Debug",
         "-DCMAKE_CXX_FLAGS_DEBUG=-g1",
-    )  # fmt: skip
+    )
     said = " ".join((configured.stdout + configured.stderr).decode().split())
     assert configured.returncode == 0, said
     assert "CUDA 1" in said or "Only the core library is built (bundles, image contract, tiles), no Derainer" in said
@@ -80,15 +87,30 @@ def on_fakes(build, tmp_path_factory) -> Path:
     is in a folder of its own. The core is not compiled again."""
     fakes = SOURCE / "tests" / "fake"
     library = shutil.copy(build / "tests" / "libnvinfer.so", tmp_path_factory.mktemp("sdk"))
-    succeed("cmake", "-S", SOURCE, "-B", build, f"-DCMAKE_MODULE_PATH={fakes}", f"-DTENSORRT_INCLUDE_DIR={fakes}",
-            f"-DTENSORRT_LIBRARY={library}")  # fmt: skip
+    succeed(
+        "cmake",
+        "-S",
+        SOURCE,
+        "-B",
+        build,
+        f"-DCMAKE_MODULE_PATH={fakes}",
+        f"-DTENSORRT_INCLUDE_DIR={fakes}",
+        f"-DTENSORRT_LIBRARY={library}",
+    )
     compile_and_install(build, build / "on_fakes")
     return build / "on_fakes"
 
 
 def make_consumer(installed: Path, folder: Path) -> Path:
-    succeed("cmake", "-S", SOURCE / "tests" / "consumer", "-B", folder, f"-DCMAKE_PREFIX_PATH={installed}",
-            "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined")  # fmt: skip
+    succeed(
+        "cmake",
+        "-S",
+        SOURCE / "tests" / "consumer",
+        "-B",
+        folder,
+        f"-DCMAKE_PREFIX_PATH={installed}",
+        "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined",
+    )
     succeed("cmake", "--build", folder)
     return folder / "consumer"
 
@@ -137,10 +159,12 @@ ONE_GROWS = (Profile((24, 16), (24, 16), (48, 64)), Profile((8, 96), (8, 96), (4
 
 @pytest.mark.parametrize(
     ("profiles", "sizes"),
-    [(PROFILES, [(20, 30, "RGB"), (9, 100, "L"), (70, 50, "RGB"), (33, 210, "P"), (1, 1, "RGB")]),
-     (LARGE, [(1, 1, "RGB"), (20, 20, "RGB"), (48, 200, "RGB"), (33, 520, "RGB")]),
-     (ONE_GROWS, [(1, 1, "RGB"), (40, 60, "RGB"), (25, 90, "RGB"), (8, 130, "L"), (33, 70, "RGB")])],
-)  # fmt: skip
+    [
+        (PROFILES, [(20, 30, "RGB"), (9, 100, "L"), (70, 50, "RGB"), (33, 210, "P"), (1, 1, "RGB")]),
+        (LARGE, [(1, 1, "RGB"), (20, 20, "RGB"), (48, 200, "RGB"), (33, 520, "RGB")]),
+        (ONE_GROWS, [(1, 1, "RGB"), (40, 60, "RGB"), (25, 90, "RGB"), (8, 130, "L"), (33, 70, "RGB")]),
+    ],
+)
 def test_example_program(on_fakes, tmp_path, profiles, sizes):
     """PNG files through a bundle, with the golden network in place of an engine; grown, and in tiles, as in Python."""
     bundle = make_bundle(tmp_path / "bundle", {**ENGINE, "profiles": profiles}, plan=b"tensor").folder
@@ -166,9 +190,15 @@ def test_example_program_refuses(on_fakes, tmp_path):
         Image.new(mode, (8, 8)).save(rainy)
         assert b"expected 8 bits a channel and no transparency" in run(derain, rainy, clean, bundle).stderr
     rainy.write_bytes(before[:-20])
-    for arguments in ((rainy, clean, bundle), (tmp_path / "none.png", clean, bundle), (clean, tmp_path, bundle),
-                      (clean, clean, tmp_path), (clean, clean, bundle, tmp_path / "none.pem"),
-                      (clean, clean, bundle, ""), ()):  # fmt: skip
+    for arguments in (
+        (rainy, clean, bundle),
+        (tmp_path / "none.png", clean, bundle),
+        (clean, tmp_path, bundle),
+        (clean, clean, tmp_path),
+        (clean, clean, bundle, tmp_path / "none.pem"),
+        (clean, clean, bundle, ""),
+        (),
+    ):
         done = run(derain, *arguments)
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1
@@ -336,8 +366,25 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def variants(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The manifest with another value in every place, without it, and with one more."""
     others = [
-        None, True, 0, -1, 1, 2**63, 10**30, 1.0, 0.5, "", "1", "8.6", "a" * 64, "model.onnx", [], [0, 1], [9, 9], {},
-    ]  # fmt: skip
+        None,
+        True,
+        0,
+        -1,
+        1,
+        2**63,
+        10**30,
+        1.0,
+        0.5,
+        "",
+        "1",
+        "8.6",
+        "a" * 64,
+        "model.onnx",
+        [],
+        [0, 1],
+        [9, 9],
+        {},
+    ]
     for path in places(manifest):
         for change in (*others, "remove", "add", "again"):
             changed = copy.deepcopy(manifest)
@@ -444,9 +491,15 @@ def test_same_levels(contract):
 
 @pytest.mark.parametrize(
     ("height", "width", "multiple", "tile", "overlap"),
-    [(50, 70, 8, (32, 40), 12), (64, 64, 8, (32, 32), 16), (33, 90, 8, (48, 24), 0), (97, 41, 1, (31, 17), 8),
-     (20, 300, 4, (64, 64), 20), (130, 7, 8, (40, 48), 1)],
-)  # fmt: skip
+    [
+        (50, 70, 8, (32, 40), 12),
+        (64, 64, 8, (32, 32), 16),
+        (33, 90, 8, (48, 24), 0),
+        (97, 41, 1, (31, 17), 8),
+        (20, 300, 4, (64, 64), 20),
+        (130, 7, 8, (40, 48), 1),
+    ],
+)
 def test_same_tiles(contract, height, width, multiple, tile, overlap):
     image = random_image(height, width)
     derain = Derainer(StandIn(multiple), tile=tile, overlap=overlap)

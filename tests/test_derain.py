@@ -270,9 +270,14 @@ def test_large_images_are_tiled(network, photos, tmp_path, monkeypatch, capsys):
         assert value(target) == 50
     capsys.readouterr()
     for option, text in (
-        ("--tile", "64"), ("--tile", "0x64"), ("--tile", "64x64x3"), ("--memory", "4XB"), ("--memory", "much"),
-        ("--memory", "-4GB"), ("--memory", "1e9"),
-    ):  # fmt: skip
+        ("--tile", "64"),
+        ("--tile", "0x64"),
+        ("--tile", "64x64x3"),
+        ("--memory", "4XB"),
+        ("--memory", "much"),
+        ("--memory", "-4GB"),
+        ("--memory", "1e9"),
+    ):
         assert command(monkeypatch, photos, tmp_path / "out", "--model", network, option, text) == 2
         assert capsys.readouterr().err.startswith(f"error: {option}: expected ")
 

@@ -149,8 +149,15 @@ def go(output: Path, teacher: Path, student: str, data: Path, iterations: int = 
 
 
 def test_student_comes_closer_and_says_where_it_comes_from(data, shallow, tmp_path):
-    scores = go(tmp_path / "run", *shallow, data, 30, recipe={"lr": 3e-3, "clip": 1.0},
-                material=Material([data], protocol="did"), terms=Terms(0.1, 1, 0.1, 0, 0.1))  # fmt: skip
+    scores = go(
+        tmp_path / "run",
+        *shallow,
+        data,
+        30,
+        recipe={"lr": 3e-3, "clip": 1.0},
+        material=Material([data], protocol="did"),
+        terms=Terms(0.1, 1, 0.1, 0, 0.1),
+    )
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     for name in ("l1_teacher", "features", "frequency"):
         values = [line[name] for line in log if name in line]
@@ -246,8 +253,24 @@ def test_compiled_student_and_teacher_are_tapped_too(monkeypatch):
 )
 def test_mistakes_end_with_status_2(data, teacher, tmp_path, options, message, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ["--teacher", "teacher.safetensors", "--student", "drsformer-tiny", "--data", "data", "--output", "run",
-             "--accelerator", "cpu", "--devices", "1", "--iterations", "1", "--patch", "16"]  # fmt: skip
+    words = [
+        "--teacher",
+        "teacher.safetensors",
+        "--student",
+        "drsformer-tiny",
+        "--data",
+        "data",
+        "--output",
+        "run",
+        "--accelerator",
+        "cpu",
+        "--devices",
+        "1",
+        "--iterations",
+        "1",
+        "--patch",
+        "16",
+    ]
     Path("run").mkdir()
     for name in ("last", "best"):
         Path(f"run/{name}.safetensors").touch()
@@ -261,9 +284,30 @@ def test_mistakes_end_with_status_2(data, teacher, tmp_path, options, message, m
 
 
 def test_command_on_two_processes_prints_its_result_once(data, shallow, tmp_path):
-    words = ["--teacher", str(shallow[0]), "--student", shallow[1], "--data", str(data), "--output",
-             str(tmp_path / "run"), "--accelerator", "cpu", "--devices", "2", "--iterations", "2", "--patch", "16",
-             "--batch", "2", "--features", "1", "--minutes", "0"]  # fmt: skip
+    words = [
+        "--teacher",
+        str(shallow[0]),
+        "--student",
+        shallow[1],
+        "--data",
+        str(data),
+        "--output",
+        str(tmp_path / "run"),
+        "--accelerator",
+        "cpu",
+        "--devices",
+        "2",
+        "--iterations",
+        "2",
+        "--patch",
+        "16",
+        "--batch",
+        "2",
+        "--features",
+        "1",
+        "--minutes",
+        "0",
+    ]
     command = [sys.executable, "-m", "compress.distill", *words]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

@@ -29,8 +29,16 @@ def data(tmp_path):
 def test_every_variant_is_distilled_and_scored_once(data, tmp_path):
     for name in ("teacher", "student"):
         checkpoint.save(tmp_path / f"{name}.safetensors", fill(DRSformer(preset("drsformer-tiny"))), {})
-    options = dict(teacher=tmp_path / "teacher.safetensors", student=tmp_path / "student.safetensors", data=data,
-                   run_dir=tmp_path / "runs", output=tmp_path, iterations=2, batch=1, patch=16)  # fmt: skip
+    options = dict(
+        teacher=tmp_path / "teacher.safetensors",
+        student=tmp_path / "student.safetensors",
+        data=data,
+        run_dir=tmp_path / "runs",
+        output=tmp_path,
+        iterations=2,
+        batch=1,
+        patch=16,
+    )
     assert distillation.distillation(**options)["errors"] == []
     (run,) = json.loads((tmp_path / "distillation.json").read_text())["runs"]
     assert list(run["rows"]) == ["teacher", "student before", *VARIANTS]

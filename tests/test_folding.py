@@ -95,8 +95,11 @@ def test_parts_are_padded_to_whole_vectors():
     } == {0}
 
 
-@pytest.mark.parametrize("x", [torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16), image(8, 8), image(8, 128)],
-                         ids=["black", "white", "smallest", "narrow"])  # fmt: skip
+@pytest.mark.parametrize(
+    "x",
+    [torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16), image(8, 8), image(8, 128)],
+    ids=["black", "white", "smallest", "narrow"],
+)
 def test_edge_images(x):
     readable = with_pattern(network(mefc="both").double(), "rank")  # on a flat image all scores are equal
     assert difference(fold(readable), readable, x.double()) < 1e-10

@@ -47,9 +47,13 @@ from tests.test_manifest import write_bundle
 from tests.test_ort import write_network
 
 settings.register_profile(
-    "ci", max_examples=100, deadline=None, derandomize=True, database=None,
+    "ci",
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+)
 settings.register_profile("deep", settings.get_profile("ci"), max_examples=10_000, derandomize=False, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

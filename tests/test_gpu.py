@@ -63,8 +63,9 @@ def rows(folder: Path, stage: str) -> dict[str, dict[str, Any]]:
 
 def test_correct(tmp_path: Path, data: Path) -> None:
     checkpoint.save(tmp_path / "mine.safetensors", fill(DRSformer(preset(TINY))), {})  # pyright: ignore[reportArgumentType]
-    stage = Correct(tmp_path, TINY, (tmp_path / "mine.safetensors",), device="cpu", sizes=("32x32",), large="40x32",
-                    data=data)  # fmt: skip
+    stage = Correct(
+        tmp_path, TINY, (tmp_path / "mine.safetensors",), device="cpu", sizes=("32x32",), large="40x32", data=data
+    )
     assert stage.measure()["errors"] == []
     found = rows(tmp_path, "correct")
     assert found[f"{TINY} folded fp32 32x32"]["max difference, same selections"] < 1e-4
@@ -79,8 +80,15 @@ def test_correct(tmp_path: Path, data: Path) -> None:
 def test_speed_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "onnx_of", lambda *a: pytest.fail("nothing to be exported"))
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["SomeProvider"])
-    stage = Speed(tmp_path, TINY, device="cpu", sizes=("32x32",), batches=(1,), seconds=0.01,
-                  only=("released", "CUDA graph fp16", "tensorrt", "folded eager fp32"))  # fmt: skip
+    stage = Speed(
+        tmp_path,
+        TINY,
+        device="cpu",
+        sizes=("32x32",),
+        batches=(1,),
+        seconds=0.01,
+        only=("released", "CUDA graph fp16", "tensorrt", "folded eager fp32"),
+    )
     summary = stage.measure()
     found = rows(tmp_path, "speed")
     first = found[f"32x32 batch 1: {TINY} released eager fp32"]
@@ -128,8 +136,14 @@ def test_kernels_on_cuda_are_told_by_their_operator() -> None:
     """With events as the profiler gives them, since there is no CUDA here."""
 
     def event(name: str, kind: str, ms: float = 0, shapes: Any = None, kernels: Any = ()) -> SimpleNamespace:
-        return SimpleNamespace(name=name, device_type=SimpleNamespace(name=kind), device_time_total=1000 * ms,
-                               input_shapes=shapes, kernels=kernels, is_user_annotation=name == "span")  # fmt: skip
+        return SimpleNamespace(
+            name=name,
+            device_type=SimpleNamespace(name=kind),
+            device_time_total=1000 * ms,
+            input_shapes=shapes,
+            kernels=kernels,
+            is_user_annotation=name == "span",
+        )
 
     launched = SimpleNamespace(name="winograd", duration=2000.0)
     events = [
@@ -139,13 +153,15 @@ def test_kernels_on_cuda_are_told_by_their_operator() -> None:
         event("span", "CUDA", 3),
     ]
     assert list(gpu.timed_operators(events, torch.device("cuda"))) == [
-        ("depthwise convolution", "winograd", 2.0), ("fused elementwise", "triton_poi_fused_add_0", 1.0),
-    ]  # fmt: skip
+        ("depthwise convolution", "winograd", 2.0),
+        ("fused elementwise", "triton_poi_fused_add_0", 1.0),
+    ]
 
 
 def tiny_training(tmp_path: Path, data: Path, **options: Any) -> Train:
-    settings: dict[str, Any] = dict(recipe=("tiny-teacher",), run_dir=tmp_path / "runs", workers=0, compile=False,
-                                    steps=1, device="cpu", data=data)  # fmt: skip
+    settings: dict[str, Any] = dict(
+        recipe=("tiny-teacher",), run_dir=tmp_path / "runs", workers=0, compile=False, steps=1, device="cpu", data=data
+    )
     return Train(tmp_path / "out", **settings | options)
 
 

@@ -35,16 +35,34 @@ def test_tells_what_is_there(bundle, monkeypatch, capsys):
     assert (status, error) == (0, "")
     found = load(bundle).manifest
     for file in found.files:
-        assert any(file.name in line and f"{file.size:,}" in line and file.sha256[:12] in line
-                   for line in printed.splitlines())  # fmt: skip
-    for fact in ("float32 (1, 3, any, any)", "multiples of 4", "rank", "rtx 1.7.1.116", "tf32: False",
-                 "64x64 / 256x256 / 1088x1920", "3 of val", "protocol rain200", 12 * "a", "30.2500", "equal",
-                 "Signature: none", "Not in the manifest: ['notes.txt']"):  # fmt: skip
+        assert any(
+            file.name in line and f"{file.size:,}" in line and file.sha256[:12] in line for line in printed.splitlines()
+        )
+    for fact in (
+        "float32 (1, 3, any, any)",
+        "multiples of 4",
+        "rank",
+        "rtx 1.7.1.116",
+        "tf32: False",
+        "64x64 / 256x256 / 1088x1920",
+        "3 of val",
+        "protocol rain200",
+        12 * "a",
+        "30.2500",
+        "equal",
+        "Signature: none",
+        "Not in the manifest: ['notes.txt']",
+    ):
         assert fact in printed, fact
     assert json.loads(printed.splitlines()[-1]) == {
-        "bundle": str(bundle), "schema": 1, "files": 4, "bytes": sum((bundle / name).stat().st_size for name in FILES),
-        "engines": list(ENGINES), "worst_drop_db": 0.0, "unlisted": ["notes.txt"],
-    }  # fmt: skip
+        "bundle": str(bundle),
+        "schema": 1,
+        "files": 4,
+        "bytes": sum((bundle / name).stat().st_size for name in FILES),
+        "engines": list(ENGINES),
+        "worst_drop_db": 0.0,
+        "unlisted": ["notes.txt"],
+    }
 
 
 def test_bundle_with_a_model_alone(tmp_path, monkeypatch, capsys):

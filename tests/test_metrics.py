@@ -38,8 +38,11 @@ def test_authors_scripts(real_data, name, psnr_a, ssim_a, psnr_b, ssim_b):
     rainy, clean = (read_rgb(folder / kind / f"{stem}.png") for kind in ("input", "target"))
     found = [metric(rainy, clean, protocol) for protocol in PROTOCOLS for metric in (psnr, ssim)]
     assert [f"{value:.{digits}f}" for value, digits in zip(found, (4, 6, 4, 6), strict=True)] == [
-        f"{psnr_a:.4f}", f"{ssim_a:.6f}", f"{psnr_b:.4f}", f"{ssim_b:.6f}"
-    ]  # fmt: skip
+        f"{psnr_a:.4f}",
+        f"{ssim_a:.6f}",
+        f"{psnr_b:.4f}",
+        f"{ssim_b:.6f}",
+    ]
 
 
 @pytest.mark.parametrize(

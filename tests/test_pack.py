@@ -51,8 +51,11 @@ def data(tmp_path: Path) -> Path:
 
 def test_the_same_folders_come_out(data: Path, tmp_path: Path) -> None:
     assert pack(data, tmp_path / "pack.zip") == {
-        "bytes": (tmp_path / "pack.zip").stat().st_size, "pairs": 4, "clean": 3, "streaks": 2,
-    }  # fmt: skip
+        "bytes": (tmp_path / "pack.zip").stat().st_size,
+        "pairs": 4,
+        "clean": 3,
+        "streaks": 2,
+    }
     assert unpack(tmp_path / "pack.zip", tmp_path / "out") == {"pairs": 4, "clean": 3, "streaks": 2}
     for before, after in zip(find_pairs(data / "light/val"), find_pairs(tmp_path / "out/light/val"), strict=True):
         assert before.name == after.name
@@ -86,12 +89,15 @@ def test_a_pack_that_was_changed_is_refused(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "manifest",
     [
-        {"files": {}}, [1], {"format": 2, "files": {}, "pairs": {}}, {"format": FORMAT, "files": [], "pairs": []},
+        {"files": {}},
+        [1],
+        {"format": 2, "files": {}, "pairs": {}},
+        {"format": FORMAT, "files": [], "pairs": []},
         {"format": FORMAT, "files": {}, "pairs": {"a/train/0": {"target": "x", "layer": "y"}}},
         {"format": FORMAT, "files": {"clean/../../x": {}}, "pairs": {}},
         {"format": FORMAT, "files": {}, "pairs": {"../train/0": {}}},
     ],
-)  # fmt: skip
+)
 def test_what_is_no_pack_is_refused(tmp_path: Path, manifest: object) -> None:
     with zipfile.ZipFile(tmp_path / "pack.zip", "w") as archive:
         archive.writestr("clean/../../x", b"x")

@@ -42,8 +42,9 @@ def patches(count: int = 2, side: int = 16) -> list[tuple[Tensor, Tensor]]:
 
 def network(**structure) -> DRSformer:
     config = DRSformerConfig.regular(16, (2, 1, 1, 1), (1, 2, 4, 8), 2.7, **structure)
-    return fill(DRSformer(dataclasses.replace(config, mefc_early=MEFCConfig.regular(3, 1),
-                                              mefc_late=MEFCConfig.regular(4, 1))))  # fmt: skip
+    return fill(
+        DRSformer(dataclasses.replace(config, mefc_early=MEFCConfig.regular(3, 1), mefc_late=MEFCConfig.regular(4, 1)))
+    )
 
 
 def target(model: DRSformer, ratio: float, name: str = "macs") -> Target:
@@ -124,8 +125,10 @@ def test_widths_end_where_vectors_do():
 def test_heads_and_their_channels_end_where_vectors_do_together():
     config, rng = DRSformerConfig.regular(16, (1, 1, 1, 1), (2, 4, 4, 8)), torch.Generator().manual_seed(0)
     found = structures(config, ["heads"])
-    scores = {s.name: [torch.rand(axis.units, generator=rng) * (1 if s.name.endswith("attn") else 0.2)
-                       for axis in s.axes] for s in found}  # fmt: skip
+    scores = {
+        s.name: [torch.rand(axis.units, generator=rng) * (1 if s.name.endswith("attn") else 0.2) for axis in s.axes]
+        for s in found
+    }
     goal = Target("macs", cost.macs, 0.85 * cost.macs(config))
     after = config_without(config, found, choose(config, found, scores, [goal], {"macs": 0}, round_to=8))
     blocks = [(level_of(config, module).blocks[0], level_of(after, module).blocks[0]) for module in LEVELS]
@@ -191,10 +194,15 @@ def test_block_loses_only_what_is_left_in_it():
     found = [structure for structure in structures(model.config) if structure.name in (block, cheap, dear)]
     units = next(structure.units for structure in found if structure.name == cheap)
     thin = config_without(model.config, found, {cheap: [list(range(units - 1))] * 2})
-    shares = [cost.macs(config) - cost.macs(config_without(config, found, {name: [[0]] * axes}))
-              for config, name, axes in ((thin, block, 1), (model.config, dear, 2))]  # fmt: skip
-    scores = {cheap: [torch.full((units,), 0.1 / units)] * 2, block: [torch.tensor([0.5, 100.0])],
-              dear: [torch.full((units,), 0.4 * shares[1] / shares[0] / 2)] * 2}  # fmt: skip
+    shares = [
+        cost.macs(config) - cost.macs(config_without(config, found, {name: [[0]] * axes}))
+        for config, name, axes in ((thin, block, 1), (model.config, dear, 2))
+    ]
+    scores = {
+        cheap: [torch.full((units,), 0.1 / units)] * 2,
+        block: [torch.tensor([0.5, 100.0])],
+        dear: [torch.full((units,), 0.4 * shares[1] / shares[0] / 2)] * 2,
+    }
     goal = Target("macs", cost.macs, cost.macs(thin) - 1)
     gone = choose(model.config, found, scores, [goal], {"macs": 0}, round_to=1)
     assert gone.keys() == {cheap, block}
@@ -209,8 +217,11 @@ def test_planted_redundancy_is_found_in_every_kind():
     assert cost.macs(larger.config) > 1.5 * cost.macs(config)
     with torch.no_grad():
         assert (larger(image(24, 16)) - model(image(24, 16))).abs().max() < 1e-5
-    gone = {name: MEFCConfig(mefc.gate_hidden, tuple((*step, *["none"] * 3) for step in mefc.steps))
-            for name in ("mefc_early", "mefc_late") if (mefc := getattr(config, name))}  # fmt: skip
+    gone = {
+        name: MEFCConfig(mefc.gate_hidden, tuple((*step, *["none"] * 3) for step in mefc.steps))
+        for name in ("mefc_early", "mefc_late")
+        if (mefc := getattr(config, name))
+    }
     expected = dataclasses.replace(config, **gone)  # gates stay in the softmax
     goal = Target("macs", cost.macs, cost.macs(expected))
     pruned = prune_network(larger, patches(), [goal], round_to=2, rounds=2)
@@ -265,8 +276,10 @@ def test_command_writes_a_checkpoint_that_loads_in_another_process(tmp_path, dat
     assert loaded.provenance["trained_on"] == ["rain"]
     assert [step["command"] for step in loaded.provenance["steps"]] == ["train", "compress.prune"]
     assert loaded.provenance["steps"][-1]["options"]["macs"] == 0.5
-    program = f"import torch; from drsformer import checkpoint; m = checkpoint.load({str(output)!r}).model; " \
-              "print(float(m(torch.full((1, 3, 16, 16), 0.5)).sum().detach()))"  # fmt: skip
+    program = (
+        f"import torch; from drsformer import checkpoint; m = checkpoint.load({str(output)!r}).model; "
+        "print(float(m(torch.full((1, 3, 16, 16), 0.5)).sum().detach()))"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     with torch.no_grad():
         assert float(done.stdout) == pytest.approx(float(loaded.model(torch.full((1, 3, 16, 16), 0.5)).sum()), rel=1e-5)
@@ -274,9 +287,13 @@ def test_command_writes_a_checkpoint_that_loads_in_another_process(tmp_path, dat
 
 def by_macs(networks, size):
     """Stands for the clock: a millisecond for a million MACs of attention, two for one of anything else."""
-    return [cost.Latency(ms, ms, ms, 1) for ms in (
-        sum(item.macs * (1 if item.part == "attention" else 2) for item in cost.items(network.config, *size)) / 1e6
-        for network in networks)]  # fmt: skip
+    return [
+        cost.Latency(ms, ms, ms, 1)
+        for ms in (
+            sum(item.macs * (1 if item.part == "attention" else 2) for item in cost.items(network.config, *size)) / 1e6
+            for network in networks
+        )
+    ]
 
 
 def test_latency_is_estimated_from_parts(monkeypatch):
@@ -321,8 +338,17 @@ def test_missed_latency_is_a_failed_gate_though_the_network_is_written(tmp_path,
     clock(monkeypatch, more=20000)
     monkeypatch.setattr(pruning, "ATTEMPTS", 1)
     checkpoint.save(tmp_path / "w.safetensors", network(), {})
-    words = ["--weights", tmp_path / "w.safetensors", "--data", data, "--output", tmp_path / "p.safetensors",
-             "--latency", "0.8", *(f"--{name.replace('_', '-')}={value}" for name, value in FAST.items())]  # fmt: skip
+    words = [
+        "--weights",
+        tmp_path / "w.safetensors",
+        "--data",
+        data,
+        "--output",
+        tmp_path / "p.safetensors",
+        "--latency",
+        "0.8",
+        *(f"--{name.replace('_', '-')}={value}" for name, value in FAST.items()),
+    ]
     monkeypatch.setattr(sys, "argv", ["prune", *map(str, words)])
     with pytest.raises(SystemExit) as error:
         main(prune, None, status=lambda pruned: 1 if pruned.missed else 0)

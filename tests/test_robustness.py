@@ -198,8 +198,10 @@ def test_weights_that_are_no_numbers(tmp_path, scale):
     ("operator", "attributes"), [("GlobalAveragePool", {}), ("MaxPool", dict(kernel_shape=[2, 2], strides=[2, 2]))]
 )
 def test_networks_that_answer_with_another_size(tmp_path, operator, attributes):
-    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, 3, *size))]
-                       for name, size in (("input", "HW"), ("output", "hw")))  # fmt: skip
+    inputs, outputs = (
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, 3, *size))]
+        for name, size in (("input", "HW"), ("output", "hw"))
+    )
     graph = helper.make_graph([helper.make_node(operator, ["input"], ["output"], **attributes)], "t", inputs, outputs)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), tmp_path / "m.onnx")
     assert "expected an output of shape (1, 3, 8, 8), found" in refusal(Derainer(tmp_path / "m.onnx"), noise(8, 8))
@@ -240,9 +242,11 @@ def test_full_disk_is_one_line_and_the_old_file_stays(network, photo, tmp_path):
     output.write_bytes(b"old")
     run = subprocess.run(
         [sys.executable, "-m", "runtime.derain", photo, output, "--model", network, "--provider", "cpu"],
-        cwd=ROOT, capture_output=True, text=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
-    )  # fmt: skip
+    )
     assert (run.returncode, run.stderr) == (2, f"error: {output}: File too large\n")
     assert list(output.parent.iterdir()) == [output]
     assert output.read_bytes() == b"old"
@@ -268,8 +272,10 @@ def test_read_only_folder_is_one_line(read_only, monkeypatch, capsys):
 
     for output in (read_only / "a.png", read_only / "new" / "a.png"):
         status, told = command(monkeypatch, capsys, save, "--output", output)
-        assert (status, told) == (2, f"error: {output if output.parent == read_only else output.parent}: "
-                                     "Permission denied\n")  # fmt: skip
+        assert (status, told) == (
+            2,
+            f"error: {output if output.parent == read_only else output.parent}: Permission denied\n",
+        )
     assert not list(read_only.iterdir())
 
 
@@ -393,8 +399,9 @@ def test_spawned_processes_open_their_own(tmp_path):
     assert pickle.loads(pickle.dumps(opened)) == opened
     (tmp_path / "program.py").write_text(SPAWNED)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, tmp_path / "program.py", bundle], capture_output=True, text=True,
-                         env=environment, timeout=120)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, tmp_path / "program.py", bundle], capture_output=True, text=True, env=environment, timeout=120
+    )
     assert run.returncode == 0, run.stderr
 
 

@@ -37,9 +37,12 @@ CPU = Hardware(accelerator="cpu", devices="1")
 
 def by_macs(networks, size):
     """Stands for the clock, whose milliseconds are million MACs of anything but attention."""
-    counts = [network if isinstance(network, float) else sum(
-        item.macs for item in cost.items(network.config, *size) if item.part != "attention") / 1e6
-        for network in networks]  # fmt: skip
+    counts = [
+        network
+        if isinstance(network, float)
+        else sum(item.macs for item in cost.items(network.config, *size) if item.part != "attention") / 1e6
+        for network in networks
+    ]
     return [cost.Latency(ms, ms, ms, 1) for ms in counts]
 
 
@@ -73,12 +76,18 @@ def without_ends(monkeypatch):
 def by_size(monkeypatch, without_ends):
     """Stands for the eye: a network loses 10 dB times the part of its MACs that is gone. Nothing is trained."""
     whole = cost.macs(CONFIG)
-    monkeypatch.setattr(searching, "evaluate_model", lambda network, pairs, protocol: types.SimpleNamespace(
-        psnr=20 + 10 * cost.macs(network.config) / whole))  # fmt: skip
+    monkeypatch.setattr(
+        searching,
+        "evaluate_model",
+        lambda network, pairs, protocol: types.SimpleNamespace(psnr=20 + 10 * cost.macs(network.config) / whole),
+    )
     monkeypatch.setattr(searching.Candidates, "_plot", lambda candidates: Figure())  # an empty one is quicker
     monkeypatch.setattr(searching, "prune", functools.partial(prune, importance="magnitude", rounds=1))
-    monkeypatch.setattr(searching, "distill", lambda folder, teacher, student, *args, **options: shutil.copyfile(
-        student, folder / "last.safetensors"))  # fmt: skip
+    monkeypatch.setattr(
+        searching,
+        "distill",
+        lambda folder, teacher, student, *args, **options: shutil.copyfile(student, folder / "last.safetensors"),
+    )
 
 
 def fill_folder(folder: Path) -> None:
@@ -171,8 +180,10 @@ def test_killed_search_goes_on_to_the_same_network(searched, folder, without_end
     assert not (folder / "bundle").exists()
     go(folder)
     assert len(calls) == {"distill": 3, "evaluate_model": 6}[name]
-    networks = [checkpoint.load(each / "bundle.work" / "step2" / "last.safetensors").model.state_dict()
-                for each in (searched, folder)]  # fmt: skip
+    networks = [
+        checkpoint.load(each / "bundle.work" / "step2" / "last.safetensors").model.state_dict()
+        for each in (searched, folder)
+    ]
     assert all(torch.equal(tensor, networks[1][key]) for key, tensor in networks[0].items())
 
 
@@ -194,8 +205,9 @@ def test_bundle_that_fails_its_proof_is_not_left(searched, tmp_path, monkeypatch
     folder = tmp_path / searched.name
     shutil.copytree(searched, folder)
     shutil.rmtree(folder / "bundle")
-    monkeypatch.setattr(searching, "compare", lambda *args, **options: types.SimpleNamespace(
-        passed=False, totals={"drop_db": 9.5}))  # fmt: skip
+    monkeypatch.setattr(
+        searching, "compare", lambda *args, **options: types.SimpleNamespace(passed=False, totals={"drop_db": 9.5})
+    )
     with pytest.raises(GateError, match=r"expected at most 9 dB lost on .*data, found 9\.5000 dB in its bundle"):
         go(folder)
     assert not (folder / "bundle").exists()
@@ -209,8 +221,9 @@ def test_int8_is_taken_where_it_is_faster_and_within_the_budget(folder, by_size,
         output.touch()
 
     monkeypatch.setitem(sys.modules, "compress.quantize", types.SimpleNamespace(quantize=quantize))
-    monkeypatch.setattr(searching, "compare", lambda *args, **options: types.SimpleNamespace(
-        totals={"candidate_psnr": 28 - drop}))  # fmt: skip
+    monkeypatch.setattr(
+        searching, "compare", lambda *args, **options: types.SimpleNamespace(totals={"candidate_psnr": 28 - drop})
+    )
     monkeypatch.setattr(searching, "OrtSession", lambda path, provider: speed if "int8" in path.name else 1.0)
     found = go(folder, quantize=True, macs=0.8, max_drop_db=3.0)
     assert found.best.kind == ("int8" if taken else "distilled")
@@ -230,8 +243,10 @@ def test_without_a_target_the_budget_is_used_up(folder, by_size, monkeypatch):
 @pytest.mark.parametrize("macs", [None, 0.7])
 def test_budget_that_cannot_be_met_is_told(folder, by_size, macs):
     wanted = "0.700 of the MACs" if macs else "a smaller network"
-    expected = (rf"--max-drop-db 1: expected {wanted} within it, found whole, 1\.000 of the MACs.*: "
-                r"the next step, distilled, 0\.\d+ of .*, (1\.9|2\.0)\d+ dB lost, is outside it")  # fmt: skip
+    expected = (
+        rf"--max-drop-db 1: expected {wanted} within it, found whole, 1\.000 of the MACs.*: "
+        r"the next step, distilled, 0\.\d+ of .*, (1\.9|2\.0)\d+ dB lost, is outside it"
+    )
     with pytest.raises(GateError, match=expected) as error:
         go(folder, max_drop_db=1.0, macs=macs)
     assert "\n" not in str(error.value)
@@ -258,14 +273,24 @@ def test_everything_is_measured_by_the_protocol(folder, without_ends, monkeypatc
 
     def spy(name, protocol_of):
         does = getattr(searching, name)
-        monkeypatch.setattr(searching, name, lambda *args, **options: (
-            seen.setdefault(name, set()).add(protocol_of(args, options)), does(*args, **options))[1])  # fmt: skip
+        monkeypatch.setattr(
+            searching,
+            name,
+            lambda *args, **options: (
+                seen.setdefault(name, set()).add(protocol_of(args, options)),
+                does(*args, **options),
+            )[1],
+        )
 
-    monkeypatch.setattr(searching, "compare", lambda *args, **options: types.SimpleNamespace(
-        totals={"candidate_psnr": 20.0}))  # fmt: skip
+    monkeypatch.setattr(
+        searching, "compare", lambda *args, **options: types.SimpleNamespace(totals={"candidate_psnr": 20.0})
+    )
     monkeypatch.setattr(searching, "OrtSession", lambda path, provider: 1.0)
-    monkeypatch.setitem(sys.modules, "compress.quantize", types.SimpleNamespace(
-        quantize=lambda *args, **options: seen.update(quantize={options["protocol"]})))  # fmt: skip
+    monkeypatch.setitem(
+        sys.modules,
+        "compress.quantize",
+        types.SimpleNamespace(quantize=lambda *args, **options: seen.update(quantize={options["protocol"]})),
+    )
     spy("evaluate_model", lambda args, options: args[2])
     spy("distill", lambda args, options: options["material"].protocol)
     for name in ("measure_sensitivity", "prune", "compare"):
@@ -286,8 +311,9 @@ def test_latency_is_reached_by_leaving_alone_what_takes_no_time(folder, by_size,
     """The clock here does not see attention."""
     scopes = []
     does = searching.prune
-    monkeypatch.setattr(searching, "prune", lambda *args, **options: (scopes.append(options["scope"]),
-                                                                      does(*args, **options)))  # fmt: skip
+    monkeypatch.setattr(
+        searching, "prune", lambda *args, **options: (scopes.append(options["scope"]), does(*args, **options))
+    )
     found = go(folder, macs=None, latency=0.75)
     assert found.best.latency == pytest.approx(0.75, rel=0.02)
     assert scopes == [("ffn", "experts", "width", "depth")] * 2

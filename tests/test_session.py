@@ -47,8 +47,10 @@ def mirrored(index, length, padding):
 def reference(network, image):
     """The contract, pixel by pixel."""
     H, W, _ = image.shape
-    bottom, right = (max(-length % network.multiple, least - length)
-                     for length, least in zip((H, W), network.limits[0][0], strict=True))  # fmt: skip
+    bottom, right = (
+        max(-length % network.multiple, least - length)
+        for length, least in zip((H, W), network.limits[0][0], strict=True)
+    )
     batch = np.empty((1, 3, H + bottom, W + right), np.float32)
     for _, c, y, x in np.ndindex(batch.shape):
         batch[0, c, y, x] = np.float32(image[mirrored(y, H, bottom), mirrored(x, W, right), c]) / np.float32(255)

@@ -45,8 +45,10 @@ def test_removes_rain_and_leaves_dry_photographs_alone(derain, name):
 
 @pytest.mark.parametrize(("folder", "gain"), [("rain100l/val", 7), ("rain200h/val", 10)])
 def test_gain_on_real_pairs(real_data, derain, folder, gain):
-    scores = [(psnr(derain(rainy), clean), psnr(rainy, clean))
-              for rainy, clean in (pair.load() for pair in find_pairs(real_data / folder)[:3])]  # fmt: skip
+    scores = [
+        (psnr(derain(rainy), clean), psnr(rainy, clean))
+        for rainy, clean in (pair.load() for pair in find_pairs(real_data / folder)[:3])
+    ]
     after, before = np.mean(scores, axis=0)
     assert after > before + gain
 

@@ -100,8 +100,11 @@ def test_all_at_once():
 
 def test_every_block_and_expert_can_go():
     model = network()
-    gone = {s.name: [list(range(s.units))] for s in structures(model.config, ["depth", "experts"])
-            if not s.name.endswith("gate")}  # fmt: skip
+    gone = {
+        s.name: [list(range(s.units))]
+        for s in structures(model.config, ["depth", "experts"])
+        if not s.name.endswith("gate")
+    }
     assert difference(zeroed(model, gone), without(model, gone)) < 1e-5
 
 
@@ -129,12 +132,19 @@ def test_any_pairs_of_msfn_channels_can_go(hidden):
         for first, second in itertools.product(itertools.combinations(range(units), count), repeat=2):
             model = fill(DRSformer(DRSformerConfig.regular(4, (1, 0, 0, 0), (1, 1, 1, 1), hidden / 4)))
             full = model.get_submodule(name)
-            rows = [half * hidden + 2 * unit + i for half, some in enumerate((first, second)) for unit in some
-                    for i in (0, 1)]  # fmt: skip
+            rows = [
+                half * hidden + 2 * unit + i
+                for half, some in enumerate((first, second))
+                for unit in some
+                for i in (0, 1)
+            ]
             full.project_in.weight[rows] = 0
             if hidden % 2:  # the output to the right: of s[2 unit + 1] and s[2 unit + 2]
-                right = [half * hidden + (hidden + 1) // 2 + unit
-                         for half, some in enumerate((first, second)) for unit in some]  # fmt: skip
+                right = [
+                    half * hidden + (hidden + 1) // 2 + unit
+                    for half, some in enumerate((first, second))
+                    for unit in some
+                ]
                 full.project_out.weight[:, right] = 0
             small = without(model, {name: [first, second]}).get_submodule(name)
             x = torch.randn(1, 4, 6, 5)
@@ -292,8 +302,11 @@ def test_scale_of_norms_follows_the_variance_of_the_channels_that_stay():
 def test_every_tensor_of_a_network_has_its_axes():
     """Taking one unit out of everything makes every tensor smaller but those that have nothing to lose."""
     model = network()
-    gone = {s.name: [[0]] * len(s.axes) for s in structures(model.config) if s.kind in ("ffn", "width", "heads")
-            and not s.name.endswith("attn")}  # fmt: skip
+    gone = {
+        s.name: [[0]] * len(s.axes)
+        for s in structures(model.config)
+        if s.kind in ("ffn", "width", "heads") and not s.name.endswith("attn")
+    }
     before, after = model.state_dict(), without(model, gone).state_dict()
     same = {name for name in before if before[name].shape == after[name].shape}
     assert all(".mix." in name or "temperature" in name or "gate.2" in name or "gate.0.bias" in name for name in same)

@@ -222,7 +222,7 @@ def test_profiles(given, expected, built):
         ({"min": ("128x64",), "max": ("64x128",)}, "expected --min <= --opt <= --max in height and in width, found"),
         ({"opt": ("8x8",) * 2, "max": ("8x8",) * 3}, "--opt: expected one size, or 3 as for the other options, found"),
     ],
-)  # fmt: skip
+)
 def test_profiles_that_cannot_be(given, line, model, tmp_path):
     assert line in refusal(model, tmp_path / "bundle", **given)
     assert not (tmp_path / "bundle").exists()
@@ -449,18 +449,32 @@ api = importlib.import_module(sys.argv[1])
 print(json.dumps({"": dir(api), **{name: dir(getattr(api, name)) for name in dir(api) if name[0].isupper()}}))
 """
 
-STUB = "".join(f"void *{name}(void) {{ return 0; }}\n" for name in (
-    "createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL", "getPluginRegistry",
-    "createNvOnnxParserRefitter_INTERNAL", "createNvOnnxParser_INTERNAL", "getBuilderPluginRegistry",
-    "getNvOnnxParserVersion", "initLibNvInferPlugins",
-))  # fmt: skip
+STUB = "".join(
+    f"void *{name}(void) {{ return 0; }}\n"
+    for name in (
+        "createInferBuilder_INTERNAL",
+        "createInferRefitter_INTERNAL",
+        "createInferRuntime_INTERNAL",
+        "getPluginRegistry",
+        "createNvOnnxParserRefitter_INTERNAL",
+        "createNvOnnxParser_INTERNAL",
+        "getBuilderPluginRegistry",
+        "getNvOnnxParserVersion",
+        "initLibNvInferPlugins",
+    )
+)
 """All that the Python bindings of TensorRT import from its library."""
 
 
 def api_of(module: str, libraries: Path | str = "") -> dict[str, list[str]]:
     """The names in a module and in its classes, in a process of its own."""
-    run = subprocess.run([sys.executable, "-c", LIST, module], env={**os.environ, "LD_LIBRARY_PATH": str(libraries)},
-                         capture_output=True, text=True, check=True)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", LIST, module],
+        env={**os.environ, "LD_LIBRARY_PATH": str(libraries)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return json.loads(run.stdout)
 
 

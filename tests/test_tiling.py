@@ -169,9 +169,15 @@ def test_of_several_limits_the_one_that_takes_fewest_tiles():
 
 @pytest.mark.parametrize(
     ("size", "tile", "padded"),
-    [((8, 8), None, (64, 64)), ((48, 200), None, (64, 200)), ((48, 3000), None, (64, 3000)),
-     ((48, 200), (64, 64), (64, 200)), ((8, 8), (600, 600), (64, 64)), ((48, 200), (32, 32), (48, 200))],
-)  # fmt: skip
+    [
+        ((8, 8), None, (64, 64)),
+        ((48, 200), None, (64, 200)),
+        ((48, 3000), None, (64, 3000)),
+        ((48, 200), (64, 64), (64, 200)),
+        ((8, 8), (600, 600), (64, 64)),
+        ((48, 200), (32, 32), (48, 200)),
+    ],
+)
 def test_what_is_too_small_is_padded_as_far_as_it_has_to_be(size, tile, padded):
     limits = [((520, 520), (1080, 1920)), ((64, 64), (512, 512))]
     plan = tiling.plan(size, 8, limits, tile=tile)

@@ -103,8 +103,15 @@ def test_images_smaller_than_a_patch_are_mirrored(data):
 def run(data: Path, output: Path, **changes) -> dict[str, float]:
     recipe = Recipe(**{"iterations": 4, **QUICK, **changes})
     every = recipe.iterations // 2
-    return train(output, [data], "drsformer-tiny", material=Material([data]), recipe=recipe, hardware=CPU,
-                 cadence=Cadence(every, every // 2, 0))  # fmt: skip
+    return train(
+        output,
+        [data],
+        "drsformer-tiny",
+        material=Material([data]),
+        recipe=recipe,
+        hardware=CPU,
+        cadence=Cadence(every, every // 2, 0),
+    )
 
 
 def test_training_learns_and_leaves_a_checkpoint_that_says_what_it_is(data, tmp_path):
@@ -126,8 +133,21 @@ def test_training_learns_and_leaves_a_checkpoint_that_says_what_it_is(data, tmp_
 def command(data: Path, output: Path, *more: str) -> list[str]:
     options = {"patch": 16, "batch": 2, "ema": 0.5, "constant": 0, "iterations": 40, "save-minutes": 0, "log-every": 1}
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "drsformer.train", "--network", "drsformer-tiny", "--data", str(data),
-            "--output", str(output), "--accelerator", "cpu", *flags, *more]  # fmt: skip
+    return [
+        sys.executable,
+        "-m",
+        "drsformer.train",
+        "--network",
+        "drsformer-tiny",
+        "--data",
+        str(data),
+        "--output",
+        str(output),
+        "--accelerator",
+        "cpu",
+        *flags,
+        *more,
+    ]
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -148,8 +168,14 @@ def test_killed_run_continues_exactly(data, tmp_path):
     assert 0 < interrupted < 40
     recipe = Recipe(iterations=40, **QUICK)
     for name in ("killed", "whole"):
-        train(tmp_path / name, [data], "drsformer-tiny", recipe=recipe, hardware=CPU,
-              cadence=Cadence(log_every=1, save_minutes=1e9))  # fmt: skip
+        train(
+            tmp_path / name,
+            [data],
+            "drsformer-tiny",
+            recipe=recipe,
+            hardware=CPU,
+            cadence=Cadence(log_every=1, save_minutes=1e9),
+        )
     killed, whole = (
         checkpoint.load(tmp_path / name / "last.safetensors").model.state_dict() for name in ("killed", "whole")
     )
@@ -213,8 +239,14 @@ def test_batch_that_cannot_be_shared_out_is_refused(data, tmp_path):
 def test_workers_cut_the_same_patches(data, tmp_path):
     for workers in (0, 2):
         hardware = Hardware(accelerator="cpu", devices="1", workers=workers)
-        train(tmp_path / str(workers), [data], "drsformer-tiny", material=Material(rendered=0.5),
-              recipe=Recipe(iterations=2, **QUICK), hardware=hardware)  # fmt: skip
+        train(
+            tmp_path / str(workers),
+            [data],
+            "drsformer-tiny",
+            material=Material(rendered=0.5),
+            recipe=Recipe(iterations=2, **QUICK),
+            hardware=hardware,
+        )
     assert (tmp_path / "0/last.safetensors").read_bytes() == (tmp_path / "2/last.safetensors").read_bytes()
     pickle.dumps(Patches([find_pairs(data)], Recipe()))  # for systems that do not fork
 
@@ -245,8 +277,15 @@ def test_best_network_is_the_averaged_one_with_the_highest_score(data, tmp_path,
 
     def go():
         recipe = Recipe(iterations=4, **{**QUICK, "ema": 0.9})
-        return train(tmp_path / "run", [data], "drsformer-tiny", material=Material([data], 3), recipe=recipe,
-                     hardware=CPU, cadence=Cadence(1, 1, 0))  # fmt: skip
+        return train(
+            tmp_path / "run",
+            [data],
+            "drsformer-tiny",
+            material=Material([data], 3),
+            recipe=recipe,
+            hardware=CPU,
+            cadence=Cadence(1, 1, 0),
+        )
 
     monkeypatch.setattr(training, "evaluate_model", evaluate)
     with pytest.raises(KeyboardInterrupt):
@@ -275,8 +314,14 @@ def test_validation_follows_the_protocol_and_a_run_is_continued_with_the_same(da
     recipe, pairs = Recipe(iterations=1, **QUICK), find_pairs(data)
 
     def go(**changes):
-        return train(tmp_path / "run", [data], "drsformer-tiny", material=Material([data], **changes), recipe=recipe,
-                     hardware=CPU)  # fmt: skip
+        return train(
+            tmp_path / "run",
+            [data],
+            "drsformer-tiny",
+            material=Material([data], **changes),
+            recipe=recipe,
+            hardware=CPU,
+        )
 
     scores = go(protocol="did")
     made = checkpoint.load(tmp_path / "run" / "last.safetensors")
@@ -308,8 +353,14 @@ def test_network_that_a_run_starts_from_is_not_overwritten(data, tmp_path):
     checkpoint.save(init, DRSformer(preset("drsformer-tiny")), {})
     content = init.read_bytes()
     with pytest.raises(InputError, match=r"--output: expected another file than --init, found .*best\.safetensors"):
-        train(tmp_path / "mine", [data], init=init, material=Material([data]), recipe=Recipe(iterations=1, **QUICK),
-              hardware=CPU)  # fmt: skip
+        train(
+            tmp_path / "mine",
+            [data],
+            init=init,
+            material=Material([data]),
+            recipe=Recipe(iterations=1, **QUICK),
+            hardware=CPU,
+        )
     assert [path.name for path in (tmp_path / "mine").iterdir()] == [init.name]
     assert init.read_bytes() == content
 
@@ -388,8 +439,13 @@ def test_mistakes_are_told_in_one_line(data, tmp_path, options, message):
 
 def test_cuda_graph_needs_cuda(data, tmp_path):
     with pytest.raises(InputError, match=r"--cuda-graph: expected one CUDA device, found 1 x cpu"):
-        train(tmp_path / "run", [data], "drsformer-tiny", recipe=Recipe(iterations=1, batch=1, patch=16),
-              hardware=Hardware(accelerator="cpu", devices="1", cuda_graph=True))  # fmt: skip
+        train(
+            tmp_path / "run",
+            [data],
+            "drsformer-tiny",
+            recipe=Recipe(iterations=1, batch=1, patch=16),
+            hardware=Hardware(accelerator="cpu", devices="1", cuda_graph=True),
+        )
 
 
 def test_several_machines_need_a_launcher(monkeypatch, tmp_path):
@@ -440,9 +496,16 @@ def test_run_that_stops_by_the_clock_goes_on_as_if_it_had_not(data, tmp_path):
     recipe = Recipe(iterations=6, **QUICK)
     train(tmp_path / "whole", [data], "drsformer-tiny", recipe=recipe, hardware=CPU)
     stopped = [
-        train(tmp_path / "parts", [data], "drsformer-tiny", recipe=recipe, hardware=CPU,
-              cadence=Cadence(log_every=2, minutes=minutes)) for minutes in (0, 0, 60)
-    ]  # fmt: skip
+        train(
+            tmp_path / "parts",
+            [data],
+            "drsformer-tiny",
+            recipe=recipe,
+            hardware=CPU,
+            cadence=Cadence(log_every=2, minutes=minutes),
+        )
+        for minutes in (0, 0, 60)
+    ]
     assert stopped == [
         {"iteration": 1, "finished": False},
         {"iteration": 2, "finished": False},
@@ -477,8 +540,17 @@ def test_loss_learns_and_resumes_beside_the_network_which_runs_in_its_form(data,
                 return twins[0]
 
             output = tmp_path / name
-            fit(CPU.fabric(output), model, Patches([find_pairs(data)], recipe), recipe, Run(output, {}, {}), loss=loss,
-                form=form, hardware=CPU, cadence=Cadence(minutes=minutes))  # fmt: skip
+            fit(
+                CPU.fabric(output),
+                model,
+                Patches([find_pairs(data)], recipe),
+                recipe,
+                Run(output, {}, {}),
+                loss=loss,
+                form=form,
+                hardware=CPU,
+                cadence=Cadence(minutes=minutes),
+            )
             assert set(loss.asked) == set(twins)
         states.append(torch.load(output / "state.pt", weights_only=True))
     whole, parts = states
@@ -501,8 +573,15 @@ def test_equal_blocks_are_compiled_once_and_validation_never(data, tmp_path, mon
     config = DRSformerConfig.regular(width=8, depths=(0, 0, 0, 3), heads=(1, 1, 1, 2), expansion=1.0, mefc="none")
     recipe, output = Recipe(iterations=2, **{**QUICK, "ema": 0.0}), tmp_path / "run"
     hardware = Hardware(accelerator="cpu", devices="1", compile=True)
-    fit(CPU.fabric(output), DRSformer(config), Patches([find_pairs(data)], recipe), recipe, Run(output, {}, {}),
-        validate=[("data", find_pairs(data)[:1])], hardware=hardware)  # fmt: skip
+    fit(
+        CPU.fabric(output),
+        DRSformer(config),
+        Patches([find_pairs(data)], recipe),
+        recipe,
+        Run(output, {}, {}),
+        validate=[("data", find_pairs(data)[:1])],
+        hardware=hardware,
+    )
     assert len(graphs) == 1
     torch._dynamo.reset()
 

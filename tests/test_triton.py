@@ -40,10 +40,14 @@ def with_plans(folder: Path, profiles: dict[str, int], **flags: bool) -> Path:
         path = folder / f"model.tensorrt.sm{capability.replace('.', '')}.engine"
         path.write_bytes(capability.encode())
         engine = Engine(
-            path.name, "tensorrt", "10.14.1", (capability,),
+            path.name,
+            "tensorrt",
+            "10.14.1",
+            (capability,),
             tuple(Profile((64, 64), (256 + 8 * i, 256), (1088, 1920)) for i in range(count)),
-            flags, opened.files[0].sha256,
-        )  # fmt: skip
+            flags,
+            opened.files[0].sha256,
+        )
         opened = opened.with_file(File.of(path, "engine"), engine)
     opened.save(folder)
     return folder
@@ -116,10 +120,13 @@ def test_onnxruntime(bundle, tmp_path):
     assert warm_ups(found) == [[1, 3, 64, 64]]
 
 
-@pytest.mark.parametrize(("backend", "dims", "warm_up"), [
-    ("onnxruntime", [1, -1, -1, 3], [1, 64, 64, 3]),
-    ("python", [-1, -1, 3], [64, 64, 3]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("backend", "dims", "warm_up"),
+    [
+        ("onnxruntime", [1, -1, -1, 3], [1, 64, 64, 3]),
+        ("python", [-1, -1, 3], [64, 64, 3]),
+    ],
+)
 def test_graph_of_images(tmp_path, backend, dims, warm_up):
     folder = only_model(tmp_path / "bundle", kind=onnx.TensorProto.UINT8)
     found = config(export(folder, tmp_path, backend=backend).folder)
@@ -127,10 +134,13 @@ def test_graph_of_images(tmp_path, backend, dims, warm_up):
     assert warm_ups(found) == [warm_up]
 
 
-@pytest.mark.parametrize(("backend", "dims", "warm_up"), [
-    ("onnxruntime", [1, 3, 16, 24], [1, 3, 16, 24]),
-    ("python", [-1, -1, 3], [16, 24, 3]),  # any image that the client's padding makes as large
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("backend", "dims", "warm_up"),
+    [
+        ("onnxruntime", [1, 3, 16, 24], [1, 3, 16, 24]),
+        ("python", [-1, -1, 3], [16, 24, 3]),  # any image that the client's padding makes as large
+    ],
+)
 def test_graph_of_one_size(tmp_path, backend, dims, warm_up):
     found = config(export(only_model(tmp_path / "b", shape=(1, 3, 16, 24)), tmp_path, backend=backend).folder)
     assert list(found.input[0].dims) == list(found.output[0].dims) == dims
@@ -224,13 +234,21 @@ def test_model_that_is_there_stays(bundle, tmp_path):
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["another", "drsformer"]
 
 
-@pytest.mark.parametrize(("options", "told"), [
-    (dict(name="../a"), "--name"), (dict(name=""), "--name"), (dict(name='a"'), "--name"), (dict(name=".a"), "--name"),
-    (dict(instances=0), "--instances"), (dict(threads=-1), "--threads"), (dict(queue=-1), "--queue"),
-    (dict(tile="8x8", backend="onnxruntime"), "--tile"),
-    (dict(provider="cpu", backend="onnxruntime"), "--provider"),
-    (dict(threads=1, backend="tensorrt_plan"), "--threads"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (dict(name="../a"), "--name"),
+        (dict(name=""), "--name"),
+        (dict(name='a"'), "--name"),
+        (dict(name=".a"), "--name"),
+        (dict(instances=0), "--instances"),
+        (dict(threads=-1), "--threads"),
+        (dict(queue=-1), "--queue"),
+        (dict(tile="8x8", backend="onnxruntime"), "--tile"),
+        (dict(provider="cpu", backend="onnxruntime"), "--provider"),
+        (dict(threads=1, backend="tensorrt_plan"), "--threads"),
+    ],
+)
 def test_options_that_do_not_fit(tmp_path, options, told):
     assert told in refusal(tmp_path / "none", tmp_path / "r", **options)
 
@@ -286,10 +304,14 @@ def started(folder: Path, monkeypatch):
     monkeypatch.delitem(sys.modules, "runtime.triton", raising=False)
     model = runpy.run_path(str(folder / "1" / "model.py"))["TritonPythonModel"]()
     parameters = {key: {"string_value": value.string_value} for key, value in config(folder).parameters.items()}
-    model.initialize({
-        "model_config": json.dumps({"parameters": parameters}), "model_repository": str(folder),
-        "model_version": "1", "model_instance_name": "drsformer_0_0",
-    })  # fmt: skip
+    model.initialize(
+        {
+            "model_config": json.dumps({"parameters": parameters}),
+            "model_repository": str(folder),
+            "model_version": "1",
+            "model_instance_name": "drsformer_0_0",
+        }
+    )
     return model
 
 

@@ -290,8 +290,18 @@ def make_bundle(folder: Path, *engines: dict, io: str = "tensor", plan: bytes = 
     (folder / "model.onnx").write_bytes(b"weights")
     model = File.of(folder / "model.onnx", "onnx")
     shape, dtype = ((1, 3, -1, -1), "float32") if io == "tensor" else ((1, -1, -1, 3), "uint8")
-    described = Model("model.onnx", io, Tensor("input", dtype, shape), Tensor("output", dtype, shape),
-                      8 if io == "tensor" else 1, None, None, None, None, None)  # fmt: skip
+    described = Model(
+        "model.onnx",
+        io,
+        Tensor("input", dtype, shape),
+        Tensor("output", dtype, shape),
+        8 if io == "tensor" else 1,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
     made = Manifest(manifest.SCHEMA, "test", described, (model,))
     for i, options in enumerate(engines):
         path = folder / f"{i}.engine"

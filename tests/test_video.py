@@ -48,9 +48,21 @@ def quadrants(height=HEIGHT, width=WIDTH):
 
 
 def write(
-    path, images=(), times=None, base=Fraction(1, 25), rate=25, codec="libx264", pixels="yuv420p",
-    colours=None, rotation=None, mirrored=False, aspect=None, sound=False, options=None, title=None,
-):  # fmt: skip
+    path,
+    images=(),
+    times=None,
+    base=Fraction(1, 25),
+    rate=25,
+    codec="libx264",
+    pixels="yuv420p",
+    colours=None,
+    rotation=None,
+    mirrored=False,
+    aspect=None,
+    sound=False,
+    options=None,
+    title=None,
+):
     """Images, or frames ready to encode, into a file; sound is 100 ms of a sine for each frame."""
     with av.open(str(path), "w") as output:
         stream = output.add_stream(codec, rate=rate, options=options or {})
@@ -191,9 +203,12 @@ def test_colours_are_converted_by_their_own_matrix_and_range(tmp_path, matrix, f
 def test_without_a_matrix_it_is_the_one_that_players_take(tmp_path, width, matrix):
     rgb = np.full((HEIGHT, width, 3), (200, 60, 90), np.uint8)
     frame = VideoReformatter().reformat(
-        av.VideoFrame.from_ndarray(rgb, "rgb24"), format="yuv420p", dst_colorspace=matrix, src_color_range=FULL,
+        av.VideoFrame.from_ndarray(rgb, "rgb24"),
+        format="yuv420p",
+        dst_colorspace=matrix,
+        src_color_range=FULL,
         dst_color_range=LIMITED,
-    )  # fmt: skip
+    )
     seen = []
     source = write(tmp_path / "a.mp4", [frame], options={"qp": "0"})
     assert frames(source)[0].colorspace == 2  # unspecified
@@ -217,8 +232,10 @@ def test_rotation_is_kept_and_the_network_sees_frames_upright(tmp_path, rotation
         return image
 
     restore(mark, source, tmp_path / f"b.{suffix}")
-    matrices = [bytes(frames(path)[0].side_data["DISPLAYMATRIX"]) if rotation or mirrored else b""
-                for path in (source, tmp_path / f"b.{suffix}")]  # fmt: skip
+    matrices = [
+        bytes(frames(path)[0].side_data["DISPLAYMATRIX"]) if rotation or mirrored else b""
+        for path in (source, tmp_path / f"b.{suffix}")
+    ]
     assert matrices[0] == matrices[1]
     if mirrored:  # FFmpeg's angle leaves the mirroring out
         upright = {0: quadrants()[:, ::-1], 180: quadrants()[::-1]}.get(rotation)
@@ -321,11 +338,14 @@ def add_subtitles(source, target, codec):
     return target
 
 
-@pytest.mark.parametrize(("name", "codec", "target", "kept"), [
-    ("a.mp4", "mov_text", "b.mp4", True),
-    ("a.mkv", "subrip", "b.mkv", True),
-    ("a.mkv", "subrip", "b.mp4", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "codec", "target", "kept"),
+    [
+        ("a.mp4", "mov_text", "b.mp4", True),
+        ("a.mkv", "subrip", "b.mkv", True),
+        ("a.mkv", "subrip", "b.mp4", False),
+    ],
+)
 def test_subtitles_are_copied_where_the_format_holds_them(tmp_path, capsys, name, codec, target, kept):
     source = add_subtitles(write(tmp_path / f"video-{name}"), tmp_path / name, codec)
     restore(same, source, tmp_path / target)
@@ -535,8 +555,11 @@ def test_ctrl_c_leaves_a_playable_file(tmp_path):
     source = write(tmp_path / "a.mp4", [quadrants()] * 100)
     run = subprocess.Popen(
         [sys.executable, "-c", SLOW, "--source", source, "--target", tmp_path / "b.mp4"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert run.stdout is not None
     for _ in range(5):
         assert run.stdout.readline() == "frame\n"
@@ -545,8 +568,10 @@ def test_ctrl_c_leaves_a_playable_file(tmp_path):
     assert run.returncode == 130, err
     count = len(frames(tmp_path / "b.mp4"))
     assert 3 <= count < 100
-    assert err.splitlines() == [f"{count} of 100 frames restored before the interruption: {tmp_path / 'b.mp4'}",
-                                "interrupted"]  # fmt: skip
+    assert err.splitlines() == [
+        f"{count} of 100 frames restored before the interruption: {tmp_path / 'b.mp4'}",
+        "interrupted",
+    ]
     assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "b.mp4"}
 
 

@@ -95,8 +95,10 @@ def restore(height, width, multiple, tile, overlap):
                         out[top + y][left + x][c] = out[top + y][left + x][c] + weight * network(value, y, x)
     return bytes(
         round(float(min(max(out[y][x][c], float32(0)), float32(1)) * float32(255)))
-        for y in range(height) for x in range(width) for c in range(3)
-    )  # fmt: skip
+        for y in range(height)
+        for x in range(width)
+        for c in range(3)
+    )
 
 
 def golden():
