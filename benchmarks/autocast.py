@@ -53,8 +53,9 @@ from benchmarks.harness import Row, Sheet
 from drsformer.config import SIZE_MULTIPLE
 from drsformer.data import Pair, find_pairs
 from drsformer.metrics import psnr, psnr_rgb
-from runtime.cli import InputError, main
-from runtime.session import to_batch, to_image
+from runtime.cli import main
+from runtime.errors import InputError
+from runtime.pixels import to_batch, to_image
 
 PRECISIONS = {"fp16": onnx.TensorProto.FLOAT16, "fp32": onnx.TensorProto.FLOAT}
 
@@ -170,7 +171,7 @@ def autocast(
         pairs: How many pairs to take from each folder, evenly spread.
     """
     if pairs < 1:
-        raise InputError(f"--pairs: expected at least 1, found {pairs}")
+        raise InputError(f"`pairs`: expected at least 1, found {pairs}")
     for path in (ours, *theirs, reference):
         if not path.is_file():
             raise InputError(f"expected an ONNX file, found no file at {path}")

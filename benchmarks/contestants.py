@@ -27,7 +27,10 @@ from drsformer.config import PRESETS
 from drsformer.model import DRSformer, MixtureOfExpertsCompensator, SparseTransformerBlock
 from export.folding import DTYPES, Precision, fold
 from export.topk import with_pattern
-from runtime.cli import InputError, size_text
+from runtime.bundle import load
+from runtime.errors import InputError
+from runtime.pixels import size_text
+from runtime.session import open_engine
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +47,7 @@ class Subject:
 def from_preset(name: str) -> Subject:
     """A network of `PRESETS` with fixed random weights, in our form and in the released one."""
     if name not in PRESETS:
-        raise InputError(f"--network: expected one of {', '.join(PRESETS)}, found {name}")
+        raise InputError(f"`network`: expected one of {', '.join(PRESETS)}, found {name}")
     settings = dict(PRESETS[name])
     settings["mefc"] = settings["mefc"] == "both"
     original = fill(released.ReleasedDRSformer(**settings)).requires_grad_(False)
@@ -283,7 +286,7 @@ class Trt:
     def start(self, image: Tensor) -> Callable[[], Tensor]:
         from export import onnx as export_onnx
         from export import tensorrt
-        from runtime import manifest, trt
+        from runtime import trt
 
         trt.LIBRARIES[self.flavor].load()
         capability = (trt.gpu(),) if self.flavor == "rtx" else ()
@@ -293,7 +296,7 @@ class Trt:
             checkpoint.save(folder / "w.safetensors", self.subject.network, {})
             export_onnx.export(folder / "w.safetensors", folder / "model.onnx", precision=self.precision)
             tensorrt.build(folder / "model.onnx", folder / "bundle", self.flavor, capability, size, size, size)
-            session = trt.TrtSession(manifest.load(folder / "bundle"))
+            session = open_engine(load(folder / "bundle"))
             batch = image.cpu().numpy()
             session.run(batch)
         return lambda: torch.from_numpy(session.run(batch))

@@ -61,7 +61,8 @@ from drsformer.evaluate import evaluate_model
 from drsformer.train import short
 from export.folding import DTYPES, Precision, fold
 from export.topk import PATTERNS, count_flips, masks, scores_of, with_pattern
-from runtime.cli import console, main, size_text
+from runtime.cli import console, main
+from runtime.pixels import size_text
 
 
 @contextmanager

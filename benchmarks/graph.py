@@ -49,7 +49,9 @@ from export.onnx import to_onnx
 from export.tensorrt import build
 from export.topk import with_pattern
 from runtime.bench import alone, peak_mib
-from runtime.cli import InputError, console, main, progress, writing
+from runtime.cli import console, main, progress
+from runtime.errors import InputError
+from runtime.files import writing
 from runtime.ort import OrtSession
 
 Engine = Literal["PyTorch eager", "ONNX Runtime"]
@@ -222,7 +224,7 @@ def graph(
         engines: Also compile the folded network for NVIDIA GPUs, in these precisions.
     """
     if rounds < 2:
-        raise InputError(f"--rounds: expected at least 2, found {rounds}")
+        raise InputError(f"`rounds`: expected at least 2, found {rounds}")
     subject, (shape,) = from_preset(network), parse_sizes([size], "size")
     sheet = Sheet(output, "graph", torch.device("cpu"), float("inf"))
     sheet.run["ceilings"] |= {name: version(name) for name in ("onnx", "onnxruntime", "onnxscript")}

@@ -30,7 +30,9 @@ from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runtime.cli import InputError, console, parse_size, writing
+from runtime.cli import console, parse_size
+from runtime.errors import InputError
+from runtime.files import writing
 
 Size = tuple[int, int]
 """Height and width."""
@@ -300,7 +302,7 @@ class Stage:
         """Raises InputError where there is no such device."""
         cuda = torch.cuda.is_available()
         if self.device == "cuda" and not cuda:
-            raise InputError("--device: expected a CUDA device, PyTorch finds none; give --device cpu")
+            raise InputError("`device`: expected a CUDA device, PyTorch finds none; give --device cpu")
         if self.device == "cpu" or not cuda:
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())

@@ -32,7 +32,9 @@ from PIL import Image
 from drsformer.data import Pair, find_pairs
 from drsformer.rain import add_rain, images_in, rain_of_pair
 from runtime import images
-from runtime.cli import InputError, main, progress, writing
+from runtime.cli import main, progress
+from runtime.errors import InputError
+from runtime.files import writing
 
 DATA = Path(os.environ.get("DRSFORMER_DATA", "../shared/data"))
 """What is packed if nothing is named."""
@@ -200,7 +202,7 @@ def command(
     if unpack_to:
         return unpack(file, unpack_to)
     if not data.is_dir():
-        raise InputError(f"--data: expected a folder, found none at {data}")
+        raise InputError(f"`data`: expected a folder, found none at {data}")
     return pack(data, file)
 
 

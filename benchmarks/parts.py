@@ -18,7 +18,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from runtime.cli import InputError, main, writing
+from runtime.cli import main
+from runtime.errors import InputError
+from runtime.files import writing
 
 LIMIT = 15 << 20
 """Bytes of a part at most."""

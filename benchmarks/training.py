@@ -26,7 +26,7 @@ from drsformer.data import find_pairs
 from drsformer.evaluate import evaluate_model
 from drsformer.model import DRSformer
 from export.folding import DTYPES, live
-from runtime.cli import InputError
+from runtime.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Train(Stage):
     def plan(self, name: str) -> Plan:
         """With the changes that were asked for."""
         if name not in PLANS:
-            raise InputError(f"--recipe: expected one of {', '.join(PLANS)}, found {name}")
+            raise InputError(f"`recipe`: expected one of {', '.join(PLANS)}, found {name}")
         given = {key: getattr(self, key) for key in ("iterations", "batch", "patch") if getattr(self, key) is not None}
         recipe = dataclasses.replace(PLANS[name].recipe, **given)
         return dataclasses.replace(PLANS[name], recipe=recipe)
@@ -129,7 +129,7 @@ class Train(Stage):
                     key = f"probe {name}: patches of {plan.recipe.patch} cut by {self.workers} workers"
                     sheet.measure(key, functools.partial(self.probe_loader, plan, folder))
             elif folder is None:
-                raise InputError("--data: expected rain data to train on, found none")
+                raise InputError("`data`: expected rain data to train on, found none")
             else:
                 self.train(sheet, name, plan, folder)
         return sheet.summary()
@@ -228,7 +228,7 @@ class Train(Stage):
         """Train as long as time allows, score what came out on all validation pairs, and split it."""
         for option, path in (("init", self.init), ("teacher", self.teacher)):
             if path and not path.is_file():
-                raise InputError(f"--{option}: expected a checkpoint, found no file at {path}")
+                raise InputError(f"`{option}`: expected a checkpoint, found no file at {path}")
         run = self.run_dir / name
         reserve = 60 if sheet.device.type == "cuda" else 0  # for scores and parts
         minutes = max(0.0, (sheet.seconds_left() - reserve) / 60)

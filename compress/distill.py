@@ -50,7 +50,9 @@ from drsformer.train import (
     to_tensor,
 )
 from export.folding import live
-from runtime.cli import InputError, console, expect_other_files, main
+from runtime.cli import console, main
+from runtime.errors import InputError
+from runtime.files import expect_other_files
 
 Level = Literal[
     "encoder_level1", "encoder_level2", "encoder_level3", "latent", "decoder_level3", "decoder_level2", "decoder_level1"
@@ -133,7 +135,7 @@ class Distillation(nn.Module):
             ours, theirs = heads(student.config, level), heads(teacher.config, level)
             if ours is None or ours != theirs:
                 raise InputError(
-                    f"--attention: expected attention with masks and the same heads in {level}, found "
+                    f"`attention`: expected attention with masks and the same heads in {level}, found "
                     f"{_told(ours)} in the student and {_told(theirs)} in the teacher; leave the term "
                     "out or choose other --attention-levels"
                 )
@@ -274,7 +276,7 @@ def distill(
 
 def _start(student: str) -> checkpoint.Checkpoint:
     if not Path(student).is_file():
-        raise InputError(f"--student: expected a checkpoint or one of {', '.join(PRESETS)}, found {student}")
+        raise InputError(f"`student`: expected a checkpoint or one of {', '.join(PRESETS)}, found {student}")
     return checkpoint.load(student)
 
 

@@ -22,7 +22,9 @@ from drsformer import checkpoint
 from drsformer.config import EXPERTS, BlockConfig, LevelConfig, MEFCConfig
 from drsformer.model import DRSformer
 from drsformer.train import LARGEST_SEED, expect
-from runtime.cli import InputError, console, expect_other_files, main
+from runtime.cli import console, main
+from runtime.errors import InputError
+from runtime.files import expect_other_files
 
 
 def grow(
@@ -48,11 +50,11 @@ def grow(
         level = level_of(config, module)
         if depth[module] < len(level.blocks):
             raise InputError(
-                f"--depths: expected at least the {len(level.blocks)} blocks of {module}, found {depth[module]}"
+                f"`depths`: expected at least the {len(level.blocks)} blocks of {module}, found {depth[module]}"
             )
         if depth[module] and not level.blocks:
             raise InputError(
-                f"--depths: expected 0 for {module}, which has no block to make others like, found {depth[module]}"
+                f"`depths`: expected 0 for {module}, which has no block to make others like, found {depth[module]}"
             )
         odd = any(block.hidden % 2 for block in level.blocks)
         if hidden > 1 and (config.feed_forward != "msfn" or odd):
@@ -155,7 +157,7 @@ def grow_checkpoint(
         seed: Of the new weights and of the places where they go.
     """
     if output.suffix != ".safetensors":
-        raise InputError(f"--output: expected a name ending in .safetensors, found {output}")
+        raise InputError(f"`output`: expected a name ending in .safetensors, found {output}")
     expect_other_files(output, weights=weights)
     small = checkpoint.load(weights)
     larger = grow(small.model, depths, hidden, seed=seed)

@@ -50,7 +50,9 @@ from drsformer.evaluate import evaluate_model
 from drsformer.metrics import Protocol
 from drsformer.model import DRSformer, LayerNorm
 from drsformer.train import Patches, Recipe, short
-from runtime.cli import GateError, InputError, console, expect_other_files, main, parse_size, progress, writing
+from runtime.cli import console, main, parse_size, progress
+from runtime.errors import GateError, InputError
+from runtime.files import expect_other_files, writing
 
 Importance = Literal["taylor", "fisher", "magnitude"]
 
@@ -551,23 +553,23 @@ def prune(
     fractions = {name: value for name, value in (("macs", macs), ("params", params), ("latency", latency)) if value}
     for name, value in (("macs", macs), ("params", params), ("latency", latency)):
         if value is not None and not 0 < value <= 1:
-            raise InputError(f"--{name}: expected a fraction above 0 and up to 1, found {value}")
+            raise InputError(f"`{name}`: expected a fraction above 0 and up to 1, found {value}")
     if bool(output) != bool(fractions) or not (output or sensitivity):
         raise InputError("expected --output with --macs, --params or --latency; or --sensitivity with a folder")
     if output and (output.suffix != ".safetensors" or output.is_dir()):
-        raise InputError(f"--output: expected the name of a file ending in .safetensors, found {output}")
+        raise InputError(f"`output`: expected the name of a file ending in .safetensors, found {output}")
     if output:
         expect_other_files(output, weights=weights)
     for name, given in (("data", data), ("scope", scope)):
         if not given:
-            raise InputError(f"--{name}: expected at least one, found none")
+            raise InputError(f"`{name}`: expected at least one, found none")
     for name, value in (("round-to", round_to), ("rounds", rounds), ("samples", samples), ("limit", limit)):
         if value < 1:
-            raise InputError(f"--{name}: expected at least 1, found {value}")
+            raise InputError(f"`{name}`: expected at least 1, found {value}")
     height_width = parse_size("size", size, SIZE_MULTIPLE)
     folders, trained = [find_pairs(folder) for folder in data], checkpoint.load(weights)
     if not structures(trained.model.config, scope):
-        raise InputError(f"--scope {' '.join(scope)}: expected kinds that {weights} has, found none; widen the scope")
+        raise InputError(f"`scope` {' '.join(scope)}: expected kinds that {weights} has, found none; widen the scope")
     images = [pair for folder in folders for pair in folder[:limit]]
     cut = Patches(folders, Recipe(patch=patch))
     patches = [cut[number] for number in range(samples)]

@@ -51,9 +51,12 @@ from rich.table import Table
 from compress.cost import SIDE, Latency, time_sessions
 from drsformer.data import Pair, find_pairs
 from drsformer.metrics import Protocol, luma, psnr
-from runtime.cli import GateError, InputError, console, expect_other_files, main, progress, writing
+from runtime.cli import console, main, progress
+from runtime.errors import GateError, InputError
+from runtime.files import expect_other_files, writing
 from runtime.ort import OrtSession
-from runtime.session import Derainer, Session, to_image
+from runtime.pixels import to_image
+from runtime.session import Derainer, Session
 
 CROP = 128
 """Height and width of the parts of images on which the groups are ranked."""
@@ -343,12 +346,12 @@ def quantize(
     """
     started = time.monotonic()
     if not 0 <= max_drop_db < math.inf:
-        raise InputError(f"--max-drop-db: expected 0 or more dB, found {max_drop_db}")
+        raise InputError(f"`max_drop_db`: expected 0 or more dB, found {max_drop_db}")
     for option, value in (("--calibrate", calibrate), ("--limit", limit)):
         if value is not None and value < 1:
             raise InputError(f"{option}: expected at least 1, found {value}")
     if output.suffix != ".onnx":
-        raise InputError(f"--output: expected a name ending in .onnx, found {output}")
+        raise InputError(f"`output`: expected a name ending in .onnx, found {output}")
     expect_other_files(output, model=model)
     source = _read(model)
     session = OrtSession(model, "cpu")
@@ -359,7 +362,7 @@ def quantize(
         mixtures = Mixtures(source, Feeds(session, (rainy for rainy, _ in sample)))
     groups = list(mixtures.groups)
     if not groups:
-        raise InputError(f"--model: expected convolutions with constant weights, found none in {model}")
+        raise InputError(f"`model`: expected convolutions with constant weights, found none in {model}")
 
     freed, sensitivity = 0, {}
     mixed = mixtures.mixed(groups)
@@ -426,21 +429,21 @@ def quantize(
 def _read(path: Path) -> onnx.ModelProto:
     """The model at a path. Raises InputError where there is none in float32."""
     if not path.is_file():
-        raise InputError(f"--model: expected an ONNX file, found no file at {path}")
+        raise InputError(f"`model`: expected an ONNX file, found no file at {path}")
     try:
         model = onnx.load(path)
     except DecodeError as error:
-        raise InputError(f"--model: expected an ONNX file, found another at {path}") from error
+        raise InputError(f"`model`: expected an ONNX file, found another at {path}") from error
     except (onnx.checker.ValidationError, FileNotFoundError) as error:  # weights in a file of their own
-        raise InputError(f"--model: expected all weights of {path}, found some missing: {error}") from error
+        raise InputError(f"`model`: expected all weights of {path}, found some missing: {error}") from error
     kinds = {tensor.data_type for tensor in model.graph.initializer}
     for kind, name in ((onnx.TensorProto.FLOAT16, "float16"), (onnx.TensorProto.BFLOAT16, "bfloat16")):
         if kind in kinds:
             raise InputError(
-                f"--model: expected a float32 model, found one in {name} at {path}; export it without --precision"
+                f"`model`: expected a float32 model, found one in {name} at {path}; export it without --precision"
             )
     if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
-        raise InputError(f"--model: expected a float32 model, found one that is quantised already at {path}")
+        raise InputError(f"`model`: expected a float32 model, found one that is quantised already at {path}")
     return model
 
 

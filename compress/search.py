@@ -55,10 +55,13 @@ from drsformer.train import Hardware, Material, Patches, Recipe, expect, short
 from export import tensorrt
 from export.onnx import export
 from export.validate import validate as compare
-from runtime import manifest
-from runtime.cli import GateError, InputError, console, main, parse_size, writing
-from runtime.manifest import File
+from runtime.bundle import describe_file, load, save
+from runtime.cli import console, main, parse_size
+from runtime.errors import GateError, InputError
+from runtime.files import writing
+from runtime.manifest import MANIFEST
 from runtime.ort import OrtSession
+from runtime.session import describe_onnx
 from runtime.trt import LIBRARIES
 
 SAMPLES = 16
@@ -286,19 +289,19 @@ def search(
     expect("--limit", limit, 1)
     for name, part in (("macs", macs), ("latency", latency), ("step", step)):
         if part is not None and not 0 < part < 1:
-            raise InputError(f"--{name}: expected a fraction between 0 and 1, found {part:g}")
+            raise InputError(f"`{name}`: expected a fraction between 0 and 1, found {part:g}")
     if macs and latency:
         raise InputError("expected --macs or --latency, found both")
     if not output.name:
-        raise InputError(f"--output: expected the name of a folder, found {output}")
+        raise InputError(f"`output`: expected the name of a folder, found {output}")
     if hardware.devices != "1":
-        raise InputError(f"--devices: a search distils on 1, found {hardware.devices}; compress.distill takes several")
+        raise InputError(f"`devices`: a search distils on 1, found {hardware.devices}; compress.distill takes several")
     if compute_capability:
         LIBRARIES["rtx"].load()
     work = output.with_name(f"{output.name}.work")
-    ours = (work / OPTIONS).exists() and (output / manifest.MANIFEST).exists()
+    ours = (work / OPTIONS).exists() and (output / MANIFEST).exists()
     if output.exists() and not ours and (output.is_file() or any(output.iterdir())):
-        raise InputError(f"--output: expected a folder that is not there yet, found {output}; name another one")
+        raise InputError(f"`output`: expected a folder that is not there yet, found {output}; name another one")
     sources, height_width = validate or data, parse_size("size", size, SIZE_MULTIPLE)
     found = Material(validate=sources, validate_limit=limit).validation()
     folders = {folder: pairs for folder, (_, pairs) in zip(sources, found, strict=True)}
@@ -390,7 +393,7 @@ def search(
     if best.file is None or (goal and ended):
         wanted = f"{goal:.3f} of the {'MACs' if name == 'macs' else 'milliseconds'}" if goal else "a smaller network"
         raise GateError(
-            f"--max-drop-db {max_drop_db:g}: expected {wanted} within it, found {best} at best: {ended}; "
+            f"`max_drop_db` {max_drop_db:g}: expected {wanted} within it, found {best} at best: {ended}; "
             "try more --iterations, a larger --step or a larger budget; all networks are in "
             f"{work}, see {TABLE} and {PLOT} there"
         )
@@ -437,7 +440,7 @@ def _bundle(candidates: Candidates, model: Path, compute_capability: tuple[str, 
         tensorrt.build(model, folder, compute_capability=compute_capability)
     else:
         shutil.copyfile(model, folder / tensorrt.MODEL)
-        manifest.describe_onnx(folder / tensorrt.MODEL).save(folder)
+        save(describe_onnx(folder / tensorrt.MODEL), folder)
     files = [folder / TABLE, folder / PLOT]
     for file in files:
         shutil.copyfile(candidates.work / file.name, file)
@@ -458,10 +461,10 @@ def _bundle(candidates: Candidates, model: Path, compute_capability: tuple[str, 
                 f"{model}: expected at most {candidates.budget:g} dB lost on {source}, found "
                 f"{proof.totals['drop_db']:.4f} dB in its bundle; see {files[-1]}"
             )
-    found = manifest.load(folder).manifest
+    found = load(folder).manifest
     for file in files:
-        found = found.with_file(File.of(file, "report"))
-    found.save(folder)
+        found = found.with_file(describe_file(file, "report"))
+    save(found, folder)
     return folder
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from drsformer import checkpoint
 from drsformer.model import DRSformer
-from runtime.cli import InputError, writing
+from runtime.errors import InputError
+from runtime.files import writing
 
 OPTIONS = "options.json"
 """What the steps in a folder depend on."""

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from drsformer.config import EXPERTS, RELEASED_TOPK, BlockConfig, DRSformerConfig, LevelConfig, MEFCConfig
 from drsformer.model import DRSformer
-from runtime.cli import InputError, writing
+from runtime.errors import InputError
+from runtime.files import writing
 
 FORMAT = 1
 """Version of what `METADATA_KEY` holds."""

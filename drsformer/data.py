@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import images
-from runtime.cli import InputError
+from runtime.errors import InputError
 
 NAMES = (
     (r"$", ""),  # 1 and 1: the packages of DRSformer's authors, and most others

@@ -35,9 +35,11 @@ from drsformer import checkpoint
 from drsformer.config import SIZE_MULTIPLE
 from drsformer.data import Pair, find_pairs, pair_folders
 from drsformer.metrics import Protocol, psnr, ssim
-from runtime.cli import InputError, main, progress
+from runtime.cli import main, progress
+from runtime.errors import InputError
 from runtime.images import Photo, list_images, read_rgb
-from runtime.session import Derainer, Session, to_batch
+from runtime.pixels import to_batch
+from runtime.session import Derainer, Session
 
 ROWS_SHOWN = 50
 """Images that the table lists one by one; it always ends with the mean of all."""
@@ -157,9 +159,9 @@ def evaluate(
         save: Folder for the images that the network restores, as PNG.
     """
     if limit is not None and limit < 1:
-        raise InputError(f"--limit: expected at least 1, found {limit}")
+        raise InputError(f"`limit`: expected at least 1, found {limit}")
     if save and not weights:
-        raise InputError("--save keeps what a network restores: expected --weights and --data with it")
+        raise InputError("`save` keeps what a network restores: expected --weights and --data with it")
     with progress() as bar:
         if weights and data and not (restored or target or no_reference):
             pairs = find_pairs(data)[:limit]
@@ -211,7 +213,7 @@ def _score_pairs(
         if save:
             output = save / f"{pair.name}.png"
             if output.resolve() in (pair.input.resolve(), pair.target.resolve()):
-                raise InputError(f"--save {save} would overwrite {output} of the data set; name another folder")
+                raise InputError(f"`save` {save} would overwrite {output} of the data set; name another folder")
             Photo(image).save(output)
         yield pair.name, row
 

@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from runtime import cli, images
+from runtime.errors import InputError
+from runtime.files import writing
 
 Layer = NDArray[np.float32]
 """(H, W) brightness that rain adds, 0 to 255."""
@@ -142,16 +144,16 @@ def rain(
         seed: Number that the rain depends on.
     """
     if strength is not None and not 0 <= strength <= 1:
-        raise cli.InputError(f"--strength: expected a number from 0 to 1, found {strength}")
+        raise InputError(f"`strength`: expected a number from 0 to 1, found {strength}")
     sources = [read_streaks(streaks) if streaks else draw_streaks]
     paths = images_in(clean)
     if len({path.stem for path in paths}) < len(paths):
-        raise cli.InputError(f"{clean}: expected names that differ in more than their suffix")
+        raise InputError(f"{clean}: expected names that differ in more than their suffix")
     if seed < 0:
-        raise cli.InputError(f"--seed: expected at least 0, found {seed}")
+        raise InputError(f"`seed`: expected at least 0, found {seed}")
     for place in (output / "input", output / "target"):
         if place.exists() and place.samefile(clean):
-            raise cli.InputError(
+            raise InputError(
                 f"{output}: expected another folder than that of the photographs, found them in "
                 f"{place}; name a new folder"
             )
@@ -161,7 +163,7 @@ def rain(
             height, width, _ = photograph.shape
             layer = make_layer(np.random.default_rng((seed, i)), height, width, sources, strength)
             for kind, image in (("input", add_rain(photograph, layer)), ("target", photograph)):
-                with cli.writing(output / kind / f"{path.stem}.png") as temporary:
+                with writing(output / kind / f"{path.stem}.png") as temporary:
                     Image.fromarray(image).save(temporary)
     return len(paths)
 
@@ -170,7 +172,7 @@ def images_in(folder: Path) -> list[Path]:
     """The image files of a folder. Raises InputError where it has none."""
     paths = images.list_images(folder)
     if not paths:
-        raise cli.InputError(f"{folder}: expected images, found none")
+        raise InputError(f"{folder}: expected images, found none")
     return paths
 
 

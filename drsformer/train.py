@@ -63,7 +63,9 @@ from drsformer.rain import (
     read_streaks,
 )
 from runtime import images
-from runtime.cli import InputError, console, expect_other_files, main, progress, writing
+from runtime.cli import console, main, progress
+from runtime.errors import InputError
+from runtime.files import expect_other_files, writing
 
 Loss = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 """Named terms whose sum is minimised, from the network and a batch of rainy and clean patches (B, 3, P, P). One that is
@@ -124,12 +126,12 @@ class Recipe:
         expect("--weight-decay", self.weight_decay, 0)
         expect("--batch", self.batch, 1)
         if not self.clip > 0:
-            raise InputError(f"--clip: expected more than 0, found {self.clip:g}")
+            raise InputError(f"`clip`: expected more than 0, found {self.clip:g}")
         if not 0 <= self.ema < 1:
-            raise InputError(f"--ema: expected at least 0 and less than 1, found {self.ema:g}")
+            raise InputError(f"`ema`: expected at least 0 and less than 1, found {self.ema:g}")
         expect("--seed", self.seed, 0, LARGEST_SEED)
         if self.patch < SIZE_MULTIPLE or self.patch % SIZE_MULTIPLE:
-            raise InputError(f"--patch: expected a multiple of {SIZE_MULTIPLE}, found {self.patch}")
+            raise InputError(f"`patch`: expected a multiple of {SIZE_MULTIPLE}, found {self.patch}")
 
     def learning_rate(self, iteration: int) -> float:
         """The rate of a step, counted from 0."""
@@ -176,7 +178,7 @@ class Hardware:
         expect("--workers", self.workers, 0)
         expect("--num-nodes", self.num_nodes, 1)
         if self.devices != "auto" and not (self.devices.isdecimal() and int(self.devices)):
-            raise InputError(f"--devices: expected a number or auto, found {self.devices}")
+            raise InputError(f"`devices`: expected a number or auto, found {self.devices}")
 
     def fabric(self, output: Path) -> Fabric:
         """Fabric with its processes launched. Raises InputError where the devices are not there."""
@@ -190,7 +192,7 @@ class Hardware:
             nodes = int(os.environ["WORLD_SIZE"]) // devices
         if nodes > 1 and not {"MASTER_ADDR", "SLURM_NTASKS"} & set(os.environ):
             raise InputError(
-                f"--num-nodes: expected a launcher that brings {nodes} machines together, found none; "
+                f"`num_nodes`: expected a launcher that brings {nodes} machines together, found none; "
                 f"start it on each with torchrun --nnodes {nodes}"
             )
         try:
@@ -250,11 +252,11 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
         expect("--dry", dry, 0, 1)
         unpaired = round(rendered + dry, 9)  # floats that are meant to add up to 1 may miss it
         if unpaired > 1:
-            raise InputError(f"--rendered and --dry: expected at most 1 together, found {unpaired:g}")
+            raise InputError(f"`rendered` and --dry: expected at most 1 together, found {unpaired:g}")
         if clean and unpaired == 0:
-            raise InputError("--clean photographs are used for rendered and dry patches only: give --rendered or --dry")
+            raise InputError("`clean` photographs are used for rendered and dry patches only: give --rendered or --dry")
         if streaks and rendered == 0:
-            raise InputError("--streaks are used for rendered patches only: give --rendered")
+            raise InputError("`streaks` are used for rendered patches only: give --rendered")
         if not folders and not (clean and unpaired == 1):
             raise InputError("nothing to train on: give --data, or --clean with --rendered and --dry that add up to 1")
         self.folders, self.recipe, self.rendered, self.unpaired = folders, recipe, rendered, unpaired
@@ -416,7 +418,7 @@ def record(objective: Objective, recipe: Recipe, hardware: Hardware, fabric: Fab
     """Have the forward and the backward pass of an objective replayed from a CUDA graph. Raises InputError where there
     is not exactly one CUDA device."""
     if fabric.device.type != "cuda" or fabric.world_size > 1:
-        raise InputError(f"--cuda-graph: expected one CUDA device, found {fabric.world_size} x {fabric.device.type}")
+        raise InputError(f"`cuda_graph`: expected one CUDA device, found {fabric.world_size} x {fabric.device.type}")
     layout = torch.channels_last if hardware.channels_last else torch.contiguous_format
     shape = recipe.batch, 3, recipe.patch, recipe.patch
     patches = tuple(torch.rand(shape, device=fabric.device).contiguous(memory_format=layout) for _ in range(2))
@@ -449,7 +451,7 @@ def fit(
     """
     begun = time.monotonic()
     if recipe.batch % fabric.world_size:
-        raise InputError(f"--batch: expected a multiple of the {fabric.world_size} devices, found {recipe.batch}")
+        raise InputError(f"`batch`: expected a multiple of the {fabric.world_size} devices, found {recipe.batch}")
     state = run.restore()
     model = model.to(fabric.device)
     if hardware.channels_last:
@@ -624,7 +626,7 @@ class Material:
         folders = self.validate or []
         if len(set(map(short, folders))) < len(folders):
             raise InputError(
-                "--validate: expected folders whose last two names differ, found "
+                "`validate`: expected folders whose last two names differ, found "
                 f"{' '.join(map(str, folders))}; rename one"
             )
         validation = [(short(folder), find_pairs(folder)[: self.validate_limit]) for folder in folders]
@@ -673,7 +675,7 @@ def train(
         form: What the steps run through, see `fit`; only for callers from Python.
     """
     if init and network:
-        raise InputError("--init brings its own network: leave --network out")
+        raise InputError("`init` brings its own network: leave --network out")
     expect_other_files(*networks_of(output), init=init)
     folders = [find_pairs(folder) for folder in data or []]
     validation = material.validation()
@@ -723,7 +725,7 @@ def fresh(network: str) -> DRSformer:
     try:
         return DRSformer(preset(network))
     except ValueError as error:
-        raise InputError(f"--network: {error}") from None
+        raise InputError(f"`network`: {error}") from None
 
 
 def short(folder: Path) -> str:

@@ -42,7 +42,7 @@ from drsformer.model import (
     TopKSparseAttention,
 )
 from export.topk import with_pattern
-from runtime.cli import InputError
+from runtime.errors import InputError
 
 Precision = Literal["fp32", "fp16", "bf16"]
 

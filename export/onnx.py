@@ -52,9 +52,12 @@ from drsformer.evaluate import TorchSession
 from export import folding
 from export.folding import Precision
 from export.topk import Pattern, count_flips, masks, scores_of, with_pattern
-from runtime.cli import GateError, InputError, console, main, writing
+from runtime.cli import console, main
+from runtime.errors import GateError, InputError
+from runtime.files import writing
 from runtime.ort import EXECUTION_PROVIDERS, OrtSession
-from runtime.session import Derainer, to_batch, to_image
+from runtime.pixels import to_batch, to_image
+from runtime.session import Derainer
 
 IO = Literal["tensor", "image"]
 
@@ -345,14 +348,14 @@ def export(
     started = time.monotonic()
     output = output or weights.parent / f"{weights.stem or 'model'}.onnx"
     if output.suffix != ".onnx":
-        raise InputError(f"--output: expected a name ending in .onnx, found {output}")
+        raise InputError(f"`output`: expected a name ending in .onnx, found {output}")
     opset = opset or (22 if precision == "bf16" else 20)
     if opset not in OPSETS:
-        raise InputError(f"--opset: expected {OPSETS[0]} to {OPSETS[-1]}, found {opset}")
+        raise InputError(f"`opset`: expected {OPSETS[0]} to {OPSETS[-1]}, found {opset}")
     if precision == "bf16" and opset < 22:
-        raise InputError(f"--opset: expected at least 22, whose convolutions know bfloat16, found {opset}")
+        raise InputError(f"`opset`: expected at least 22, whose convolutions know bfloat16, found {opset}")
     if precision != "fp32" and not fold:
-        raise InputError(f"--precision {precision}: the casts are placed in folding; leave --no-fold out")
+        raise InputError(f"`precision` {precision}: the casts are placed in folding; leave --no-fold out")
     size = _fixed_size(height, width, io)
     trained = checkpoint.load(weights)
     with console.status("Exporting") as status:
@@ -408,9 +411,9 @@ def _fixed_size(height: int | None, width: int | None, io: IO) -> tuple[int, int
         raise InputError("expected --height and --width together, found only one of them")
     for name, length in (("height", height), ("width", width)):
         if length < 1:
-            raise InputError(f"--{name}: expected at least 1, found {length}")
+            raise InputError(f"`{name}`: expected at least 1, found {length}")
         if io == "tensor" and length % SIZE_MULTIPLE:
-            raise InputError(f"--{name}: expected a multiple of {SIZE_MULTIPLE}, found {length}; or give --io image")
+            raise InputError(f"`{name}`: expected a multiple of {SIZE_MULTIPLE}, found {length}; or give --io image")
     return height, width
 
 

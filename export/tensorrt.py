@@ -34,10 +34,13 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from runtime import manifest
-from runtime.cli import InputError, console, main, parse_size, progress, size_text, writing
-from runtime.manifest import Bundle, Engine, File, Flavor, Manifest, Model, Profile, Tensor
+from runtime.bundle import Bundle, describe_file, load_to_change, private_key, save
+from runtime.cli import console, main, parse_size, progress
+from runtime.errors import InputError
+from runtime.files import writing
+from runtime.manifest import MANIFEST, Engine, File, Flavor, Manifest, Model, Profile, Tensor, describe, read_graph_io
 from runtime.memory import peak
+from runtime.pixels import Size, size_text
 from runtime.trt import LIBRARIES, Library, gpu, new_log
 
 MODEL = "model.onnx"
@@ -45,8 +48,6 @@ MODEL = "model.onnx"
 
 DEFAULTS = {"min": (64, 64), "opt": (720, 1280), "max": (1088, 1920)}
 """Heights and widths for a model of dynamic size; what is not given moves to fit what is."""
-
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -148,16 +149,16 @@ def build(
                 f"{', '.join(map(_flag, sorted(library.options)))}"
             )
     if not onnx.is_file():
-        raise InputError(f"--onnx: expected an ONNX file, found no file at {onnx}")
+        raise InputError(f"`onnx`: expected an ONNX file, found no file at {onnx}")
     if sign:
-        manifest.private_key(sign)  # before the work
+        private_key(sign)  # before the work
     content = onnx.read_bytes()
     described = _describe(onnx, content)
-    if (output / manifest.MANIFEST).exists():
+    if (output / MANIFEST).exists():
         described = _existing(output, described, sign)
     elif output.is_dir() and (others := [path.name for path in output.iterdir() if path.name != onnx.name]):
         raise InputError(
-            f"--output: expected a bundle or a folder with nothing else in it, found {others[0]} in "
+            f"`output`: expected a bundle or a folder with nothing else in it, found {others[0]} in "
             f"{output}; name a new folder"
         )
     profiles = _profiles(described.model, {"min": min, "opt": opt, "max": max})
@@ -172,7 +173,9 @@ def build(
         compiler.target(capabilities)
     if -1 in described.model.input.shape:
         for profile in profiles:
-            compiler.add_profile(*(_shape(described.model, size) for size in (profile.min, profile.opt, profile.max)))
+            compiler.add_profile(
+                *(described.model.graph_io.shape(size) for size in (profile.min, profile.opt, profile.max))
+            )
     compiler.set_flags(flags)
     compiling = time.monotonic()
     plan = compiler.run(timing_cache)
@@ -195,7 +198,7 @@ def build(
         onnx_sha256=hashlib.sha256(content).hexdigest(),
         build_seconds=round(seconds, 1),
     )
-    bundle = described.with_file(File.of(path, "engine"), engine).save(output, sign)
+    bundle = save(described.with_file(describe_file(path, "engine"), engine), output, sign)
     built = Built(bundle, engine, compiler.network.num_layers, plan.nbytes, time.monotonic() - started, peak())
     Console().print(built.table())
     return built
@@ -271,7 +274,7 @@ class _Compiler:
         timings = self._config.create_timing_cache(path.read_bytes() if path.exists() else b"")
         if timings is None or not self._config.set_timing_cache(timings, False):
             raise InputError(
-                f"--timing-cache: expected one of {self._library.title} {self._trt.__version__} on this "
+                f"`timing_cache`: expected one of {self._library.title} {self._trt.__version__} on this "
                 f"GPU, found another at {path}; name a new file"
             )
 
@@ -313,16 +316,16 @@ def _describe(path: Path, content: bytes) -> Manifest:
     try:
         model = onnx_format.load_from_string(content)
     except DecodeError as error:
-        raise InputError(f"--onnx: expected an ONNX file, found another at {path}") from error
+        raise InputError(f"`onnx`: expected an ONNX file, found another at {path}") from error
     tensors = [_tensor(value) for value in (*model.graph.input, *model.graph.output)]
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     file = File(MODEL, hashlib.sha256(content).hexdigest(), len(content), "onnx")
     try:
-        manifest.contract(tensors, metadata)  # however many tensors there are
+        read_graph_io(tensors, metadata)  # however many tensors there are
         source, answer = tensors
-        return manifest.describe(file, source, answer, metadata)
+        return describe(file, source, answer, metadata)
     except InputError as error:
-        raise InputError(f"--onnx: {path}: {error}") from error
+        raise InputError(f"`onnx`: {path}: {error}") from error
 
 
 def _tensor(value: onnx_format.ValueInfoProto) -> Tensor:
@@ -333,7 +336,7 @@ def _tensor(value: onnx_format.ValueInfoProto) -> Tensor:
 
 def _existing(folder: Path, described: Manifest, sign: Path | None) -> Manifest:
     """The manifest of the bundle that is to be added to. Raises InputError where it is of another model."""
-    existing = manifest.load_to_change(folder, sign)
+    existing = load_to_change(folder, sign)
     found, expected = (next(f.sha256 for f in m.files if f.role == "onnx") for m in (described, existing))
     if found != expected:
         raise InputError(
@@ -350,7 +353,7 @@ def _capabilities(trt: Any, library: Library, named: Sequence[str]) -> tuple[str
     for capability in named:
         if capability not in known:
             raise InputError(
-                f"--compute-capability: {library.title} {trt.__version__} builds for {', '.join(known)}, "
+                f"`compute_capability`: {library.title} {trt.__version__} builds for {', '.join(known)}, "
                 f"found {capability}; for other GPUs use --flavor tensorrt on a machine with one"
             )
     return tuple(capability for capability in known if capability in (named or library.capabilities))
@@ -365,7 +368,7 @@ def _known_capabilities(trt: Any) -> dict[str, Any]:
 
 def _profiles(model: Model, given: dict[str, tuple[str, ...]]) -> tuple[Profile, ...]:
     """The profiles for what is given as min, opt and max."""
-    fixed = _height_width(model)
+    fixed = model.graph_io.size(model.input.shape)
     if -1 not in fixed:
         if any(given.values()):
             raise InputError(
@@ -377,7 +380,7 @@ def _profiles(model: Model, given: dict[str, tuple[str, ...]]) -> tuple[Profile,
     count = max(1, *(len(values) for values in sizes.values()))
     for name, values in sizes.items():
         if len(values) not in (0, 1, count):
-            raise InputError(f"--{name}: expected one size, or {count} as for the other options, found {len(values)}")
+            raise InputError(f"`{name}`: expected one size, or {count} as for the other options, found {len(values)}")
     return tuple(_profile({name: v[i % len(v)] for name, v in sizes.items() if v}) for i in range(count))
 
 
@@ -397,16 +400,6 @@ def _profile(given: dict[str, Size]) -> Profile:
             f"{size_text(opt)} and {size_text(high)}"
         )
     return Profile(low, opt, high)
-
-
-def _height_width(model: Model) -> Size:
-    """-1 where the model leaves it open."""
-    shape = model.input.shape
-    return (shape[1], shape[2]) if model.io == "image" else (shape[2], shape[3])
-
-
-def _shape(model: Model, size: Size) -> tuple[int, ...]:
-    return (1, *size, 3) if model.io == "image" else (1, 3, *size)
 
 
 def _flag(option: str) -> str:

@@ -29,11 +29,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from runtime import manifest
-from runtime.cli import InputError, main, parse_size
-from runtime.manifest import MANIFEST, SIGNATURE, Bundle, Engine, Model
+from runtime.bundle import Bundle, load
+from runtime.cli import main, parse_size
+from runtime.errors import InputError
+from runtime.manifest import MANIFEST, SIGNATURE, Engine, Model
+from runtime.pixels import Size
 from runtime.session import Provider
-from runtime.tiling import Size
 
 Backend = Literal["tensorrt_plan", "onnxruntime", "python"]
 
@@ -102,17 +103,17 @@ def export(
         public_key: Refuse the bundle unless this key's owner signed it; see runtime/manifest.py.
     """
     if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
-        raise InputError(f"--name: expected letters, digits and _.-, found {name!r}")
+        raise InputError(f"`name`: expected letters, digits and _.-, found {name!r}")
     for option, value, least in (("instances", instances, 1), ("threads", threads, 0), ("queue", queue, 0)):
         if value < least:
-            raise InputError(f"--{option}: expected {least} or more, found {value}")
+            raise InputError(f"`{option}`: expected {least} or more, found {value}")
     for option, given in (("threads", threads), ("provider", provider != "auto"), ("tile", tile)):
         if given and option not in OPTIONS[backend]:
-            raise InputError(f"--{option} is not for the backend {backend}: leave it out")
+            raise InputError(f"`{option}` is not for the backend {backend}: leave it out")
     folder = output / name
     if folder.exists():
         raise InputError(f"{folder} is already there: remove it, or give another --name or --output")
-    opened = manifest.load(bundle, public_key)
+    opened = load(bundle, public_key)
     opened.verify()
     if tile:
         parse_size("tile", tile, opened.manifest.model.size_multiple)
@@ -166,10 +167,10 @@ def _interface(name: str, backend: Backend, model: Model, engines: Sequence[Engi
     the only size that the graph takes, or those that the engines are fastest at, or a small one."""
 
     def shape(size: Size) -> str:
-        dims = (*size, 3) if backend == "python" else (1, *size, 3) if model.io == "image" else (1, 3, *size)
+        dims = (*size, 3) if backend == "python" else model.graph_io.shape(size)
         return f"dims: [{', '.join(map(str, dims))}]"
 
-    height, width = model.input.shape[1:3] if model.io == "image" else model.input.shape[2:]
+    height, width = model.graph_io.size(model.input.shape)
     kind = "data_type: " + TYPES["uint8" if backend == "python" else model.input.dtype]
     small = WARM_UP + -WARM_UP % model.size_multiple
     opts = [profile.opt for engine in engines for profile in engine.profiles]
@@ -239,7 +240,7 @@ def _copy(bundle: Bundle, folder: Path, public_key: Path | None) -> None:
     for name in (MANIFEST, SIGNATURE):
         if (bundle.folder / name).exists():
             shutil.copyfile(bundle.folder / name, folder / name)
-    manifest.load(folder, public_key).verify()  # another manifest may have come meanwhile
+    load(folder, public_key).verify()  # another manifest may have come meanwhile
 
 
 def _needs(backend: Backend, engines: Sequence[Engine]) -> str:

@@ -32,8 +32,8 @@ import dataclasses
 import operator
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -52,12 +52,15 @@ from drsformer.evaluate import TorchSession
 from export.onnx import ScoreProbe
 from export.report import Comparison, Crop, Validation, render
 from export.topk import count_flips, masks, scores_of
-from runtime.cli import InputError, main, parse_size, progress, writing
+from runtime.bundle import load_to_change, private_key, save
+from runtime.cli import main, parse_size, progress
+from runtime.errors import InputError
+from runtime.files import writing
 from runtime.images import list_images, read_rgb
-from runtime.manifest import Bundle, Drift, load, load_to_change, private_key
+from runtime.manifest import Drift
 from runtime.ort import OrtSession
-from runtime.session import Derainer, Provider, Session, open_bundle
-from runtime.tiling import Size
+from runtime.pixels import Size
+from runtime.session import Derainer, Provider, Session, open_session
 from runtime.trt import TrtSession
 
 CROP = 96
@@ -67,82 +70,87 @@ CROPS_SHOWN = 6
 """How many of the worst images the report shows a part of."""
 
 
-class Engine(Session, Protocol):
-    """A session that tells what its attention looked at.
+Scores = dict[str, Tensor]
+"""What attention looked at in one run, by layer: (1, heads, d, 1, d)."""
 
-    ks:          how many scores each mask keeps, by attention layer; the scores of others are not wanted.
-    scores:      of the last run, by attention layer: (1, heads, d, 1, d).
+
+class Observed(Session):
+    """A session, in whatever engine, and what its attention looked at.
+
+    session:     what runs.
+    run_observed: runs it: a batch as for `Session.run` -> its answer, and the scores.
+    ks:          how many scores each mask keeps, by attention layer; empty where the engine does not tell its scores.
     description: what it is, for people.
+    weights_sha256: hash of the checkpoint that it comes from, or "unknown".
+    scores:      of the last run.
     """
 
-    ks: dict[str, tuple[int, ...]]
-    scores: dict[str, Tensor]
-    description: str
-
-
-class TorchEngine(TorchSession):
-    """A checkpoint in PyTorch, which for tensorrt takes the device that it finds; an `Engine`."""
-
-    def __init__(self, path: Path, provider: Provider) -> None:
-        trained = checkpoint.load(path)
-        super().__init__(trained.model, provider if provider in ("cpu", "cuda") else "auto")
-        self.ks = {layer: mask.ks for layer, mask in masks(trained.model).items()}
-        self.sha256 = trained.sha256
-        self.description = f"{path}, PyTorch on {self.device}, weights {trained.sha256[:12]}"
+    def __init__(
+        self,
+        session: Session,
+        run_observed: Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], Scores]],
+        ks: dict[str, tuple[int, ...]],
+        description: str,
+        weights_sha256: str,
+    ) -> None:
+        self.session, self.ks, self.weights_sha256 = session, ks, weights_sha256
+        self.description = f"{description}, weights {weights_sha256[:12]}"
+        self.multiple, self.limits = session.multiple, getattr(session, "limits", ())
+        self.scores: Scores = {}
+        self._run_observed = run_observed
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        with scores_of(self.model) as scores, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            output = super().run(batch)
-        self.scores = {layer: tensor.cpu() for layer, tensor in scores.items()}
+        output, self.scores = self._run_observed(batch)
         return output
 
 
-class OnnxEngine(OrtSession):
-    """A .onnx file, or that of a bundle, in ONNX Runtime; an `Engine`."""
+def observe_checkpoint(path: Path, provider: Provider) -> Observed:
+    """A checkpoint in PyTorch, on the CPU or on CUDA where the provider says so, else on what there is."""
+    trained = checkpoint.load(path)
+    session = TorchSession(trained.model, provider if provider in ("cpu", "cuda") else "auto")
 
-    def __init__(self, model: Path | Bundle, provider: Provider) -> None:
-        super().__init__(model, provider)
-        self._probe = ScoreProbe(self.path, self.provider)
-        self.ks = self._probe.ks
-        weights, pattern = (self.metadata.get(key, "unknown") for key in ("weights_sha256", "topk"))
-        self.description = f"{self.path}, ONNX Runtime on {self.provider}, weights {weights[:12]}, top-k by {pattern}"
+    def run(batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], Scores]:
+        with scores_of(session.model) as scores, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            output = session.run(batch)
+        return output, {layer: tensor.cpu() for layer, tensor in scores.items()}
 
-    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        output = super().run(batch)
-        self.scores = self._probe(batch) if self.ks else {}
-        return output
+    ks = {layer: mask.ks for layer, mask in masks(trained.model).items()}
+    return Observed(session, run, ks, f"{path}, PyTorch on {session.device}", trained.sha256)
 
 
-class PlanEngine(TrtSession):
-    """What a bundle has for TensorRT, which does not tell its scores; an `Engine`."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle)
-        self.ks: dict[str, tuple[int, ...]] = {}
-        self.scores: dict[str, Tensor] = {}
-        weights = bundle.manifest.model.weights_sha256 or "unknown"
-        self.description = f"{self.path}, {self.entry.flavor} {self.entry.version}, weights {weights[:12]}"
+def observe_model(session: OrtSession) -> Observed:
+    """A .onnx file in ONNX Runtime, and a copy of it that returns its scores."""
+    probe = ScoreProbe(session.path, session.provider)
+    weights, pattern = (session.metadata.get(key, "unknown") for key in ("weights_sha256", "topk"))
+    description = f"{session.path}, ONNX Runtime on {session.provider}, top-k by {pattern}"
+    return Observed(session, lambda batch: (session.run(batch), probe(batch)), probe.ks, description, weights)
 
 
-def open_candidate(path: Path, provider: Provider = "auto") -> Engine:
+def observe_engine(session: TrtSession) -> Observed:
+    """An engine of a bundle, which does not tell its scores."""
+    description = f"{session.path}, {session.engine.flavor} {session.engine.version}"
+    weights = session.bundle.manifest.model.weights_sha256 or "unknown"
+    return Observed(session, lambda batch: (session.run(batch), {}), {}, description, weights)
+
+
+def open_candidate(path: Path, provider: Provider = "auto") -> Observed:
     """Whatever can be held against the full model, ready to run; of a bundle what a `Derainer` runs. Raises InputError
     for anything else."""
-    if path.is_dir():
-        return open_bundle(load(path), provider, PlanEngine, OnnxEngine)
-    if path.suffix == ".onnx":
-        return OnnxEngine(path, provider)
+    if path.is_dir() or path.suffix == ".onnx":
+        session = open_session(path, provider)
+        return observe_model(session) if isinstance(session, OrtSession) else observe_engine(session)
     if path.suffix in (".safetensors", ".pth", ".pt"):
-        return TorchEngine(path, provider)
-    raise InputError(f"--candidate: expected a bundle or a .onnx, .safetensors or .pth file, found {path}")
+        return observe_checkpoint(path, provider)
+    raise InputError(f"`candidate`: expected a bundle or a .onnx, .safetensors or .pth file, found {path}")
 
 
 class Runner(BaseRunner):
-    """An engine as Polygraphy sees it: `image` in; `restored`, an image as well, and the scores by layer out."""
+    """A session as Polygraphy sees it: `image` in; `restored`, an image as well, and the scores by layer out."""
 
-    def __init__(self, name: str, engine: Engine, tile: Size | None = None, overlap: int | None = None) -> None:
+    def __init__(self, name: str, session: Observed, tile: Size | None = None, overlap: int | None = None) -> None:
         super().__init__(name=name)
-        self.engine = engine
-        self.derain = Derainer(engine, tile=tile, overlap=overlap)
+        self.session = session
+        self.derain = Derainer(session, tile=tile, overlap=overlap)
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         return TensorMetadata().add("image", DataType.from_dtype(np.dtype(np.uint8)), (None, None, 3))
@@ -151,7 +159,7 @@ class Runner(BaseRunner):
         started = time.perf_counter()
         restored = self.derain(feed_dict["image"])
         self.inference_time = time.perf_counter() - started
-        return OrderedDict(restored=restored, **self.engine.scores)
+        return OrderedDict(restored=restored, **self.session.scores)
 
 
 def validate(
@@ -191,25 +199,25 @@ def validate(
         sign: Private key, Ed25519 in PEM, to sign that manifest with.
     """
     if limit is not None and limit < 1:
-        raise InputError(f"--limit: expected at least 1, found {limit}")
+        raise InputError(f"`limit`: expected at least 1, found {limit}")
     if record and not candidate.is_dir():
-        raise InputError(f"--record: expected a bundle as --candidate, found {candidate}")
+        raise InputError(f"`record`: expected a bundle as --candidate, found {candidate}")
     if sign and not record:
-        raise InputError("--sign: expected --record with it, which changes the manifest that is signed")
+        raise InputError("`sign`: expected --record with it, which changes the manifest that is signed")
     if record:
         load_to_change(candidate, sign)  # before the work
     if sign:
         private_key(sign)
     if record and tile:
-        raise InputError("--record: expected whole images, as the manifest says, found --tile")
+        raise InputError("`record`: expected whole images, as the manifest says, found --tile")
     sources = _find(data)[:limit]
     if max_drop_db is not None and not isinstance(sources[0], Pair):
-        raise InputError(f"--max-drop-db: {data} has no ground truth to measure a drop against; give --min-psnr")
-    engines = TorchEngine(reference, provider), open_candidate(candidate, provider)
-    size = parse_size("tile", tile, engines[1].multiple) if tile else None
+        raise InputError(f"`max_drop_db`: {data} has no ground truth to measure a drop against; give --min-psnr")
+    sessions = observe_checkpoint(reference, provider), open_candidate(candidate, provider)
+    size = parse_size("tile", tile, sessions[1].multiple) if tile else None
     if size:
-        engines[1].ks = {}  # each tile makes selections of its own
-    runners = [Runner("reference", engines[0]), Runner("candidate", engines[1], size, overlap)]
+        sessions[1].ks = {}  # each tile makes selections of its own
+    runners = [Runner("reference", sessions[0]), Runner("candidate", sessions[1], size, overlap)]
     images: list[Comparison] = []
     worst: list[tuple[Comparison, Crop]] = []
     selections: dict[str, int] = {}
@@ -224,8 +232,8 @@ def validate(
                         "give --tile to judge tiles"
                     )
                 ours, theirs = (results[0] for _, results in Comparator.run(runners, data_loader=[{"image": image}]))
-                selections = _shared_selections(*engines)
-                flips = {layer: count_flips(ours[layer], theirs[layer], engines[0].ks[layer]) for layer in selections}
+                selections = _shared_selections(*sessions)
+                flips = {layer: count_flips(ours[layer], theirs[layer], sessions[0].ks[layer]) for layer in selections}
                 comparison = _compare(source.name, ours["restored"], theirs["restored"], target, flips, protocol)
             except (InputError, ValueError) as error:
                 raise InputError(f"{source.name}: {error}") from error
@@ -235,13 +243,13 @@ def validate(
                 worst.sort(key=lambda entry: entry[0].badness, reverse=True)
                 del worst[CROPS_SHOWN:]
     facts = {
-        "reference": engines[0].description,
-        "candidate": engines[1].description,
+        "reference": sessions[0].description,
+        "candidate": sessions[1].description,
         "images": f"{len(images)} of {data}" + (f", protocol {protocol}" if isinstance(sources[0], Pair) else ""),
     }
     if size:
         facts["tiles"] = f"{tile}, {runners[1].derain.plan(*size).overlap} pixels of overlap"
-    uncounted = [] if size else [layer for layer in engines[0].ks if layer not in selections]
+    uncounted = [] if size else [layer for layer in sessions[0].ks if layer not in selections]
     crops = {comparison.name: crop for comparison, crop in worst}
     validation = Validation(facts, images, selections, uncounted, crops, max_drop_db, min_psnr)
     Console().print(validation.table())
@@ -253,9 +261,11 @@ def validate(
             temporary.write_text(render(validation), encoding="utf-8")
         print(f"Report: {report}")
     print(validation.verdict)
-    judged = engines[1]
-    if record and validation.passed and isinstance(judged, (OnnxEngine, PlanEngine)):
-        _record(candidate, engines[0].sha256, judged.path.name, judged.provider, data, protocol, validation, sign)
+    judged = sessions[1].session
+    if record and validation.passed and isinstance(judged, (OrtSession, TrtSession)):
+        _record(
+            candidate, sessions[0].weights_sha256, judged.path.name, judged.provider, data, protocol, validation, sign
+        )
     return validation
 
 
@@ -283,7 +293,7 @@ def _record(
     )
     same = operator.attrgetter("file", "provider", "reference_sha256", "data")
     others = (former for former in manifest.drift if same(former) != same(drift))
-    dataclasses.replace(manifest, drift=(*others, drift)).save(folder, sign)
+    save(dataclasses.replace(manifest, drift=(*others, drift)), folder, sign)
 
 
 def _find(data: Path) -> list[Pair] | list[Path]:
@@ -296,7 +306,7 @@ def _find(data: Path) -> list[Pair] | list[Path]:
         raise
 
 
-def _shared_selections(reference: Engine, candidate: Engine) -> dict[str, int]:
+def _shared_selections(reference: Observed, candidate: Observed) -> dict[str, int]:
     """How many selections an image takes, by layer, in the layers whose scores the two have alike."""
     return {
         layer: reference.scores[layer][..., 0].numel() * sum(ks)

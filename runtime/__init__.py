@@ -13,7 +13,8 @@
 `python -m runtime.derain` does both for files and folders. What a user got wrong raises `InputError`, with one line.
 """
 
-from runtime.cli import InputError
-from runtime.session import Derainer, Session
+from .errors import GateError, InputError, MismatchError
+from .session import Derainer, Session, open_session
+from .version import __version__
 
-__all__ = ["Derainer", "InputError", "Session"]
+__all__ = ["Derainer", "GateError", "InputError", "MismatchError", "Session", "__version__", "open_session"]

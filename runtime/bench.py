@@ -40,9 +40,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from runtime import memory
-from runtime.cli import InputError, main, parse_size, progress, size_text
-from runtime.session import Derainer, Provider, open_session
+from . import memory
+from .cli import main, parse_size, progress
+from .errors import InputError
+from .pixels import size_text
+from .session import Derainer, Provider, open_session
 
 ROUNDS = 11
 """The fewest, however long they take."""
@@ -121,9 +123,9 @@ def bench(
     """
     sizes = [parse_size("size", text) for text in size]
     if not sizes:
-        raise InputError("--size: expected at least one, found none")
+        raise InputError("`size`: expected at least one, found none")
     if not 0 <= seconds <= 3600:
-        raise InputError(f"--seconds: expected 0 to 3600, found {seconds}")
+        raise InputError(f"`seconds`: expected 0 to 3600, found {seconds}")
     facts = machine()
     models = [model] if vs is None else [model, vs]
     sessions = [open_session(path, provider, threads) for path in models]

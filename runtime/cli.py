@@ -1,6 +1,6 @@
-"""What every command shares: how a function becomes a command line, and how its mistakes are told.
+"""What every command shares: how a function becomes a command line, and how its mistakes and its progress are told.
 
-A verb is a typed, documented function that a notebook can call too. `main` parses its arguments, prints the result's
+A command is a typed, documented function that a notebook can call too. `main` parses its arguments, prints the result's
 summary as the last line, and turns a user's mistake into one line instead of a traceback. Exit status: 0 done, 1 a
 gate failed, 2 bad usage or bad input, 3 a fault of the program, with its traceback.
 """
@@ -9,33 +9,49 @@ from __future__ import annotations
 
 import io
 import json
-import os
+import logging
 import re
-import secrets
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
-import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from .errors import GateError, InputError, one_line
+from .pixels import Size
+from .progress import OnProgress
+
+try:
+    import tyro
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+except ModuleNotFoundError as error:  # only commands import this file
+    sys.exit(f"error: commands need the package {error.name}, which is not installed: pip install 'derainer[cli]'")
 
 console = Console(stderr=True)
 """Where progress and remarks go; results go to standard output."""
 
+EXTRAS = {
+    "av": "derainer[video]",
+    "cryptography": "derainer[sign]",
+    **dict.fromkeys(("torch", "safetensors", "lightning_fabric", "tensorboard", "click"), "drsformer-deploy[torch]"),
+    **dict.fromkeys(("onnx", "onnxscript", "polygraphy", "matplotlib", "jinja2"), "drsformer-deploy[export]"),
+    "torch_pruning": "drsformer-deploy[compress]",
+    "tritonclient": "drsformer-deploy[serve]",
+}
+"""What to install for a module that is missing."""
 
-class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line: expected, found, how to mend it.
-
-    Not a ValueError, since tyro would catch one that an option's dataclass raises and draw a box around it.
-    """
+LINE_SECONDS = 30.0
+"""Between lines that tell the progress where there is no terminal to draw bars on."""
 
 
-class GateError(RuntimeError):
-    """What was made does not pass its test, through no fault of the user. One line; exit status 1."""
+class Remarks(logging.Handler):
+    """What libraries log, as lines on standard error above the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = f"remark: {one_line(record.getMessage())}"
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def main(
@@ -50,6 +66,7 @@ def main(
     summary:     makes a JSON object of the result, printed as the last line of standard output; None prints nothing.
     status:      makes the exit status of the result.
     """
+    logging.basicConfig(handlers=[Remarks(logging.WARNING)], force=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be text
@@ -62,7 +79,13 @@ def main(
             print(json.dumps(line), flush=True)
         sys.exit(status(result))
     except InputError as error:
-        fail(str(error))
+        fail(as_options(str(error)))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            traceback.print_exc()
+            sys.exit(3)
+        fail(f"needs the package {package}, which is not installed: pip install '{EXTRAS[package]}'")
     except OSError as error:
         if error.strerror is None:
             traceback.print_exc()
@@ -93,26 +116,21 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def one_line(message: str) -> str:
-    """As one line, in which nothing steers the terminal, whatever the names in it are."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+def as_options(message: str) -> str:
+    """A message of a function with its parameters as the command's options: `round_to` becomes --round-to."""
+    return re.sub(r"`([a-z][a-z0-9_]*)`", lambda match: "--" + match[1].replace("_", "-"), message)
 
 
-def parse_size(option: str, text: str, multiple: int = 1) -> tuple[int, int]:
+def parse_size(option: str, text: str, multiple: int = 1) -> Size:
     """Height and width from "HxW", as given by an option. Raises InputError for anything else, and where one is no
     multiple of `multiple`, to which images are padded."""
     match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text, re.ASCII)
     if not match:
-        raise InputError(f"--{option}: expected height and width as HxW such as 720x1280, found {text!r}")
+        raise InputError(f"`{option}`: expected height and width as HxW such as 720x1280, found {text!r}")
     size = int(match[1]), int(match[2])
     if size[0] % multiple or size[1] % multiple:
-        raise InputError(f"--{option}: expected multiples of {multiple}, to which images are padded, found {text}")
+        raise InputError(f"`{option}`: expected multiples of {multiple}, to which images are padded, found {text}")
     return size
-
-
-def size_text(size: tuple[int, int]) -> str:
-    """Height and width as `parse_size` reads them."""
-    return f"{size[0]}x{size[1]}"
 
 
 def progress(shown: bool = True, **columns: Any) -> Progress:
@@ -130,38 +148,30 @@ def progress(shown: bool = True, **columns: Any) -> Progress:
     )
 
 
-def expect_other_files(*outputs: Path, **sources: str | os.PathLike[str] | None) -> None:
-    """Raise InputError where one of the files to write is one that is read, of `sources` by the names of their
-    options."""
-    for output in outputs:
-        for name, source in sources.items():
-            if source is not None and os.path.exists(source) and output.exists() and output.samefile(source):
-                raise InputError(f"--output: expected another file than --{name}, found {output} for both")
-
-
 @contextmanager
-def writing(path: str | os.PathLike[str], mode: int = 0o666) -> Iterator[Path]:
-    """A temporary path beside `path` to write to, which takes its name when the block ends and vanishes when it fails.
+def progress_shown() -> Iterator[OnProgress]:
+    """An `OnProgress` for the block that shows on standard error what it is told: one bar for each stage on a terminal;
+    elsewhere a line when a stage begins, every `LINE_SECONDS`, and when it ends."""
+    if not console.is_terminal:
+        told: dict[str, float] = {}
 
-    Missing parent folders are made. The temporary name keeps the suffix, from which libraries guess the format. `mode`:
-    permissions of the file, less those in the process's umask. Raises InputError where `path` is something else than a
-    file, which would be replaced too; an OSError, such as that of a full disk, names `path`.
-    """
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise InputError(f"expected a file to write, found a folder, a pipe or a device at {path}")
-    prefix = f".{path.stem[:40]}."  # a name has up to 255 bytes, and a character up to 4
-    temporary = path.with_name(f"{prefix}{secrets.token_hex(8)}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
-        try:
-            yield temporary
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        unnamed = error.filename is None or Path(str(error.filename)).name.startswith(prefix)
-        if unnamed and error.strerror is not None:
-            error.filename = str(path)
-        raise
+        def print_line(stage: str, done: int, total: int, remark: str = "") -> None:
+            now = time.monotonic()
+            if stage not in told or done == total or now - told[stage] >= LINE_SECONDS:
+                told[stage] = now
+                counted = f" {done} of {total}" if total else ""
+                print(f"{stage}{counted}{remark and ', ' + remark}", file=sys.stderr, flush=True)
+            if done == total:
+                told.pop(stage)
+
+        yield print_line
+        return
+    with progress(remark="{task.fields[remark]}") as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def draw(stage: str, done: int, total: int, remark: str = "") -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total or None, remark=remark)
+            bars.update(tasks[stage], completed=done, total=total or None, remark=remark)
+
+        yield draw

@@ -36,10 +36,11 @@ from typing import Annotated
 import tyro
 from PIL import Image
 
-from runtime.cli import InputError, main, one_line, parse_size, progress
-from runtime.images import SUFFIXES, Photo, list_images, load
-from runtime.pipeline import pipeline
-from runtime.session import Derainer, Provider, open_session
+from .cli import main, parse_size, progress_shown
+from .errors import InputError, one_line
+from .images import SUFFIXES, Photo, list_images, load
+from .pipeline import pipeline
+from .session import Derainer, Provider, open_session
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv")
 """A file is taken for a video where it or its result ends in one of these."""
@@ -100,21 +101,22 @@ def derain(
     files = _plan(input, output)
     if shard is not None:
         if not input.is_dir():
-            raise InputError(f"--shard is for folders, and {input} is a file")
+            raise InputError(f"`shard` is for folders, and {input} is a file")
         part, parts = _shard(shard)
         files = [file for file in files if _belongs(file[0].name, part, parts)]
     todo = [file for file in files if overwrite or not input.is_dir() or not _is_done(*file)]
     if max_pixels is not None:
         if max_pixels < 1:
-            raise InputError(f"--max-pixels: expected 1 or more, found {max_pixels}")
+            raise InputError(f"`max_pixels`: expected 1 or more, found {max_pixels}")
         Image.MAX_IMAGE_PIXELS = max_pixels
     session = open_session(model, provider, threads, public_key)
     derainer = Derainer(session, memory=_bytes(memory), tile=parse_size("tile", tile) if tile else None)
     _refuse_unwritable(output if input.is_dir() else files[0][1].parent)
     if not input.is_dir() and _is_video(*files[0]):
-        from runtime import video  # needs PyAV
+        from . import video  # needs PyAV
 
-        result = video.restore(derainer, *files[0], crf)
+        with progress_shown() as on_progress:
+            result = video.restore(derainer, *files[0], crf, on_progress)
         report, count = Report([files[0][1]], result.failures), f"{result.frames} frames"
     else:
         report = _restore(derainer, todo)
@@ -133,9 +135,7 @@ def derain(
 def _restore(derainer: Derainer, files: list[tuple[Path, Path]]) -> Report:
     """Restore images, the next one being read and the last one written meanwhile. One that fails is reported."""
     report, tiled = Report([], []), 0
-    with progress() as bar:
-        images = bar.add_task("deraining", total=len(files))
-        tiles = bar.add_task("tiles", visible=False)
+    with progress_shown() as on_progress:
 
         def read() -> Iterator[tuple[Path, Path, Photo | InputError]]:
             for source, target in files:
@@ -161,7 +161,8 @@ def _restore(derainer: Derainer, files: list[tuple[Path, Path]]) -> Report:
         def show_tiles(done: int, total: int) -> None:
             nonlocal tiled
             tiled += 1 < done == total
-            bar.update(tiles, completed=done, total=total, visible=done < total)
+            if total > 1:
+                on_progress("Tiles", done, total)
 
         def write(item: tuple[Path, Photo | InputError]) -> None:
             target, photo = item
@@ -176,8 +177,9 @@ def _restore(derainer: Derainer, files: list[tuple[Path, Path]]) -> Report:
                 if error.errno != errno.ENAMETOOLONG:  # others, such as a full disk, are no fault of this image
                     raise
                 report.failures.append(f"{target}: {error.strerror}")
-            bar.advance(images)
+            on_progress("Restoring images", len(report.restored) + len(report.failures), len(files))
 
+        on_progress("Restoring images", 0, len(files))
         pipeline(read(), work, write)
     return replace(report, tiled=tiled)
 
@@ -222,7 +224,7 @@ def _shard(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
     part, parts = map(int, match.groups()) if match else (0, 0)
     if not 1 <= part <= parts:
-        raise InputError(f"--shard: expected I/N from 1/N to N/N, such as 3/8, found {text!r}")
+        raise InputError(f"`shard`: expected I/N from 1/N to N/N, such as 3/8, found {text!r}")
     return part, parts
 
 
@@ -237,7 +239,7 @@ def _bytes(text: str | None) -> int | None:
         return None
     match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?) ?([KMG]I?B|)", text.upper(), re.ASCII)
     if match is None:
-        raise InputError(f"--memory: expected a number of bytes such as 4GB or 500MB, found {text!r}")
+        raise InputError(f"`memory`: expected a number of bytes such as 4GB or 500MB, found {text!r}")
     return int(float(match[1]) * UNITS[match[2]])
 
 

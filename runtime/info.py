@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from runtime.cli import main
-from runtime.manifest import SIGNATURE, Bundle, Manifest, load
+from .bundle import Bundle, load
+from .cli import main
+from .manifest import SIGNATURE, Manifest
 
 
 def info(

@@ -8,7 +8,6 @@ the first image.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import sys
 from pathlib import Path
@@ -17,19 +16,23 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from runtime.cli import InputError
-from runtime.manifest import Bundle, Tensor, contract
-from runtime.memory import Footprint, measure
-from runtime.session import to_batch, to_image
-from runtime.tiling import Size
+from .bundle import Bundle
+from .errors import InputError, one_line
+from .manifest import Tensor, read_graph_io
+from .pixels import Size
 
 EXECUTION_PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
+    "ort-tensorrt": "TensorrtExecutionProvider",
 }
 
-FALLBACKS = {"auto": ["cuda", "cpu"], "cpu": ["cpu"], "cuda": ["cuda", "cpu"], "tensorrt": ["tensorrt", "cuda", "cpu"]}
+FALLBACKS = {
+    "auto": ["cuda", "cpu"],
+    "cpu": ["cpu"],
+    "cuda": ["cuda", "cpu"],
+    "ort-tensorrt": ["ort-tensorrt", "cuda", "cpu"],
+}
 """What runs the nodes that a provider cannot, in this order."""
 
 DTYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
@@ -45,7 +48,7 @@ class OrtSession:
     """A `runtime.session.Session` on ONNX Runtime.
 
     model:    path of the .onnx file, or a bundle that has one; None is the network that ships with the project.
-    provider: "auto" takes CUDA where it works, else the CPU; "cpu"; "cuda"; "tensorrt".
+    provider: "auto" takes CUDA where it works, else the CPU; "cpu"; "cuda"; "ort-tensorrt".
     threads:  how many CPU threads one run uses; 0 is one for each core.
 
     The graph has one input `input` and one output `output`, either both float32 (1, 3, H, W) or, exported with
@@ -53,9 +56,9 @@ class OrtSession:
     image, which loses nothing where the batch came from one, and its answer is then in steps of 1/255.
 
     Attributes besides those of `Session`: `path`, of the file; `metadata`, the strings that export wrote into it;
-    `input` and `output`; and `provider`, the one that runs. ONNX Runtime keeps the memory of the largest image so far.
-    Raises InputError for a file that is missing, broken, another network or other than its bundle says, and for a
-    provider that is not there.
+    `input` and `output`; `provider`, the one that runs; and `threads`. ONNX Runtime keeps the memory of the largest
+    image so far. Raises InputError for a file that is missing, broken, another network or other than its bundle says,
+    and for a provider that is not there.
     """
 
     multiple: int
@@ -65,6 +68,7 @@ class OrtSession:
     input: Tensor
     output: Tensor
     provider: str
+    threads: int
 
     def __init__(
         self, model: str | os.PathLike[str] | Bundle | None = None, provider: str = "auto", threads: int = 0
@@ -93,7 +97,9 @@ class OrtSession:
         try:
             self._engine = ort.InferenceSession(content, options, providers=[EXECUTION_PROVIDERS[p] for p in wanted])
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
-            raise InputError(f"{self.path} is not an ONNX model that ONNX Runtime can load: {_line(error)}") from error
+            raise InputError(
+                f"{self.path} is not an ONNX model that ONNX Runtime can load: {one_line(error)}"
+            ) from error
         running = self._engine.get_providers()
         self.provider = next(name for name in wanted if EXECUTION_PROVIDERS[name] in running)
         if provider not in ("auto", self.provider):
@@ -104,20 +110,14 @@ class OrtSession:
         self.metadata = self._engine.get_modelmeta().custom_metadata_map
         tensors = [_describe(node) for node in (*self._engine.get_inputs(), *self._engine.get_outputs())]
         try:
-            io, self.multiple = contract(tensors, self.metadata)
+            self._graph_io = read_graph_io(tensors, self.metadata)
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from error
         self.input, self.output = tensors
-        self._takes_images = io == "image"
-        self._threads = threads
-        sides = [(1, sys.maxsize) if side == -1 else (side, side) for side in self._size()]
+        self.multiple, self.threads = self._graph_io.multiple, threads
+        sides = [(1, sys.maxsize) if side == -1 else (side, side) for side in self._graph_io.size(self.input.shape)]
         least, most = zip(*sides, strict=True)
         self.limits = ((least, most),)
-
-    @functools.cached_property
-    def footprint(self) -> Footprint | None:
-        """Measured on the CPU when it is first asked for; None where it is not known, as on a GPU."""
-        return measure(self.path, self._threads) if self.provider == "cpu" else None
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """float32 (1, 3, H, W) RGB in [0, 1], H and W multiples of `multiple` -> the same shape, not clamped.
@@ -126,23 +126,16 @@ class OrtSession:
         memory. Safe to call from several threads.
         """
         H, W = batch.shape[2:]
-        height, width = self._size()
+        height, width = self._graph_io.size(self.input.shape)
         if height not in (-1, H) or width not in (-1, W):
             raise InputError(
                 f"{self.path} takes only images of {width}x{height} pixels, found {W}x{H} after padding "
                 f"to a multiple of {self.multiple}; export it without --height and --width"
             )
         try:
-            if self._takes_images:
-                return to_batch(self._call(to_image(batch)[None])[0])
-            return self._call(batch)
+            return self._graph_io.answer(self._call(self._graph_io.feed(batch)))
         except Exception as error:
-            raise InputError(f"{self.path} failed on {W}x{H} pixels: {_line(error)}") from error
-
-    def _size(self) -> tuple[int, int]:
-        """Height and width that the graph takes; -1 where it leaves it open."""
-        height, width = self.input.shape[1:3] if self._takes_images else self.input.shape[2:]
-        return height, width
+            raise InputError(f"{self.path} failed on {W}x{H} pixels: {one_line(error)}") from error
 
     def _call(self, array: np.ndarray) -> np.ndarray:
         answer = np.asarray(self._engine.run(["output"], {"input": array})[0])
@@ -185,7 +178,3 @@ def _choose(provider: str) -> list[str]:
 def _describe(node: ort.NodeArg) -> Tensor:
     kind = str(node.type)
     return Tensor(node.name, DTYPES.get(kind, kind), tuple(n if isinstance(n, int) else -1 for n in node.shape))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

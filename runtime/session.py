@@ -8,39 +8,42 @@ image, so one that does not fit is cut into tiles all the same, by `runtime.tili
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime import manifest, tiling
-from runtime.cli import InputError
-from runtime.memory import Footprint, available
+from . import tiling
+from .bundle import Bundle, describe_file, load
+from .choice import choose_engine
+from .errors import InputError, MismatchError
+from .manifest import Manifest, describe
+from .memory import available
+from .pixels import to_batch, to_image
 
-if TYPE_CHECKING:
-    from runtime.manifest import Bundle
-    from runtime.ort import OrtSession
-    from runtime.trt import TrtSession
-
-E = TypeVar("E")
-M = TypeVar("M")
+if TYPE_CHECKING:  # they load what they drive, which takes its time
+    from .footprint import Footprint
+    from .ort import OrtSession
+    from .trt import TrtSession
 
 logger = logging.getLogger(__name__)
 
-Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
+Provider = Literal["auto", "cpu", "cuda", "ort-tensorrt", "tensorrt"]
 """Where a network runs; see `open_session`."""
 
-IMAGE = 36
+PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+
+IMAGE_BYTES = 36
 """Bytes that an image takes for each of its pixels outside of the network, from the caller's to the answer."""
 
-AMPLE = 32_000
-"""Bytes for each pixel with which no network has to be measured: `runtime.memory.MARGIN` times the most that the full
-one took in ONNX Runtime."""
+AMPLE_BYTES = 32_000
+"""Bytes for each pixel with which no network has to be measured: `runtime.footprint.MARGIN` times the most that the
+full one took in ONNX Runtime."""
 
 
 class Session(Protocol):
@@ -51,7 +54,8 @@ class Session(Protocol):
     A session may have two attributes more; one that lacks them takes any size, and nobody knows its memory:
 
     limits:    pairs of the smallest and the largest (height, width), one of which is enough; () for any size.
-    footprint: `runtime.memory.Footprint`, or None where it is not known. It may take seconds to measure.
+    footprint: `runtime.footprint.Footprint`, or None where it is not known. Where the session lacks it and its
+               `provider` is "cpu", as of ONNX Runtime, it is measured when it is needed, which may take seconds.
     """
 
     multiple: int
@@ -66,7 +70,7 @@ class Derainer:
 
     model:      path of a bundle or of a .onnx file, or a session of any engine; None is the network that ships with
                 the project.
-    provider:   "auto", "cpu", "cuda" or "tensorrt", see `open_session`; not for a session.
+    provider:   see `open_session`; not for a session.
     public_key: of the one who has to have signed the bundle (PEM, Ed25519).
     memory:     bytes that the whole process may take for one image; None is three quarters of what is free when this
                 object is made, where the system and the session tell. Threads that share one take it each.
@@ -155,78 +159,93 @@ class Derainer:
         if self._tile:
             return tiling.plan(size, multiple, limits, tile=self._tile, overlap=self._overlap)
         area, pixels = size[0] * size[1], math.inf
-        if area * AMPLE > self._memory and (footprint := self._footprint):
-            pixels = (self._memory - area * IMAGE) / footprint.per_pixel
+        if area * AMPLE_BYTES > self._memory and (footprint := self._footprint):
+            pixels = (self._memory - area * IMAGE_BYTES) / footprint.per_pixel
         return tiling.plan(size, multiple, limits, pixels)
 
-    @property
+    @functools.cached_property
     def _footprint(self) -> Footprint | None:
-        return getattr(self.session, "footprint", None)
+        if hasattr(self.session, "footprint"):
+            return getattr(self.session, "footprint")  # noqa: B009 - the protocol does not demand it
+        if getattr(self.session, "provider", None) != "cpu":
+            return None
+        from .footprint import measure
+
+        session = cast("OrtSession", self.session)
+        return measure(session.path, session.threads)
 
 
 def open_session(
-    model: str | os.PathLike[str] | None = None,
+    model: str | os.PathLike[str] | Bundle | None = None,
     provider: str = "auto",
     threads: int = 0,
     public_key: str | os.PathLike[str] | None = None,
 ) -> OrtSession | TrtSession:
-    """The network at a path, ready to run; the arguments are those of `Derainer`, and CPU threads, 0 for all cores.
+    """The network at a path, ready to run.
 
-    The provider "tensorrt" is the bundle's engine, or ONNX Runtime's TensorRT where there is none; "auto" is the
-    bundle's engine where it runs, or else ONNX Runtime on CUDA where it works, or else on the CPU.
+    Args:
+        model: Path of a bundle or of a .onnx file, or an open bundle; None is the network that ships.
+        provider: "tensorrt" is the bundle's engine, in TensorRT or TensorRT for RTX; "cuda", "cpu" and "ort-tensorrt"
+            (its TensorRT provider) run the ONNX model in ONNX Runtime; "auto" is the bundle's engine where it runs, or
+            else CUDA where it works, or else the CPU. Why "auto" does not take an engine is logged: as a warning, or
+            where there is no GPU as information.
+        threads: CPU threads, 0 for all cores.
+        public_key: Of the one who has to have signed the bundle (PEM, Ed25519).
+
+    Raises:
+        InputError: The model cannot be loaded, a bundle's files are not those of its manifest, or the provider is not
+            there.
     """
-
-    def on_onnxruntime(model: str | os.PathLike[str] | Bundle | None, provider: str) -> OrtSession:
-        from runtime.ort import OrtSession  # takes its time to import, and other engines do without it
-
-        return OrtSession(model, provider, threads)
-
-    def on_tensorrt(bundle: Bundle) -> TrtSession:
-        from runtime.trt import TrtSession
-
-        return TrtSession(bundle)
-
-    if model is not None and Path(model).is_dir():
-        return open_bundle(manifest.load(model, public_key), provider, on_tensorrt, on_onnxruntime)
-    if public_key is not None:
+    if provider not in PROVIDERS:
+        raise InputError(f"`provider`: expected one of {', '.join(PROVIDERS)}, found {provider!r}")
+    if model is not None and not isinstance(model, Bundle) and Path(model).is_dir():
+        model = load(model, public_key)
+    elif public_key is not None:
         raise InputError(f"expected a bundle to verify with {public_key}, found {model or 'no model named'}")
-    return on_onnxruntime(model, provider)
-
-
-def open_bundle(
-    bundle: Bundle, provider: str, open_engine: Callable[[Bundle], E], open_model: Callable[[Bundle, Any], M]
-) -> E | M:
-    """The engine of a bundle where the provider is tensorrt, or auto and it runs, else its model. Why an engine does
-    not run is logged: as a warning, or where there is no GPU as information."""
-    if bundle.manifest.engines and provider in ("auto", "tensorrt"):
+    if provider == "tensorrt" and not (isinstance(model, Bundle) and model.manifest.engines):
+        found = model.folder if isinstance(model, Bundle) else model or "no model named"
+        raise InputError(
+            f"provider tensorrt: expected a bundle with an engine, found {found}; build one with export.tensorrt, or "
+            "run the ONNX model with the provider ort-tensorrt"
+        )
+    if isinstance(model, Bundle) and model.manifest.engines and provider in ("auto", "tensorrt"):
         try:
-            return open_engine(bundle)
-        except manifest.MismatchError:
+            return open_engine(model)
+        except MismatchError:
             raise
         except InputError as error:
             if provider == "tensorrt":
                 raise
             level = logging.WARNING if _has_gpu() else logging.INFO
-            logger.log(level, "the ONNX model of %s runs in place of its engine: %s", bundle.folder, error)
-    return open_model(bundle, provider)
+            logger.log(level, "the ONNX model of %s runs in place of its engine: %s", model.folder, error)
+    from .ort import OrtSession
+
+    return OrtSession(model, provider, threads)
+
+
+def open_engine(bundle: Bundle, sizes: int = 8, cuda_graphs: bool = True) -> TrtSession:
+    """The engine of a bundle for the GPU and the libraries of this machine; for the rest see `runtime.trt.TrtSession`.
+    Raises InputError where there is none, or no GPU."""
+    from .trt import TrtSession, gpu, library_version
+
+    return TrtSession(bundle, choose_engine(bundle, gpu(), library_version), sizes, cuda_graphs)
+
+
+def describe_onnx(path: Path) -> Manifest:
+    """The manifest of a bundle with only this model, a file that ONNX Runtime can load without any other. Raises
+    InputError for one that it cannot."""
+    from .ort import OrtSession
+
+    session = OrtSession(path, "cpu")
+    described = describe(describe_file(path, "onnx"), session.input, session.output, session.metadata)
+    OrtSession(Bundle(path.parent, described), "cpu")
+    return described
 
 
 def _has_gpu() -> bool:
-    from runtime.trt import gpu
+    from .trt import gpu
 
     try:
         return bool(gpu())
     except InputError:
         return False
-
-
-def to_batch(image: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """uint8 (H, W, 3) -> float32 (1, 3, H, W) in [0, 1]."""
-    return np.ascontiguousarray(image.transpose(2, 0, 1)[None], dtype=np.float32) / np.float32(255)
-
-
-def to_image(batch: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """float32 (1, 3, H, W), clamped to [0, 1] and rounded half to even -> uint8 (H, W, 3)."""
-    levels = np.clip(batch[0], 0, 1)
-    levels *= 255
-    return np.ascontiguousarray(np.rint(levels, out=levels).astype(np.uint8).transpose(1, 2, 0))

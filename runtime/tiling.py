@@ -25,10 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.cli import InputError, size_text
-
-Size = tuple[int, int]
-"""Height and width."""
+from .errors import InputError
+from .pixels import Size, size_text
 
 OnTile = Callable[[int, int], None]
 """Called after every tile with how many are done, and of how many."""

@@ -15,8 +15,8 @@ from typing import Any
 
 import triton_python_backend_utils as triton  # pyright: ignore[reportMissingImports]  # there is one in the server only
 
-from runtime.cli import InputError
-from runtime.session import Derainer, open_session
+from .errors import InputError
+from .session import Derainer, open_session
 
 
 class TritonPythonModel:

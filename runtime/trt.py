@@ -1,10 +1,6 @@
 """A network in TensorRT or TensorRT for RTX, from a bundle made by `export.tensorrt`.
 
-    from pathlib import Path
-    from runtime import Derainer, manifest
-    from runtime.trt import TrtSession
-
-    derain = Derainer(TrtSession(manifest.load(Path("bundle"))))
+    session = TrtSession(bundle, bundle.manifest.engines[0])      # or runtime.session.open_engine(bundle)
 
 The fastest engine on an NVIDIA GPU. What it costs: an engine fits one version of one library, some kinds of GPU and
 some image sizes, and every run is exclusive. TensorRT comes from NVIDIA's own package index or SDK, TensorRT for RTX
@@ -35,9 +31,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.cli import InputError, size_text, writing
-from runtime.manifest import Bundle, Engine, Flavor
-from runtime.session import to_batch, to_image
+from .bundle import Bundle
+from .errors import InputError, one_line
+from .files import writing
+from .manifest import FLAVOR_TITLES, Engine, Flavor
+from .pixels import size_text
 
 
 @dataclass(frozen=True)
@@ -64,12 +62,12 @@ class Library:
         try:
             return [importlib.import_module(name) for name in self.modules][-1]
         except (ImportError, OSError) as error:
-            raise InputError(f"{self.title} is not here ({_line(error)}): {self.install}") from error
+            raise InputError(f"{self.title} is not installed ({one_line(error)}): {self.install}") from error
 
 
 LIBRARIES: dict[Flavor, Library] = {
     "rtx": Library(
-        title="TensorRT for RTX",
+        title=FLAVOR_TITLES["rtx"],
         modules=("tensorrt_rtx_libs", "tensorrt_rtx_bindings"),
         install="pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings",
         capabilities=("8.6", "8.9", "12.0"),
@@ -77,7 +75,7 @@ LIBRARIES: dict[Flavor, Library] = {
         jit=True,
     ),
     "tensorrt": Library(
-        title="TensorRT",
+        title=FLAVOR_TITLES["tensorrt"],
         modules=("tensorrt",),
         install="pip install tensorrt, which fetches it from NVIDIA's package index, or use the SDK",
         capabilities=None,
@@ -85,6 +83,11 @@ LIBRARIES: dict[Flavor, Library] = {
         jit=False,
     ),
 }
+
+
+def library_version(flavor: Flavor) -> str:
+    """Version of an installed library. Raises InputError where it is not installed."""
+    return LIBRARIES[flavor].load().__version__
 
 
 def new_log(trt: Any) -> Any:
@@ -110,7 +113,7 @@ def load_cuda() -> Any:
     try:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
-        raise InputError(f"CUDA's Python bindings are not here ({_line(error)}): pip install cuda-bindings") from error
+        raise InputError(f"CUDA bindings are not installed ({one_line(error)}): pip install cuda-bindings") from error
 
 
 def gpu() -> str:
@@ -133,8 +136,8 @@ def gpu() -> str:
 class TrtSession:
     """A `runtime.session.Session` on an engine of a bundle.
 
-    bundle:      from `runtime.manifest.load`. Of its engines, the newest for the GPU whose library is here in its
-                 version.
+    bundle:      from `runtime.bundle.load`.
+    engine:      of it, for the GPU and the library that are here, see `runtime.choice`.
     sizes:       for how many image sizes the context, and with it the CUDA graph, is kept; the longest unused goes
                  first.
     cuda_graphs: replay the launches of a size from its second run on.
@@ -150,25 +153,26 @@ class TrtSession:
 
     provider = "tensorrt"
 
-    def __init__(self, bundle: Bundle, sizes: int = 8, cuda_graphs: bool = True) -> None:
-        capability = gpu()  # before TensorRT is touched, which may crash where there is no driver
-        self.entry, trt = _choose(bundle, capability)
-        self.path = bundle.folder / self.entry.file
+    def __init__(self, bundle: Bundle, engine: Engine, sizes: int = 8, cuda_graphs: bool = True) -> None:
+        gpu()  # before TensorRT is touched, which may crash where there is no driver
+        self.bundle, self.engine = bundle, engine
+        self.path = bundle.folder / self.engine.file
         self.multiple = bundle.manifest.model.size_multiple
-        self.limits = tuple((profile.min, profile.max) for profile in self.entry.profiles)
-        self._library = LIBRARIES[self.entry.flavor]
-        self._takes_images = bundle.manifest.model.io == "image"
+        self.limits = tuple((profile.min, profile.max) for profile in self.engine.profiles)
+        self._library = LIBRARIES[self.engine.flavor]
+        self._graph_io = bundle.manifest.model.graph_io
+        trt = self._library.load()
         self._cuda_graphs = cuda_graphs
         self._lock = threading.Lock()
         self._cuda = load_cuda()
         self._on_device = functools.partial(_on_device, self._cuda, _check(self._cuda.cudaGetDevice()))
         self._log = new_log(trt)
         pixels = max(height * width for _, (height, width) in self.limits)
-        size = pixels * 3 * (1 if self._takes_images else 4)
+        size = pixels * 3 * self._graph_io.dtype.itemsize
         resources = contextlib.ExitStack()
         self.close = weakref.finalize(self, _close, resources, self._on_device)
         with self._on_device():
-            self._engine = self._deserialize(trt, bundle)
+            self._cuda_engine = self._deserialize(trt, bundle)
             self._config = self._configure(trt, bundle, resources)
             self._stream = _check(self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking))
             resources.callback(self._cuda.cudaStreamDestroy, self._stream)
@@ -185,25 +189,25 @@ class TrtSession:
         if not self.close.alive:
             raise RuntimeError("the session is closed")
         H, W = batch.shape[2:]
-        feed = to_image(batch)[None] if self._takes_images else np.ascontiguousarray(batch, dtype=np.float32)
+        feed = self._graph_io.feed(batch)
         with self._lock, self._on_device():
             context = self._contexts.get((H, W)) or self._prepare(H, W, feed.shape)
             self._input.upload(feed, self._stream)
             self._launch(context)
             answer = self._output.download(feed.shape, feed.dtype, self._stream)
-        return to_batch(answer[0]) if self._takes_images else answer
+        return self._graph_io.answer(answer)
 
     def _deserialize(self, trt: Any, bundle: Bundle) -> Any:
         self._runtime = trt.Runtime(self._log)
         # An engine for later versions, too, brings the code that runs it.
-        self._runtime.engine_host_code_allowed = _has(self.entry, "version_compatible")
-        engine = self._runtime.deserialize_cuda_engine(bundle.read(self.entry.file))
+        self._runtime.engine_host_code_allowed = self.engine.flags.get("version_compatible") is True
+        engine = self._runtime.deserialize_cuda_engine(bundle.read(self.engine.file))
         if engine is None:
             raise InputError(
                 f"{self._library.title} refuses {self.path}: {self._log.reason()}; build it again on or "
                 "for this machine"
             )
-        if _has(self.entry, "strip_weights"):
+        if self.engine.flags.get("strip_weights") is True:
             refitter = trt.Refitter(engine, self._log)
             weights = trt.OnnxParserRefitter(refitter, self._log)
             if (
@@ -220,11 +224,11 @@ class TrtSession:
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self._library.jit:
             return strategy
-        config = self._engine.create_runtime_config()
+        config = self._cuda_engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
         graphs = trt.CudaGraphStrategy
         config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if self._cuda_graphs else graphs.DISABLED
-        cache, path = config.create_runtime_cache(), cache_path(bundle, self.entry)
+        cache, path = config.create_runtime_cache(), cache_path(bundle, self.engine)
         known = _read_own(path)
         if known:
             cache.deserialize(known)  # False for one of another GPU or driver, which changes nothing
@@ -233,14 +237,14 @@ class TrtSession:
         return config
 
     def _prepare(self, H: int, W: int, shape: tuple[int, ...]) -> _Context:
-        profile = next((i for i, p in enumerate(self.entry.profiles) if p.takes(H, W)), None)
+        profile = self.engine.profile_for(H, W)
         if profile is None:
-            ranges = " or ".join(f"{size_text(p.min)} to {size_text(p.max)}" for p in self.entry.profiles)
+            ranges = " or ".join(f"{size_text(p.min)} to {size_text(p.max)}" for p in self.engine.profiles)
             raise InputError(
                 f"{self.path} takes images of height x width {ranges}, found {H}x{W} after padding to a "
                 f"multiple of {self.multiple}; build it with another --min and --max"
             )
-        context = self._engine.create_execution_context(self._config)
+        context = self._cuda_engine.create_execution_context(self._config)
         if (
             context is None
             or not context.set_optimization_profile_async(profile, self._stream)
@@ -368,54 +372,6 @@ def cache_path(bundle: Bundle, engine: Engine) -> Path:
     return folder.with_name(f"{folder.name}.{sha256[:12]}.cache")
 
 
-def _choose(bundle: Bundle, capability: str) -> tuple[Engine, Any]:
-    """The engine to use on a GPU, and its library. Raises InputError with what the first fitting one lacks."""
-    engines = bundle.manifest.engines
-    fitting = [engine for engine in engines if _runs_on(engine, capability)]
-    if not fitting:
-        found = "; ".join(f"{e.flavor} for {', '.join(e.compute_capabilities)}" for e in engines) or "no engine"
-        raise InputError(
-            f"{bundle.folder}: expected an engine for this GPU of compute capability {capability}, found "
-            f"{found}; add one: python -m export.tensorrt --onnx "
-            f"{bundle.folder / bundle.manifest.model.file} --output {bundle.folder} with "
-            f"--compute-capability {capability}, or on this machine with --flavor tensorrt"
-        )
-    errors: list[InputError] = []
-    for engine in reversed(fitting):  # the newest first
-        try:
-            library = LIBRARIES[engine.flavor]
-            trt = library.load()
-            if _fits_version(engine, trt.__version__):
-                return engine, trt
-            raise InputError(
-                f"{bundle.folder / engine.file}: expected {library.title} {engine.version}, which it was "
-                f"built with, found {trt.__version__}; install that one or build the engine again"
-            )
-        except InputError as error:
-            errors.append(error)
-    raise errors[0]
-
-
-def _has(engine: Engine, flag: str) -> bool:
-    return engine.flags.get(flag) is True
-
-
-def _runs_on(engine: Engine, capability: str) -> bool:
-    if _has(engine, "hardware_compatible"):  # Ampere and later
-        return _numbers(capability) >= (8, 0)
-    return capability in engine.compute_capabilities
-
-
-def _fits_version(engine: Engine, version: str) -> bool:
-    if _has(engine, "version_compatible"):
-        return _numbers(version) >= _numbers(engine.version)
-    return version == engine.version
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdecimal())
-
-
 @contextlib.contextmanager
 def _on_device(cuda: Any, device: int) -> Iterator[None]:
     """Make a GPU the current one of the calling thread, and then the former again."""
@@ -457,7 +413,3 @@ def _save_cache(cache: Any, path: Path, known: bytes) -> None:
     if content != known:
         with contextlib.suppress(OSError), writing(path, mode=0o600) as temporary:  # or the next start is slower
             temporary.write_bytes(content)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

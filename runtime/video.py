@@ -1,7 +1,7 @@
 """Video files with everything around the pictures: what goes in with them comes out with them.
 
     from runtime import Derainer
-    from runtime.video import restore
+    from .video import restore
 
     restore(Derainer(), "rainy.mp4", "clean.mp4")
 
@@ -20,8 +20,10 @@ that the format cannot hold.
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,9 +35,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtime.cli import InputError, console, one_line, progress, writing
-from runtime.images import refuse_bomb
-from runtime.pipeline import pipeline
+from .errors import InputError
+from .files import writing
+from .images import refuse_bomb
+from .pipeline import pipeline
+from .progress import OnProgress, silent
 
 try:
     import av
@@ -47,6 +51,8 @@ from av.packet import Packet
 from av.stream import Disposition, Stream
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+
+logger = logging.getLogger(__name__)
 
 FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 """FFmpeg's format by the suffix of the file to write. Files to read are told by their content."""
@@ -98,14 +104,16 @@ def restore(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     crf: int = 18,
+    on_progress: OnProgress = silent,
 ) -> Result:
-    """Restore a video file into another, whole or not at all. Progress is shown on a terminal.
+    """Restore a video file into another, whole or not at all.
 
     derain: uint8 (H, W, 3) RGB -> the same, such as a Derainer.
     crf:    x264's quality, from 0, the best, to 51.
 
-    Damaged frames are left out and counted; of a file that breaks off, what comes before is restored. On ctrl-C the
-    frame at hand is dropped, the frames before it become the target, which is playable, and KeyboardInterrupt goes on.
+    What is not kept is logged as a warning. Damaged frames are left out and counted; of a file that breaks off, what
+    comes before is restored. On ctrl-C the frame at hand is dropped, the frames before it become the target, which is
+    playable, and KeyboardInterrupt goes on.
 
     Raises InputError where the source is no video or one that is refused, where the target's format cannot hold it,
     and for a frame that `derain` refuses; OSError where the target cannot be written.
@@ -114,23 +122,23 @@ def restore(
     if target.suffix.lower() not in FORMATS:
         raise InputError(f"expected a video file ending in {', '.join(FORMATS)} to write, found {target}")
     if not 0 <= crf <= 51:
-        raise InputError(f"--crf: expected 0 to 51, found {crf}")
+        raise InputError(f"`crf`: expected 0 to 51, found {crf}")
     interruption = None
     with _open(source) as container, writing(target) as temporary, _create(temporary, target) as output:
         reader = _Reader(source, container)
         writer = _Writer(target, output, reader, crf)
         for remark in (*reader.remarks(), *writer.remarks):
-            console.print(one_line(f"remark: {source}: {remark}"), soft_wrap=True, markup=False, highlight=False)
+            logger.warning("%s: %s", source, remark)
         try:
-            _run(derain, reader, writer)
+            _run(derain, reader, writer, on_progress)
         except KeyboardInterrupt as error:
             if not writer.frames:
                 raise
             interruption = error
         writer.flush()
     if interruption:
-        told = f"{writer.frames} of {reader.expected or '?'} frames restored before the interruption: {target}"
-        console.print(one_line(told), soft_wrap=True, markup=False, highlight=False)
+        expected = reader.expected or "?"
+        logger.warning("%s: %s of %s frames restored before the interruption", target, writer.frames, expected)
         raise interruption
     failures = [] if reader.breaks_off() is None else [f"{source}: {reader.breaks_off()}"]
     if damaged := reader.damaged + writer.damaged:
@@ -138,24 +146,30 @@ def restore(
     return Result(writer.frames, failures)
 
 
-def _run(derain: Callable[[NDArray[np.uint8]], NDArray[np.uint8]], reader: _Reader, writer: _Writer) -> None:
-    with progress(rate="{task.fields[rate]}") as bar:
-        task = bar.add_task("deraining", total=reader.expected, rate="")
+def _run(
+    derain: Callable[[NDArray[np.uint8]], NDArray[np.uint8]],
+    reader: _Reader,
+    writer: _Writer,
+    on_progress: OnProgress,
+) -> None:
+    started, total = time.monotonic(), reader.expected or 0
 
-        def work(item: Picture | Packet) -> Picture | Packet:
-            if isinstance(item, Packet):
-                return item
-            try:
-                return replace(item, rgb=derain(item.rgb))
-            except InputError as error:
-                raise InputError(f"{reader.path}: {error}") from error
+    def work(item: Picture | Packet) -> Picture | Packet:
+        if isinstance(item, Packet):
+            return item
+        try:
+            return replace(item, rgb=derain(item.rgb))
+        except InputError as error:
+            raise InputError(f"{reader.path}: {error}") from error
 
-        def consume(item: Picture | Packet) -> None:
-            writer.write(item)
-            if isinstance(item, Picture):
-                bar.update(task, advance=1, rate=f"{bar.tasks[0].speed or 0:.2f} frames/s")
+    def consume(item: Picture | Packet) -> None:
+        writer.write(item)
+        if isinstance(item, Picture):
+            rate = writer.frames / max(time.monotonic() - started, 1e-9)
+            on_progress("Restoring frames", writer.frames, total, f"{rate:.2f} frames/s")
 
-        pipeline(reader.items, work, consume)
+    on_progress("Restoring frames", 0, total)
+    pipeline(reader.items, work, consume)
 
 
 def _open(path: Path) -> InputContainer:

@@ -48,10 +48,11 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from export.triton import export
-from runtime.cli import GateError, InputError, main
-from runtime.manifest import describe_onnx
+from runtime.bundle import save
+from runtime.cli import main
+from runtime.errors import GateError, InputError
 from runtime.ort import shipped_model
-from runtime.session import Derainer, open_session
+from runtime.session import Derainer, describe_onnx, open_session
 
 MODEL = "drsformer"
 QUEUE = 16
@@ -310,7 +311,7 @@ def serve(
         if bundle is None:
             bundle = folder / "bundle"
             bundle.mkdir()
-            describe_onnx(Path(shutil.copy(shipped_model(), bundle))).save(bundle)
+            save(describe_onnx(Path(shutil.copy(shipped_model(), bundle))), bundle)
         busy = os.getloadavg()[0]
         derain = Derainer(open_session(bundle, "cpu", threads))
         photographs = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(PHOTOGRAPHS.glob("*.jpg"))]

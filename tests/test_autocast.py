@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks.autocast import autocast, compared, counted, cropped, runs
 from drsformer.data import find_pairs
-from runtime.cli import InputError
+from runtime.errors import InputError
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 

@@ -20,7 +20,7 @@ from benchmarks.released import ReleasedDRSformer
 from drsformer import checkpoint
 from drsformer.config import EXPERTS, FEED_FORWARDS, BlockConfig, DRSformerConfig, LevelConfig, MEFCConfig, preset
 from drsformer.model import DRSformer
-from runtime.cli import InputError
+from runtime.errors import InputError
 from tests.networks import SMALL, fill, image
 
 

@@ -9,7 +9,9 @@ from typing import Annotated
 import pytest
 import tyro
 
-from runtime.cli import InputError, main, parse_size, writing
+from runtime.cli import main, parse_size
+from runtime.errors import InputError
+from runtime.files import writing
 
 
 @dataclass(frozen=True)

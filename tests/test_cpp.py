@@ -21,8 +21,9 @@ import pytest
 from PIL import Image
 
 from runtime import Derainer, InputError
-from runtime.cli import size_text
-from runtime.manifest import Profile, load, parse
+from runtime.bundle import load
+from runtime.manifest import Profile, parse
+from runtime.pixels import size_text
 from tests.test_manifest import ENGINES, flip, make_keys, rewrite, write_bundle
 from tests.test_trt import PROFILES, make_bundle
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from drsformer.data import LAYOUTS, find_pairs, pair_folders
-from runtime.cli import InputError
+from runtime.errors import InputError
 
 
 def write(path: Path, size: tuple[int, int] = (6, 4), colour: tuple[int, int, int] = (10, 20, 30)) -> None:

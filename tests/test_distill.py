@@ -22,7 +22,8 @@ from drsformer.evaluate import evaluate_model
 from drsformer.model import DRSformer
 from drsformer.train import Cadence, Hardware, Material, Recipe, compile_blocks, short
 from export.folding import live
-from runtime.cli import InputError, main
+from runtime.cli import main
+from runtime.errors import InputError
 from tests.networks import fill, image
 
 CPU = Hardware(accelerator="cpu", devices="1")

@@ -13,7 +13,7 @@ from compress.distill import Terms
 from drsformer import checkpoint
 from drsformer.config import preset
 from drsformer.model import DRSformer
-from runtime.session import to_image
+from runtime.pixels import to_image
 from tests.networks import fill, image
 
 

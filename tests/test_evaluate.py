@@ -21,7 +21,7 @@ from drsformer.config import preset
 from drsformer.data import find_pairs
 from drsformer.evaluate import ROWS_SHOWN, Scores, TorchSession, evaluate, evaluate_model
 from drsformer.model import DRSformer
-from runtime.cli import InputError
+from runtime.errors import InputError
 from runtime.images import read_rgb
 from runtime.session import Derainer
 from tests.networks import fill

@@ -14,7 +14,7 @@ from drsformer.config import BlockConfig, DRSformerConfig, LevelConfig, MEFCConf
 from drsformer.model import DRSformer, ExpertLayer, MixedScaleFeedForward
 from export.folding import Folded, FoldedAttention, FoldedFeedForward, Normalise, fold, live
 from export.topk import PATTERNS, masks, scores_of, with_pattern
-from runtime.cli import InputError
+from runtime.errors import InputError
 from tests.networks import SMALL, fill, image
 
 HALVES = ("fp16", "bf16")

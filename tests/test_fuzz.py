@@ -37,8 +37,9 @@ from drsformer.config import preset
 from drsformer.model import DRSformer
 from export.onnx import export
 from export.validate import validate
-from runtime import InputError, images, manifest, tiling
+from runtime import InputError, images, tiling
 from runtime.bench import bench
+from runtime.bundle import load
 from runtime.cli import main
 from runtime.derain import derain
 from runtime.info import info, summary, tables
@@ -238,7 +239,7 @@ def whole(bundle) -> bytes:
 def load_bundle(bundle: Path, content: bytes) -> None:
     """A changed manifest is refused, or it holds of the files that are there, or not one of those is handed out."""
     (bundle / "manifest.json").write_bytes(content)
-    opened = one_line(manifest.load, bundle)
+    opened = one_line(load, bundle)
     if opened is None:
         return
     assert opened.manifest.model.size_multiple >= 1  # what images are padded to

@@ -25,7 +25,7 @@ from drsformer import checkpoint
 from drsformer.config import PRESETS, preset
 from drsformer.model import DRSformer
 from export.onnx import to_onnx
-from runtime.cli import InputError
+from runtime.errors import InputError
 from tests.networks import fill
 from tests.test_pack import noise, save
 

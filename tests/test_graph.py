@@ -15,7 +15,7 @@ from benchmarks.contestants import from_preset
 from benchmarks.graph import FORMS, LIMITS, Contestant, exported, formed, graph, missed, restored
 from drsformer.config import PRESETS
 from runtime.bench import alone
-from runtime.cli import InputError
+from runtime.errors import InputError
 
 MICRO = "micro"
 

@@ -9,7 +9,7 @@ from compress.grow import grow, grow_checkpoint
 from drsformer import checkpoint
 from drsformer.config import DRSformerConfig
 from drsformer.model import DRSformer
-from runtime.cli import InputError
+from runtime.errors import InputError
 from tests.networks import SMALL, fill, image
 
 

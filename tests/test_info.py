@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from runtime.manifest import describe_onnx, load
+from runtime.bundle import load, save
+from runtime.session import describe_onnx
 from tests.test_manifest import ENGINES, FILES, flip, make_keys, write_bundle
 from tests.test_ort import write_network
 
@@ -67,7 +68,7 @@ def test_tells_what_is_there(bundle, monkeypatch, capsys):
 
 def test_bundle_with_a_model_alone(tmp_path, monkeypatch, capsys):
     path = write_network(tmp_path / "model.onnx", metadata={"provenance": '{"steps": [{"command": "train"}, 7]}'})
-    describe_onnx(path).save(tmp_path)
+    save(describe_onnx(path), tmp_path)
     status, printed, _ = command(monkeypatch, capsys, tmp_path)
     assert status == 0
     assert "train" in printed
@@ -78,7 +79,7 @@ def test_bundle_with_a_model_alone(tmp_path, monkeypatch, capsys):
 
 def test_text_of_a_bundle_is_only_text(bundle, monkeypatch, capsys):
     found = load(bundle).manifest
-    replace(found, created_by="[red]x[/nothing]\x1b[2J").save(bundle)
+    save(replace(found, created_by="[red]x[/nothing]\x1b[2J"), bundle)
     (bundle / "\x1b[2J").touch()
     status, printed, _ = command(monkeypatch, capsys, bundle)
     assert status == 0

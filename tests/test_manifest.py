@@ -18,11 +18,13 @@ import pytest
 
 from export.validate import open_candidate
 from runtime import Derainer, InputError, manifest, trt
+from runtime.bundle import Bundle, describe_file, load, save
 from runtime.derain import derain
+from runtime.errors import MismatchError
 from runtime.images import Photo, read_rgb
-from runtime.manifest import Drift, Engine, File, Manifest, MismatchError, Profile, Tensor, describe_onnx, load, parse
+from runtime.manifest import Drift, Engine, Manifest, Profile, Tensor, parse
 from runtime.ort import OrtSession
-from runtime.session import open_session
+from runtime.session import describe_onnx, open_session
 from tests.test_ort import write_network
 
 ENGINES = ("model.rtx-sm86.engine", "model.rtx-sm89.engine")
@@ -45,11 +47,11 @@ def write_bundle(folder: Path, scale: float = 0.5, key: Path | None = None) -> P
             profiles=(Profile((64, 64), (256, 256), (1088, 1920)),),
             onnx_sha256=made.files[0].sha256,
         )
-        made = made.with_file(File.of(folder / name, "engine"), engine)
+        made = made.with_file(describe_file(folder / name, "engine"), engine)
     (folder / "report.html").write_text("<html>")
-    made = made.with_file(File.of(folder / "report.html", "report"))
+    made = made.with_file(describe_file(folder / "report.html", "report"))
     drift = Drift("model.onnx", "cpu", 64 * "a", "val", "rain200", 3, None, 0, reference_psnr=30.25, drop_db=0.0)
-    replace(made, drift=(drift,)).save(folder, key)
+    save(replace(made, drift=(drift,)), folder, key)
     return folder
 
 
@@ -113,7 +115,7 @@ def test_comes_back_as_it_was_saved(bundle):
     assert found.drift[0].psnr_between is None
     opened.verify()
     before = (bundle / "manifest.json").read_bytes()
-    assert found.save(bundle) == opened
+    assert save(found, bundle) == opened
     assert (bundle / "manifest.json").read_bytes() == before
     assert opened.unlisted() == []
 
@@ -193,8 +195,8 @@ def test_engine_is_replaced(bundle):
     drift = replace(opened.manifest.drift[0], file=ENGINES[1])
     changed = replace(opened.manifest, drift=(*opened.manifest.drift, drift))
     engine = replace(opened.manifest.engines[1], version="1.8")
-    changed = changed.with_file(File.of(bundle / ENGINES[1], "engine"), engine)
-    changed.save(bundle)
+    changed = changed.with_file(describe_file(bundle / ENGINES[1], "engine"), engine)
+    save(changed, bundle)
     found = load(bundle).manifest
     assert load(bundle).read(ENGINES[1]) == b"rebuilt"
     assert sorted(file.name for file in found.files) == sorted(FILES)
@@ -316,7 +318,7 @@ def test_saves_nothing_that_does_not_hold(bundle):
     ):
         assert "expected" in refusal(wrong.save, bundle)
     flip(bundle / "report.html", 0)
-    refusal(opened.manifest.save, bundle)
+    refusal(save, opened.manifest, bundle)
     assert (bundle / "manifest.json").read_bytes() == before
 
 
@@ -472,7 +474,7 @@ class Plan:
 
     multiple, provider = 4, "tensorrt"
 
-    def __init__(self, bundle: manifest.Bundle) -> None:
+    def __init__(self, bundle: Bundle) -> None:
         self.plan = bundle.read(ENGINES[0])
 
 
@@ -481,13 +483,13 @@ def test_engine_runs_where_it_can(bundle, monkeypatch):
     for provider in ("auto", "tensorrt"):
         assert isinstance(open_session(bundle, provider), Plan)
     assert isinstance(open_session(bundle, "cpu"), OrtSession)
-    describe_onnx(bundle / "model.onnx").save(bundle)  # now without engines
+    save(describe_onnx(bundle / "model.onnx"), bundle)  # now without engines
     assert isinstance(open_session(bundle, "auto"), OrtSession)
 
 
 def test_model_runs_where_no_engine_can(bundle, monkeypatch, caplog):
     class Missing(Plan):
-        def __init__(self, bundle: manifest.Bundle) -> None:
+        def __init__(self, bundle: Bundle) -> None:
             raise InputError("CUDA finds no GPU")
 
     monkeypatch.setattr(trt, "TrtSession", Missing)
@@ -538,8 +540,8 @@ def test_weights_in_another_file(tmp_path, monkeypatch):
     OrtSession(folder / "model.onnx", "cpu")  # a file that is no bundle may
     assert "not an ONNX model that ONNX Runtime can load" in refusal(describe_onnx, folder / "model.onnx")
     plain = describe_onnx(tmp_path / "m.onnx")
-    file = manifest.File.of(folder / "model.onnx", "onnx")
-    replace(plain, files=(file,), model=replace(plain.model, file=file.name)).save(folder)
+    file = describe_file(folder / "model.onnx", "onnx")
+    save(replace(plain, files=(file,), model=replace(plain.model, file=file.name)), folder)
     monkeypatch.chdir(folder)  # where ONNX Runtime would look
     for provider in ("auto", "cpu"):
         assert "not an ONNX model that ONNX Runtime can load" in refusal(open_session, folder, provider)
@@ -615,9 +617,9 @@ def test_signature_of_another_bundle(bundle, keys, tmp_path):
 
 def test_signature_goes_with_the_manifest_that_it_was_for(tmp_path, keys):
     bundle = write_bundle(tmp_path / "bundle", key=keys / "private.pem")
-    load(bundle).manifest.save(bundle)
+    save(load(bundle).manifest, bundle)
     assert not (bundle / "manifest.json.sig").exists()
-    load(bundle).manifest.save(bundle, keys / "private.pem")
+    save(load(bundle).manifest, bundle, keys / "private.pem")
     load(bundle, keys / "public.pem")
 
 
@@ -643,7 +645,7 @@ def test_keys_that_are_none(bundle, keys, tmp_path):
     for key in (tmp_path / "text.pem", tmp_path / "locked.pem", tmp_path / "rsa-public.pem", tmp_path / "rsa.pem"):
         assert f"{key}: expected an Ed25519 public key" in refusal(load, bundle, key)
     for key in (tmp_path / "text.pem", keys / "public.pem", tmp_path / "rsa.pem", tmp_path / "locked.pem"):
-        assert f"{key}: expected an Ed25519 private key" in refusal(load(bundle).manifest.save, bundle, key)
+        assert f"{key}: expected an Ed25519 private key" in refusal(save, load(bundle).manifest, bundle, key)
     assert "found no file at" in refusal(load, bundle, tmp_path / "none.pem")
     assert (bundle / "manifest.json").read_bytes() == before
     assert (bundle / "manifest.json.sig").read_bytes() == bytes(64)
@@ -659,7 +661,7 @@ def test_without_cryptography(bundle, keys, monkeypatch):
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    for use in (lambda: load(bundle, keys / "public.pem"), lambda: load(bundle).manifest.save(bundle, keys / "x.pem")):
+    for use in (lambda: load(bundle, keys / "public.pem"), lambda: save(load(bundle).manifest, bundle, keys / "x.pem")):
         assert "pip install cryptography" in refusal(use)
     load(bundle).verify()
 

@@ -22,9 +22,10 @@ from drsformer.model import DRSformer, GatedFeedForward
 from export import onnx as export_onnx
 from export.onnx import SIZES, TOLERANCE, Exported, ScoreProbe, export, verify
 from export.topk import PATTERNS, masks, scores_of, with_pattern
-from runtime.cli import GateError, InputError
+from runtime.errors import GateError, InputError
 from runtime.ort import OrtSession
-from runtime.session import Derainer, to_batch
+from runtime.pixels import to_batch
+from runtime.session import Derainer
 from tests.networks import fill
 
 CONTROL_FLOW = {"If", "Loop", "Scan"}

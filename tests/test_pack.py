@@ -16,7 +16,7 @@ from benchmarks.pack import FORMAT, LAYER_STEP, MANIFEST, pack, unpack
 from benchmarks.parts import join, split
 from drsformer.data import find_pairs
 from drsformer.rain import add_rain
-from runtime.cli import InputError
+from runtime.errors import InputError
 
 
 def noise(seed: int, height: int = 40, width: int = 48, channels: int = 3) -> NDArray[np.uint8]:

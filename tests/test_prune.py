@@ -27,7 +27,8 @@ from drsformer.evaluate import TorchSession, evaluate_model
 from drsformer.metrics import psnr
 from drsformer.model import DRSformer
 from drsformer.rain import add_rain, draw_streaks
-from runtime.cli import GateError, InputError, main
+from runtime.cli import main
+from runtime.errors import GateError, InputError
 from runtime.images import read_rgb
 from runtime.session import Derainer
 from tests.networks import fill, image

@@ -22,7 +22,7 @@ from export.folding import fold
 from export.onnx import export, to_onnx
 from export.topk import with_pattern
 from export.validate import open_candidate, validate
-from runtime.cli import GateError, InputError
+from runtime.errors import GateError, InputError
 from runtime.images import Photo, read_rgb
 from runtime.ort import OrtSession
 from runtime.session import Derainer

@@ -10,7 +10,7 @@ from PIL import Image
 
 from drsformer.data import find_pairs
 from drsformer.rain import BRIGHTEST, add_rain, cut_streaks, draw_streaks, make_layer, rain, rain_of_pair, turn
-from runtime.cli import InputError
+from runtime.errors import InputError
 
 
 def generator(seed: int = 0) -> np.random.Generator:

@@ -22,9 +22,11 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image, TiffImagePlugin
 
-from runtime import Derainer, InputError, images, manifest
-from runtime.cli import main, writing
+from runtime import Derainer, InputError, images
+from runtime.bundle import load
+from runtime.cli import main
 from runtime.derain import derain
+from runtime.files import writing
 from runtime.images import Photo
 from runtime.ort import MAX_THREADS, OrtSession
 from tests.test_manifest import refusal, rewrite, write_bundle
@@ -127,20 +129,20 @@ def test_pipes_and_devices_are_no_images(tmp_path):
 def test_names_that_no_file_may_have(tmp_path, name):
     bundle = write_bundle(tmp_path / "bundle")
     rewrite(bundle, lambda m: m["files"][3].update(name=name))
-    assert "expected a plain file name" in refusal(manifest.load, bundle)
+    assert "expected a plain file name" in refusal(load, bundle)
 
 
 def test_names_that_differ_in_case_alone(tmp_path):
     bundle = write_bundle(tmp_path / "bundle")
     rewrite(bundle, lambda m: m["files"].append({**m["files"][3], "name": "REPORT.html"}))
-    assert "expected every file once" in refusal(manifest.load, bundle)
+    assert "expected every file once" in refusal(load, bundle)
 
 
 @pytest.mark.parametrize("multiple", [-8, 0, 1025, 10**30])
 def test_multiples_that_would_pad_without_bound(tmp_path, multiple):
     bundle = write_bundle(tmp_path / "bundle")
     rewrite(bundle, lambda m: m["model"].update(size_multiple=multiple))
-    assert "expected a size multiple from 1 to 1024" in refusal(manifest.load, bundle)
+    assert "expected a size multiple from 1 to 1024" in refusal(load, bundle)
     path = write_network(tmp_path / "m.onnx", metadata={"size_multiple": str(multiple)})
     assert "from 1 to 1024 as size_multiple" in refusal(OrtSession, path)
 
@@ -291,7 +293,7 @@ def test_pipes_folders_and_devices_are_not_written_over(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from runtime.cli import writing
+from runtime.files import writing
 with writing(sys.argv[1]) as temporary:
     temporary.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -386,7 +388,7 @@ def restore(bundle):
     return Derainer(bundle.folder, provider="cpu")(image)
 
 if __name__ == "__main__":
-    bundle = manifest.load(sys.argv[1])
+    bundle = load(sys.argv[1])
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         for restored in pool.map(restore, [bundle] * 4):
             assert np.array_equal(restored, restore(bundle))
@@ -395,7 +397,7 @@ if __name__ == "__main__":
 
 def test_spawned_processes_open_their_own(tmp_path):
     bundle = write_bundle(tmp_path / "bundle")
-    opened = manifest.load(bundle)
+    opened = load(bundle)
     assert pickle.loads(pickle.dumps(opened)) == opened
     (tmp_path / "program.py").write_text(SPAWNED)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -25,8 +25,8 @@ from drsformer.config import DRSformerConfig
 from drsformer.model import DRSformer
 from drsformer.train import Hardware, Recipe
 from export.onnx import export
-from runtime import manifest
-from runtime.cli import GateError, InputError
+from runtime.bundle import load
+from runtime.errors import GateError, InputError
 from runtime.session import Derainer
 from tests.networks import fill
 
@@ -138,7 +138,7 @@ def test_bundle_holds_the_proven_network_and_what_was_tried(searched):
     assert Image.open(work / "pareto.png").width > 500
     assert (work / "sensitivity" / "sensitivity.png").exists()
 
-    bundle = manifest.load(searched / "bundle")
+    bundle = load(searched / "bundle")
     bundle.verify()
     assert bundle.unlisted() == []
     assert {file.name for file in bundle.manifest.files} == {"model.onnx", "report1.html", "search.json", "pareto.png"}
@@ -198,7 +198,7 @@ def test_search_killed_while_it_proves_leaves_no_bundle_and_goes_on(searched, tm
     assert not (folder / "bundle").exists()
     monkeypatch.setattr(searching, "compare", compare)
     go(folder)
-    manifest.load(folder / "bundle").verify()
+    load(folder / "bundle").verify()
 
 
 def test_bundle_that_fails_its_proof_is_not_left(searched, tmp_path, monkeypatch):

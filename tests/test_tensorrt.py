@@ -29,10 +29,12 @@ from export.folding import DTYPES, Precision, fold
 from export.onnx import to_onnx
 from export.tensorrt import build
 from export.topk import with_pattern
-from runtime import manifest, trt
-from runtime.cli import InputError
+from runtime import trt
+from runtime.bundle import load
+from runtime.errors import InputError
 from runtime.manifest import Profile
-from runtime.trt import LIBRARIES, TrtSession
+from runtime.session import open_engine
+from runtime.trt import LIBRARIES
 from tests.networks import fill
 from tests.test_trt import Cuda, has_driver
 
@@ -104,7 +106,7 @@ def refusal(*arguments, **options) -> str:
 
 def test_a_bundle_is_complete_and_verifies(built, model):
     folder = built.bundle.folder
-    loaded = manifest.load(folder)
+    loaded = load(folder)
     loaded.verify()
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "model.onnx", "model.rtx.sm86.engine"]
     assert loaded.read("model.onnx") == model.read_bytes()
@@ -161,11 +163,11 @@ def test_signed_bundles_stay_signed(bundle, model, tmp_path):
     key, public = key_pair(tmp_path, "ours")
     other, _ = key_pair(tmp_path, "theirs")
     build(model, bundle, compute_capability=("8.6",), sign=key, **SMALL)
-    manifest.load(bundle, public).verify()
+    load(bundle, public).verify()
     assert "is a signed bundle" in refusal(model, bundle, **SMALL)
     assert "found another" in refusal(model, bundle, sign=other, **SMALL)
     added = build(model, bundle, compute_capability=("8.9",), sign=key, **SMALL)
-    assert len(manifest.load(bundle, public).manifest.engines) == len(added.bundle.manifest.engines) == 2
+    assert len(load(bundle, public).manifest.engines) == len(added.bundle.manifest.engines) == 2
 
 
 def test_other_folders_are_left_alone(model, tmp_path):
@@ -341,7 +343,7 @@ def test_the_runtime_says_that_there_is_no_gpu(built):
     if has_driver():
         pytest.skip("there is a GPU")
     with pytest.raises(InputError, match=r"CUDA finds no NVIDIA GPU with a driver \(cudaErrorInsufficientDriver\)"):
-        TrtSession(built.bundle)
+        open_engine(built.bundle)
 
 
 def test_the_library_itself_refuses_without_a_driver(built, monkeypatch):
@@ -350,7 +352,7 @@ def test_the_library_itself_refuses_without_a_driver(built, monkeypatch):
         pytest.skip("there is a GPU")
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", Cuda((8, 6)))
     with pytest.raises(InputError, match=r"TensorRT for RTX refuses .*model\.rtx\.sm86\.engine: .*35"):
-        TrtSession(built.bundle)
+        open_engine(built.bundle)
 
 
 # TensorRT proper, which is not here: the same calls, on stand-ins

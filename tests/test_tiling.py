@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import Derainer, InputError, memory, tiling
+from runtime.footprint import Footprint
 from runtime.images import read_rgb
-from runtime.memory import Footprint
 from runtime.ort import OrtSession, shipped_model
-from runtime.session import AMPLE, IMAGE, to_batch
+from runtime.pixels import to_batch
+from runtime.session import AMPLE_BYTES, IMAGE_BYTES
 from tests.golden.tiling import golden
 from tests.test_ort import UINT8, write_network
 
@@ -261,14 +262,14 @@ def test_what_looks_at_single_pixels_is_the_same_in_tiles(tmp_path):
 @pytest.mark.parametrize("size", [(500, 700), (40, 9000)])
 def test_memory_is_divided_between_network_and_image(size):
     pixels = math.prod(math.ceil(side / 8) * 8 for side in size)
-    need = Measured.footprint.fixed + pixels * (Measured.footprint.per_pixel + IMAGE)
+    need = Measured.footprint.fixed + pixels * (Measured.footprint.per_pixel + IMAGE_BYTES)
     network = Measured()
     image = random_image(*size)
     Derainer(network, memory=math.ceil(need))(image)
     assert network.shapes.pop() == tuple(math.ceil(side / 8) * 8 for side in size)
     Derainer(network, memory=math.floor(need / 3))(image)
     most = max(math.prod(shape) for shape in network.shapes)
-    assert most * Measured.footprint.per_pixel + pixels * IMAGE + Measured.footprint.fixed <= need / 3
+    assert most * Measured.footprint.per_pixel + pixels * IMAGE_BYTES + Measured.footprint.fixed <= need / 3
 
 
 def test_free_memory_decides_if_nothing_else_does(monkeypatch):
@@ -289,7 +290,7 @@ def test_small_images_are_not_worth_a_measurement(monkeypatch):
             asked.append(1)
             return Measured.footprint
 
-    monkeypatch.setattr("runtime.session.available", lambda: 80 * 80 * AMPLE * 4 // 3 + 9)
+    monkeypatch.setattr("runtime.session.available", lambda: 80 * 80 * AMPLE_BYTES * 4 // 3 + 9)
     derain = Derainer(Slow())
     derain(random_image(80, 80))
     assert not asked

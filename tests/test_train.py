@@ -28,7 +28,7 @@ from drsformer.data import find_pairs
 from drsformer.evaluate import evaluate_model
 from drsformer.model import DRSformer
 from drsformer.train import Cadence, Hardware, Material, Patches, Recipe, Run, fit, l1_loss, short, train
-from runtime.cli import InputError
+from runtime.errors import InputError
 
 CPU = Hardware(accelerator="cpu", devices="1")
 QUICK = {"patch": 16, "batch": 2, "ema": 0.5, "constant": 0}

@@ -18,8 +18,10 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from export.triton import export
-from runtime import Derainer, InputError, manifest
-from runtime.manifest import Engine, File, Profile, describe_onnx
+from runtime import Derainer, InputError
+from runtime.bundle import Bundle, describe_file, load, save
+from runtime.manifest import Engine, Profile
+from runtime.session import describe_onnx
 from tests.test_manifest import FILES, flip, make_keys, write_bundle
 from tests.test_ort import write_network
 
@@ -35,7 +37,7 @@ def bundle(tmp_path) -> Path:
 
 def with_plans(folder: Path, profiles: dict[str, int], **flags: bool) -> Path:
     """Add an engine of TensorRT for each compute capability, with so many profiles."""
-    opened = manifest.load(folder).manifest
+    opened = load(folder).manifest
     for capability, count in profiles.items():
         path = folder / f"model.tensorrt.sm{capability.replace('.', '')}.engine"
         path.write_bytes(capability.encode())
@@ -48,14 +50,14 @@ def with_plans(folder: Path, profiles: dict[str, int], **flags: bool) -> Path:
             flags,
             opened.files[0].sha256,
         )
-        opened = opened.with_file(File.of(path, "engine"), engine)
-    opened.save(folder)
+        opened = opened.with_file(describe_file(path, "engine"), engine)
+    save(opened, folder)
     return folder
 
 
 def only_model(folder: Path, **options) -> Path:
     folder.mkdir()
-    describe_onnx(write_network(folder / "model.onnx", **options)).save(folder)
+    save(describe_onnx(write_network(folder / "model.onnx", **options)), folder)
     return folder
 
 
@@ -88,9 +90,7 @@ def test_python(bundle, tmp_path):
     assert made.folder == tmp_path / "r" / "drsformer"
     bundled = [f"1/bundle/{name}" for name in sorted((*FILES, "manifest.json"))]
     assert made.files == (*bundled, "1/model.py", "config.pbtxt")
-    assert manifest.load(made.folder / "1" / "bundle") == replace(
-        manifest.load(bundle), folder=made.folder / "1" / "bundle"
-    )
+    assert load(made.folder / "1" / "bundle") == replace(load(bundle), folder=made.folder / "1" / "bundle")
     found = config(made.folder)
     assert (found.name, found.backend, found.max_batch_size) == ("drsformer", "python", 0)
     for tensor, name in ((found.input[0], "input"), (found.output[0], "output")):
@@ -200,27 +200,27 @@ def test_signature(tmp_path):
     assert "expected a signature" in refusal(bundle, tmp_path / "r", public_key=keys / "others.pem")
     assert not (tmp_path / "r").exists()
     made = export(bundle, tmp_path / "r", public_key=keys / "public.pem")
-    manifest.load(made.folder / "1" / "bundle", keys / "public.pem").verify()
+    load(made.folder / "1" / "bundle", keys / "public.pem").verify()
 
 
 def test_bundle_that_changes_meanwhile(bundle, tmp_path, monkeypatch):
-    def verify_then_change(self: manifest.Bundle) -> None:
+    def verify_then_change(self: Bundle) -> None:
         flip(bundle / "report.html", 2)
 
-    monkeypatch.setattr(manifest.Bundle, "verify", verify_then_change)
+    monkeypatch.setattr(Bundle, "verify", verify_then_change)
     assert "report.html" in refusal(bundle, tmp_path / "r")
     assert list((tmp_path / "r").iterdir()) == []
 
 
 def test_manifest_that_changes_meanwhile(bundle, tmp_path, monkeypatch):
     other = write_bundle(tmp_path / "other", scale=0.25)
-    verify = manifest.Bundle.verify
+    verify = Bundle.verify
 
-    def verify_then_change(self: manifest.Bundle) -> None:
+    def verify_then_change(self: Bundle) -> None:
         verify(self)
         shutil.copy(other / "manifest.json", bundle)
 
-    monkeypatch.setattr(manifest.Bundle, "verify", verify_then_change)
+    monkeypatch.setattr(Bundle, "verify", verify_then_change)
     assert "expected SHA-256" in refusal(bundle, tmp_path / "r")
     assert list((tmp_path / "r").iterdir()) == []
 

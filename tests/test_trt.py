@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from runtime import manifest, trt
-from runtime.cli import InputError
-from runtime.manifest import Bundle, Engine, File, Manifest, Model, Profile, Tensor
-from runtime.session import Derainer
+from runtime.bundle import Bundle, describe_file, load, save
+from runtime.errors import InputError
+from runtime.manifest import Engine, Manifest, Model, Profile, Tensor
+from runtime.session import Derainer, open_engine
 from runtime.trt import TrtSession, cache_path
 
 GB = 2**30
@@ -288,7 +289,7 @@ def make_bundle(folder: Path, *engines: dict, io: str = "tensor", plan: bytes = 
     """With an engine for each of `engines`, which say how it differs from the usual one."""
     folder.mkdir(exist_ok=True)
     (folder / "model.onnx").write_bytes(b"weights")
-    model = File.of(folder / "model.onnx", "onnx")
+    model = describe_file(folder / "model.onnx", "onnx")
     shape, dtype = ((1, 3, -1, -1), "float32") if io == "tensor" else ((1, -1, -1, 3), "uint8")
     described = Model(
         "model.onnx",
@@ -307,9 +308,11 @@ def make_bundle(folder: Path, *engines: dict, io: str = "tensor", plan: bytes = 
         path = folder / f"{i}.engine"
         path.write_bytes(plan)
         usual = dict(flavor="tensorrt", version="11.4.0", compute_capabilities=("8.6",), profiles=PROFILES, flags={})
-        made = made.with_file(File.of(path, "engine"), Engine(path.name, **(usual | options), onnx_sha256=model.sha256))
-    made.save(folder)
-    return manifest.load(folder)
+        made = made.with_file(
+            describe_file(path, "engine"), Engine(path.name, **(usual | options), onnx_sha256=model.sha256)
+        )
+    save(made, folder)
+    return load(folder)
 
 
 @pytest.fixture
@@ -345,7 +348,7 @@ def check(session: TrtSession, height: int, width: int, seed: int = 0) -> None:
 
 def refusal(bundle: Bundle) -> str:
     with pytest.raises(InputError) as caught:
-        TrtSession(bundle)
+        open_engine(bundle)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -355,7 +358,7 @@ def refusal(bundle: Bundle) -> str:
 
 def test_memory_is_taken_once_for_the_largest_size(bundle, install):
     cuda, _ = install()
-    session = TrtSession(bundle)
+    session = open_engine(bundle)
     assert session.multiple == 8
     assert session.provider == "tensorrt"
     assert cuda.calls == ["stream", *["malloc 24576"] * 4]  # 16 x 128 x 3 x 4 bytes, here and there, in and out
@@ -368,7 +371,7 @@ def test_memory_is_taken_once_for_the_largest_size(bundle, install):
 
 def test_a_graph_is_captured_in_the_second_run_at_a_size(bundle, install):
     cuda, library = install()
-    session = TrtSession(bundle)
+    session = open_engine(bundle)
     runs = []
     for seed, width in enumerate((16, 16, 16, 8, 16)):
         start = len(cuda.calls)
@@ -385,7 +388,7 @@ def test_a_graph_is_captured_in_the_second_run_at_a_size(bundle, install):
 
 def test_an_answer_is_the_callers_own(bundle, install):
     install()
-    session = TrtSession(bundle)
+    session = open_engine(bundle)
     answer = session.run(batch(8, 8))
     session.run(batch(8, 8, seed=1))
     np.testing.assert_array_equal(answer, 1 - batch(8, 8))
@@ -393,7 +396,7 @@ def test_an_answer_is_the_callers_own(bundle, install):
 
 def test_the_profile_is_chosen_by_size(bundle, install):
     _, library = install()
-    session = TrtSession(bundle)
+    session = open_engine(bundle)
     for height, width, profile in ((32, 32, 0), (16, 48, 1), (8, 8, 0), (8, 128, 1)):
         check(session, height, width)
         assert library.contexts[-1].profile == profile
@@ -403,19 +406,19 @@ def test_the_profile_is_chosen_by_size(bundle, install):
 
 def test_larger_images_are_cut_to_the_profile_that_takes_fewest_tiles(bundle, install):
     _, library = install()
-    derain = Derainer(TrtSession(bundle))
+    derain = Derainer(open_engine(bundle))
     for size, tile in (((32, 40), (32, 32)), ((30, 32), (32, 32)), ((40, 36), (16, 40)), ((99, 200), (16, 128))):
         assert derain.plan(*size).tile == tile
         image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
         np.testing.assert_array_equal(derain(image), 255 - image)
         assert library.contexts[-1].shape == (1, 3, *tile)
     with pytest.raises(InputError, match="is known only with the provider cpu"):
-        Derainer(TrtSession(bundle), memory=10**9)
+        Derainer(open_engine(bundle), memory=10**9)
 
 
 def test_the_longest_unused_size_goes_first(bundle, install):
     cuda, library = install()
-    session = TrtSession(bundle, sizes=2)
+    session = open_engine(bundle, sizes=2)
     for width in (32, 32, 24, 24, 32, 16, 16, 32):  # 16 takes the place of 24
         check(session, 8, width)
     assert len(library.contexts) == 3
@@ -426,7 +429,7 @@ def test_the_longest_unused_size_goes_first(bundle, install):
 
 def test_where_memory_grows_the_graphs_in_it_go(bundle, install):
     cuda, library = install()
-    session = TrtSession(bundle)
+    session = open_engine(bundle)
     for width in (8, 8, 16, 16, 8, 8, 8):
         check(session, 8, width)
     assert [context.shape[3] for context in library.contexts] == [8, 16, 8]
@@ -437,7 +440,7 @@ def test_where_memory_grows_the_graphs_in_it_go(bundle, install):
 def test_images_go_in_and_come_out(tmp_path, install):
     install(dtype="uint8")
     bundle = make_bundle(tmp_path / "bundle", {"profiles": (Profile((1, 1), (8, 8), (40, 40)),)}, io="image")
-    derain = Derainer(TrtSession(bundle))
+    derain = Derainer(open_engine(bundle))
     image = np.random.default_rng(0).integers(0, 256, (13, 7, 3), dtype=np.uint8)
     np.testing.assert_array_equal(derain(image), 255 - image)
     tall = np.random.default_rng(1).integers(0, 256, (90, 7, 3), dtype=np.uint8)
@@ -446,7 +449,7 @@ def test_images_go_in_and_come_out(tmp_path, install):
 
 def test_threads_take_turns(bundle, install):
     install()
-    session = TrtSession(bundle)
+    session = open_engine(bundle)
     failures = []
 
     def work(seed: int) -> None:
@@ -467,7 +470,7 @@ def test_threads_take_turns(bundle, install):
 @pytest.mark.parametrize("explicit", [True, False])
 def test_everything_is_freed(bundle, install, explicit):
     cuda, library = install()
-    session = TrtSession(bundle)
+    session = open_engine(bundle)
     for width in (8, 8, 16, 16):
         check(session, 8, width)
     if explicit:
@@ -483,7 +486,7 @@ def test_everything_is_freed(bundle, install, explicit):
 
 def test_memory_that_does_not_suffice(bundle, install):
     install(Cuda(memory=4 * 24576 + 1000))
-    session = TrtSession(bundle)
+    session = open_engine(bundle)
     with pytest.raises(InputError, match="cudaErrorMemoryAllocation; use smaller images"):
         session.run(batch(8, 16))
     check(session, 8, 8)  # what is left is in order
@@ -494,7 +497,7 @@ def test_memory_that_does_not_suffice(bundle, install):
 def test_a_run_that_fails_tells_the_reason(bundle, install, fault, reason):
     """`unmeasured`: no memory is known for a size, which is an error."""
     _, library = install()
-    session = TrtSession(bundle)
+    session = open_engine(bundle)
     setattr(library, fault, True)
     with pytest.raises(InputError, match=f"failed on 8x8 pixels: {reason}"):
         session.run(batch(8, 8))
@@ -507,7 +510,7 @@ def test_a_run_that_fails_tells_the_reason(bundle, install, fault, reason):
 )
 def test_a_size_that_cannot_be_captured(bundle, install, fault, reason):
     cuda, library = install()
-    session = TrtSession(bundle)
+    session = open_engine(bundle)
     check(session, 8, 8)
     setattr(library, fault, True)
     for _ in range(2):
@@ -523,7 +526,7 @@ def test_a_size_that_cannot_be_captured(bundle, install, fault, reason):
 def test_without_cuda_graphs(bundle, install):
     cuda, library = install()
     library.synchronizes = True
-    session = TrtSession(bundle, cuda_graphs=False)
+    session = open_engine(bundle, cuda_graphs=False)
     for seed in range(3):
         check(session, 8, 8, seed)
     assert "begin" not in cuda.calls
@@ -535,7 +538,7 @@ def test_a_session_stays_on_the_gpu_that_was_current(bundle, install, explicit):
     assert "for this GPU of compute capability 7.5" in refusal(bundle)
     cuda.cudaSetDevice(1)
     assert trt.gpu() == "8.6"
-    session = TrtSession(bundle)
+    session = open_engine(bundle)
     assert cuda.current == 1
     failures: list[BaseException] = []
 
@@ -567,7 +570,7 @@ def test_a_session_stays_on_the_gpu_that_was_current(bundle, install, explicit):
 
 def test_tensorrt_without_runtime_configs(tmp_path, install):
     _, library = install(version="10.1.0")
-    check(TrtSession(make_bundle(tmp_path / "bundle", {"version": "10.1.0"})), 8, 8)
+    check(open_engine(make_bundle(tmp_path / "bundle", {"version": "10.1.0"})), 8, 8)
     assert library.configs == []
 
 
@@ -581,7 +584,7 @@ def rtx(tmp_path) -> Bundle:
 
 def test_rtx_captures_graphs_itself_and_keeps_its_kernels(rtx, install):
     cuda, library = install()
-    session = TrtSession(rtx)
+    session = open_engine(rtx)
     for _ in range(3):
         check(session, 8, 8)
     session.close()
@@ -592,13 +595,13 @@ def test_rtx_captures_graphs_itself_and_keeps_its_kernels(rtx, install):
     path = cache_path(rtx, rtx.manifest.engines[0])
     assert path.read_bytes() == b"kernels"
     assert path.parent == rtx.folder.parent
-    TrtSession(rtx)
+    open_engine(rtx)
     assert library.configs[1].deserialized == b"kernels"
 
 
 def test_rtx_without_cuda_graphs(rtx, install):
     _, library = install()
-    check(TrtSession(rtx, cuda_graphs=False), 8, 8)
+    check(open_engine(rtx, cuda_graphs=False), 8, 8)
     assert library.configs[0].cuda_graph_strategy == "disabled"
 
 
@@ -606,11 +609,11 @@ def test_a_cache_is_read_again_whatever_new_files_permit(rtx, install):
     _, library = install()
     mask = os.umask(0o002)
     try:
-        TrtSession(rtx).close()
+        open_engine(rtx).close()
     finally:
         os.umask(mask)
     assert cache_path(rtx, rtx.manifest.engines[0]).stat().st_mode & 0o777 == 0o600
-    TrtSession(rtx)
+    open_engine(rtx)
     assert library.configs[1].deserialized == b"kernels"
 
 
@@ -619,7 +622,7 @@ def test_a_cache_that_others_could_write_is_not_read(rtx, install):
     path = cache_path(rtx, rtx.manifest.engines[0])
     path.write_bytes(b"code")
     path.chmod(0o666)
-    TrtSession(rtx)
+    open_engine(rtx)
     assert library.configs[0].deserialized is None
 
 
@@ -628,7 +631,7 @@ def test_a_cache_that_does_not_fit_or_cannot_be_written_does_no_harm(rtx, instal
     library.accepts_cache = False
     path = cache_path(rtx, rtx.manifest.engines[0])
     path.write_bytes(b"of another GPU")
-    session = TrtSession(rtx)
+    session = open_engine(rtx)
     check(session, 8, 8)
     monkeypatch.setattr(trt, "writing", lambda path, mode: (_ for _ in ()).throw(PermissionError(path)))
     session.close()
@@ -642,7 +645,7 @@ def test_the_newest_engine_that_this_machine_can_run(tmp_path, install):
     install()
     engines = {}, {"profiles": PROFILES[:1]}, {"compute_capabilities": ("8.9", "9.0")}, {"version": "10.9"}
     bundle = make_bundle(tmp_path / "bundle", *engines)
-    assert TrtSession(bundle).path == bundle.folder / "1.engine"
+    assert open_engine(bundle).path == bundle.folder / "1.engine"
 
 
 @pytest.mark.parametrize(
@@ -666,7 +669,7 @@ def test_version_and_gpu(tmp_path, install, options, version, capability, runs):
     _, library = install(Cuda(capability), version=version)
     bundle = make_bundle(tmp_path / "bundle", options)
     if runs:
-        check(TrtSession(bundle), 8, 8)
+        check(open_engine(bundle), 8, 8)
         trusted = options.get("flags") == {"version_compatible": True}
         assert library.runtimes[0].engine_host_code_allowed is trusted
     else:
@@ -734,9 +737,9 @@ def test_an_engine_that_the_library_refuses(tmp_path, install):
 def test_weights_are_put_back_from_the_verified_model(tmp_path, install):
     _, library = install()
     bundle = make_bundle(tmp_path / "bundle", {"flags": {"strip_weights": True}})
-    TrtSession(bundle)
+    open_engine(bundle)
     assert library.refits == [b"weights", "refitted"]
-    TrtSession(make_bundle(tmp_path / "whole", {"flags": {"strip_weights": False}}))
+    open_engine(make_bundle(tmp_path / "whole", {"flags": {"strip_weights": False}}))
     assert len(library.refits) == 2
     (bundle.folder / "model.onnx").write_bytes(b"Weights")
     assert "expected SHA-256" in refusal(bundle)

@@ -24,10 +24,10 @@ from drsformer.model import DRSformer
 from export.onnx import export
 from export.report import Comparison, Crop, Validation, render
 from export.validate import _crop, open_candidate, validate
-from runtime.cli import InputError
+from runtime.bundle import load, save
+from runtime.errors import InputError
 from runtime.images import Photo, read_rgb
-from runtime.manifest import describe_onnx, load
-from runtime.session import Derainer
+from runtime.session import Derainer, describe_onnx
 from tests.networks import fill
 from tests.test_manifest import make_keys
 
@@ -47,7 +47,7 @@ REFERENCE = structure(BlockConfig(2, 5, 7))
 LAYERS = {"encoder_level1.0.attn": 6 * (3 + 4 + 4 + 4), "latent.0.attn": 2 * 5 * (2 + 3 + 3 + 4)}
 
 
-def save(path: Path, config: DRSformerConfig = REFERENCE, damage: float = 0.0) -> Path:
+def save_network(path: Path, config: DRSformerConfig = REFERENCE, damage: float = 0.0) -> Path:
     network = DRSformer(config)
     fill(network)
     noise = torch.Generator().manual_seed(0)
@@ -66,8 +66,8 @@ def random_image(height: int, width: int, seed: int) -> np.ndarray:
 def folder(tmp_path_factory) -> Path:
     """A reference, candidates, pairs whose targets the reference nearly reaches, and the inputs as plain images."""
     folder = tmp_path_factory.mktemp("validate")
-    reference = save(folder / "reference.safetensors")
-    save(folder / "damaged.safetensors", damage=0.05)
+    reference = save_network(folder / "reference.safetensors")
+    save_network(folder / "damaged.safetensors", damage=0.05)
     export(reference, folder / "model.onnx", height=32, width=40)
     restore = Derainer(TorchSession(checkpoint.load(reference).model, "cpu"))
     for i, (H, W) in enumerate([(29, 37), (32, 40), (25, 33)]):
@@ -182,7 +182,7 @@ def test_images_without_ground_truth(folder):
     ],
 )
 def test_flips_are_counted_where_layers_are_alike(folder, tmp_path, config, uncounted):
-    candidate = save(tmp_path / "other.safetensors", config)
+    candidate = save_network(tmp_path / "other.safetensors", config)
     found = validate(folder / "reference.safetensors", candidate, folder / "plain", limit=1)
     assert found.uncounted == uncounted
     assert found.selections == {layer: count for layer, count in LAYERS.items() if layer not in uncounted}
@@ -343,7 +343,7 @@ def test_table_of_many_images_is_cut():
 
 
 def test_bundle_records_what_was_measured(folder, tmp_path):
-    describe_onnx(Path(shutil.copy(folder / "model.onnx", tmp_path))).save(tmp_path)
+    save(describe_onnx(Path(shutil.copy(folder / "model.onnx", tmp_path))), tmp_path)
     options = dict(
         reference=folder / "reference.safetensors", candidate=tmp_path, data=folder / "pairs", provider="cpu"
     )
@@ -363,7 +363,7 @@ def test_bundle_records_what_was_measured(folder, tmp_path):
 def test_signed_bundles_stay_signed(folder, tmp_path):
     bundle, keys = tmp_path / "bundle", make_keys(tmp_path)
     bundle.mkdir()
-    describe_onnx(Path(shutil.copy(folder / "model.onnx", bundle))).save(bundle)
+    save(describe_onnx(Path(shutil.copy(folder / "model.onnx", bundle))), bundle)
     options = dict(reference=folder / "reference.safetensors", candidate=bundle, data=folder / "pairs", provider="cpu")
     validate(**options, record=True, sign=keys / "private.pem")  # which it was not before
     assert load(bundle, keys / "public.pem").manifest.drift
@@ -380,7 +380,7 @@ def test_signed_bundles_stay_signed(folder, tmp_path):
 )
 def test_key_is_looked_at_before_the_work(folder, tmp_path, monkeypatch, sign, message):
     monkeypatch.setattr("export.validate.TorchEngine", None)
-    describe_onnx(Path(shutil.copy(folder / "model.onnx", tmp_path))).save(tmp_path)
+    save(describe_onnx(Path(shutil.copy(folder / "model.onnx", tmp_path))), tmp_path)
     shutil.copy(folder / "plain" / "0.png", tmp_path / "plain.png")
     options = dict(reference=folder / "reference.safetensors", candidate=tmp_path, data=folder / "pairs")
     with pytest.raises(InputError, match=message):
@@ -398,7 +398,7 @@ def test_stray_image_beside_damaged_pairs(folder, tmp_path):
 
 
 def test_bundle_that_misses_the_budget_records_nothing(folder, tmp_path):
-    describe_onnx(Path(shutil.copy(folder / "model.onnx", tmp_path))).save(tmp_path)
+    save(describe_onnx(Path(shutil.copy(folder / "model.onnx", tmp_path))), tmp_path)
     assert not validate(folder / "damaged.safetensors", tmp_path, folder / "pairs", min_psnr=99, record=True).passed
     assert not load(tmp_path).manifest.drift
 
@@ -447,6 +447,6 @@ def test_image_that_does_not_fit_is_not_cut_unasked(folder, tmp_path):
 
 
 def test_what_tiles_cost_is_not_recorded(folder, tmp_path):
-    describe_onnx(Path(shutil.copy(folder / "model.onnx", tmp_path))).save(tmp_path)
+    save(describe_onnx(Path(shutil.copy(folder / "model.onnx", tmp_path))), tmp_path)
     with pytest.raises(InputError, match="--record: expected whole images"):
         validate(folder / "reference.safetensors", tmp_path, folder / "pairs", tile="16x16", record=True)

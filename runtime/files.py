@@ -1,0 +1,48 @@
+"""Writing files so that nothing half-written is left behind and no input is overwritten."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import InputError
+
+
+def expect_other_files(*outputs: Path, **sources: str | os.PathLike[str] | None) -> None:
+    """Raise InputError where one of the files to write is one that is read, of `sources` by the names of their
+    parameters."""
+    for output in outputs:
+        for name, source in sources.items():
+            if source is not None and os.path.exists(source) and output.exists() and output.samefile(source):
+                raise InputError(f"`output`: expected another file than `{name}`, found {output} for both")
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str], mode: int = 0o666) -> Iterator[Path]:
+    """A temporary path beside `path` to write to, which takes its name when the block ends and vanishes when it fails.
+
+    Missing parent folders are made. The temporary name keeps the suffix, from which libraries guess the format. `mode`:
+    permissions of the file, less those in the process's umask. Raises InputError where `path` is something else than a
+    file, which would be replaced too; an OSError, such as that of a full disk, names `path`.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise InputError(f"expected a file to write, found a folder, a pipe or a device at {path}")
+    prefix = f".{path.stem[:40]}."  # a name has up to 255 bytes, and a character up to 4
+    temporary = path.with_name(f"{prefix}{secrets.token_hex(8)}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        unnamed = error.filename is None or Path(str(error.filename)).name.startswith(prefix)
+        if unnamed and error.strerror is not None:
+            error.filename = str(path)
+        raise

@@ -1,0 +1,66 @@
+"""Pixels as people store them and as networks take them: uint8 images, float32 batches, and what a graph eats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Size = tuple[int, int]
+"""Height and width."""
+
+IO = Literal["tensor", "image"]
+"""What a graph takes and gives: float32 (1, 3, H, W) RGB in [0, 1], or uint8 (1, H, W, 3) RGB."""
+
+
+def size_text(size: Size) -> str:
+    """Height and width as HxW."""
+    return f"{size[0]}x{size[1]}"
+
+
+def to_batch(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """uint8 (H, W, 3) -> float32 (1, 3, H, W) in [0, 1]."""
+    return np.ascontiguousarray(image.transpose(2, 0, 1)[None], dtype=np.float32) / np.float32(255)
+
+
+def to_image(batch: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """float32 (1, 3, H, W), clamped to [0, 1] and rounded half to even -> uint8 (H, W, 3)."""
+    levels = np.clip(batch[0], 0, 1)
+    levels *= 255
+    return np.ascontiguousarray(np.rint(levels, out=levels).astype(np.uint8).transpose(1, 2, 0))
+
+
+@dataclass(frozen=True)
+class GraphIO:
+    """What a graph eats.
+
+    io:       tensors or images.
+    multiple: height and width have to be multiples of this; 1 where any size will do.
+    """
+
+    io: IO
+    multiple: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8 if self.io == "image" else np.float32)
+
+    def shape(self, size: Size) -> tuple[int, int, int, int]:
+        """The shape of input and output for this height and width; -1 stands for any."""
+        return (1, *size, 3) if self.io == "image" else (1, 3, *size)
+
+    def size(self, shape: tuple[int, ...]) -> Size:
+        """Height and width of such a shape."""
+        return (shape[1], shape[2]) if self.io == "image" else (shape[2], shape[3])
+
+    def feed(self, batch: NDArray[np.float32]) -> np.ndarray:
+        """float32 (1, 3, H, W) -> the graph's input. What came from a uint8 image loses nothing."""
+        if self.io == "image":
+            return to_image(batch)[None]
+        return np.ascontiguousarray(batch, dtype=np.float32)
+
+    def answer(self, output: np.ndarray) -> NDArray[np.float32]:
+        """The graph's output -> float32 (1, 3, H, W); of an image in steps of 1/255."""
+        return to_batch(output[0]) if self.io == "image" else output
