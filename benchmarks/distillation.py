@@ -24,7 +24,7 @@ from compress.distill import Level, Terms, distill, heads
 from drsformer import checkpoint
 from drsformer.data import find_pairs
 from drsformer.evaluate import evaluate_model
-from drsformer.train import Cadence, Hardware, Material, Recipe, short
+from drsformer.train import DataOptions, Hardware, Recipe, Schedule, short
 from runtime.cli import main
 
 VARIANTS = {
@@ -92,9 +92,9 @@ def distillation(
                 pair_folders(data, "train"),
                 terms=terms,
                 recipe=recipe,
-                material=Material(dry=0.05),
+                data_options=DataOptions(dry=0.05),
                 hardware=Hardware(devices="1", channels_last=True),
-                cadence=Cadence(log_every=max(1, iterations // 10)),
+                schedule=Schedule(log_every=max(1, iterations // 10)),
             )
             return scored(folder / "last.safetensors")
 

@@ -25,7 +25,7 @@ from drsformer import checkpoint, train
 from drsformer.data import find_pairs
 from drsformer.evaluate import evaluate_model
 from drsformer.model import DRSformer
-from export.folding import DTYPES, live
+from export.folding import DTYPES, trainable
 from runtime.errors import InputError
 
 
@@ -154,7 +154,7 @@ class Train(Stage):
         torch.backends.cudnn.benchmark = True
         row: Row = {}
         layout = torch.channels_last if last else torch.contiguous_format
-        made = live if form == "live" else train.itself
+        made = trainable if form == "live" else train.itself
 
         def place(network: DRSformer) -> DRSformer:
             network = made(network.to(device).to(memory_format=layout)).to(device)  # pyright: ignore[reportCallIssue]
@@ -209,13 +209,13 @@ class Train(Stage):
 
     def sources(self, plan: Plan, folder: Path) -> tuple[Any, ...]:
         """The arguments of `Patches`."""
-        material = self.material(plan, folder)
+        data_options = self.data_options(plan, folder)
         folders = [find_pairs(place) for place in pair_folders(folder, "train")]
-        return folders, plan.recipe, material.clean, material.streaks, material.rendered, material.dry
+        return folders, plan.recipe, data_options.clean, data_options.streaks, data_options.rendered, data_options.dry
 
-    def material(self, plan: Plan, folder: Path) -> train.Material:
+    def data_options(self, plan: Plan, folder: Path) -> train.DataOptions:
         clean, streaks = ((folder / name) if (folder / name).is_dir() else None for name in ("clean", "streaks"))
-        return train.Material(
+        return train.DataOptions(
             validate=pair_folders(folder, "val"),
             validate_limit=4,
             clean=clean,
@@ -235,7 +235,7 @@ class Train(Stage):
         options = {
             "output": run,
             "data": pair_folders(folder, "train"),
-            "material": self.material(plan, folder),
+            "material": self.data_options(plan, folder),
             "recipe": plan.recipe,
             "hardware": train.Hardware(
                 accelerator=cast("Any", sheet.device.type),
@@ -246,7 +246,7 @@ class Train(Stage):
                 compile=self.compile,
                 cuda_graph=self.cuda_graph and sheet.device.type == "cuda",
             ),
-            "cadence": train.Cadence(
+            "cadence": train.Schedule(
                 validate_every=max(1, plan.recipe.iterations // 4),
                 log_every=max(1, plan.recipe.iterations // 200),
                 save_minutes=2,
@@ -263,7 +263,7 @@ class Train(Stage):
                 result = train.train(
                     network=None if init else plan.network,
                     init=init,
-                    form=train.itself if self.readable else live,
+                    form=train.itself if self.readable else trainable,
                     **options,
                 )
             return {"finished": result["finished"], **self.send(sheet.device, run, name, plan, folder)}

@@ -101,12 +101,12 @@ def items(config: DRSformerConfig, height: int = SIDE, width: int = SIDE) -> Ite
 
 
 def _attention(module: str, C: int, block: BlockConfig, masks: int, pixels: int) -> Iterator[Item]:
-    inner = block.heads * block.head_width
+    inner = block.heads * block.head_dim
     norm = 2 * C
     yield Item(module, "attention 1x1", 4 * C * inner + norm, 4 * C * inner * pixels)
     yield Item(module, "attention depthwise", 27 * inner, 27 * inner * pixels)
     products = 1 + max(1, masks)  # of Q and K, then of every mask's matrix and V
-    yield Item(module, "attention products", block.heads + masks, products * inner * block.head_width * pixels)
+    yield Item(module, "attention products", block.heads + masks, products * inner * block.head_dim * pixels)
 
 
 def _feed_forward(module: str, C: int, hidden: int, kind: str, pixels: int) -> Iterator[Item]:
@@ -162,7 +162,7 @@ class Latency:
         return f"{self.ms:.1f} ms (quartiles {self.low:.1f} to {self.high:.1f}, {self.runs} runs)"
 
 
-def ship(network: DRSformer, size: tuple[int, int]) -> OrtSession:
+def export_session(network: DRSformer, size: tuple[int, int]) -> OrtSession:
     """The network as `export.onnx` exports it, for images of this size, in ONNX Runtime on the CPU."""
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "network.onnx"
@@ -181,7 +181,7 @@ def time_sessions(sessions: Sequence[OrtSession], size: tuple[int, int]) -> list
 def time_networks(networks: Sequence[DRSformer], size: tuple[int, int]) -> list[Latency]:
     """Export networks as they ship and time them, see `time_sessions`."""
     with progress() as bar:
-        sessions = [ship(network, size) for network in bar.track(networks, description="Exporting")]
+        sessions = [export_session(network, size) for network in bar.track(networks, description="Exporting")]
     return time_sessions(sessions, size)
 
 

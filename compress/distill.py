@@ -34,14 +34,13 @@ from drsformer.data import Pair, find_pairs
 from drsformer.model import DRSformer, conv1x1
 from drsformer.rain import images_in
 from drsformer.train import (
-    Cadence,
+    DataOptions,
     Hardware,
-    Material,
     Patches,
     Recipe,
     Run,
+    Schedule,
     compile_blocks,
-    expect,
     first_process_only,
     fit,
     fresh,
@@ -49,9 +48,9 @@ from drsformer.train import (
     short,
     to_tensor,
 )
-from export.folding import live
+from export.folding import trainable
 from runtime.cli import console, main
-from runtime.errors import InputError
+from runtime.errors import InputError, expect_between
 from runtime.files import expect_other_files
 
 Level = Literal[
@@ -86,7 +85,7 @@ class Terms:
     def __post_init__(self) -> None:
         weights = [self.l1, self.l1_teacher, self.features, self.attention, self.frequency]
         for name, weight in zip(("l1", "l1-teacher", "features", "attention", "frequency"), weights, strict=True):
-            expect(f"--{name}", weight, 0)
+            expect_between(f"--{name}", weight, 0)
         if not self.l1 + self.l1_teacher + self.frequency:
             raise InputError(
                 "nothing tells the student what to put out: expected --l1, --l1-teacher or --frequency "
@@ -115,7 +114,7 @@ def heads(config: DRSformerConfig, level: Level) -> tuple[int, int] | None:
     """Heads and head width of the last block of a level; None where there is no block, or attention without masks."""
     levels = dict(zip(get_args(Level), (*config.encoder, config.latent, *config.decoder), strict=True))
     blocks = levels[level].blocks
-    return (blocks[-1].heads, blocks[-1].head_width) if blocks and config.topk else None
+    return (blocks[-1].heads, blocks[-1].head_dim) if blocks and config.topk else None
 
 
 class Distillation(nn.Module):
@@ -201,10 +200,10 @@ def distill(
     rainy: Path | None = None,
     unlabelled: float = 0.25,
     terms: Annotated[Terms, tyro.conf.OmitArgPrefixes] = Terms(),
-    material: Annotated[Material, tyro.conf.OmitArgPrefixes] = Material(),
+    data_options: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = DataOptions(),
     recipe: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = Recipe(iterations=10_000),
     hardware: Annotated[Hardware, tyro.conf.OmitArgPrefixes] = Hardware(),
-    cadence: Annotated[Cadence, tyro.conf.OmitArgPrefixes] = Cadence(),
+    schedule: Annotated[Schedule, tyro.conf.OmitArgPrefixes] = Schedule(),
 ) -> dict[str, Any]:
     """Train a student to answer like a teacher, or continue to; returns what `drsformer.train.fit` does.
 
@@ -222,26 +221,28 @@ def distill(
         hardware: What to train on.
         cadence: How often to validate, log and save, and when to stop.
     """
-    expect("--unlabelled", unlabelled, 0, 1)
+    expect_between("unlabelled", unlabelled, 0, 1)
     expect_other_files(*networks_of(output), teacher=teacher, student=student)
     folders = [find_pairs(folder) for folder in data or []]
-    validation = material.validation()
-    patches = PatchesOfPhotographs(folders, recipe, material.clean, material.streaks, material.rendered, material.dry)
+    validation = data_options.validation()
+    patches = PatchesOfPhotographs(
+        folders, recipe, data_options.clean, data_options.streaks, data_options.rendered, data_options.dry
+    )
     if rainy:
         patches.photographs, patches.unlabelled = images_in(rainy), unlabelled
     torch.manual_seed(recipe.seed)
-    tutor = checkpoint.load(teacher)
+    trained_teacher = checkpoint.load(teacher)
     start = None if student in PRESETS else _start(student)
     model = start.model.train() if start else fresh(student)
     options = {
-        "teacher": tutor.sha256,
+        "teacher": trained_teacher.sha256,
         "student": None if start else student,
         "parent": start.sha256 if start else None,
-        "data": material.sources(*(data or [])),
+        "data": data_options.sources(*(data or [])),
         "rainy": short(rainy) if rainy else None,
         "unlabelled": patches.unlabelled,
         **dataclasses.asdict(terms),
-        **material.options(),
+        **data_options.options(),
         **dataclasses.asdict(recipe),
         "precision": hardware.precision,
     }
@@ -252,12 +253,12 @@ def distill(
         "steps": [*earlier, {"command": "compress.distill", "options": options}],
     }
     fabric = hardware.fabric(output)
-    frozen = live(tutor.model.to(fabric.device)).to(fabric.device)
+    frozen = trainable(trained_teacher.model.to(fabric.device)).to(fabric.device)
     loss = Distillation(frozen, model, terms)
     if hardware.compile:
         compile_blocks(frozen)
     if fabric.is_global_zero:
-        counts = [sum(p.numel() for p in network.parameters()) / 1e6 for network in (model, tutor.model)]
+        counts = [sum(p.numel() for p in network.parameters()) / 1e6 for network in (model, trained_teacher.model)]
         console.print("{:.2f} M parameters, teacher {:.2f} M, on {}".format(*counts, fabric.device))
     return fit(
         fabric,
@@ -266,11 +267,11 @@ def distill(
         recipe,
         Run(output, options, provenance),
         loss=loss,
-        form=live,
+        form=trainable,
         validate=validation,
-        protocol=material.protocol,
+        protocol=data_options.protocol,
         hardware=hardware,
-        cadence=cadence,
+        schedule=schedule,
     )
 
 

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from compress.cost import macs, params
-from compress.structures import LEVELS, level_of
 from drsformer import checkpoint
-from drsformer.config import EXPERTS, BlockConfig, LevelConfig, MEFCConfig
+from drsformer.config import EXPERTS, LEVELS, BlockConfig, LevelConfig, MEFCConfig
 from drsformer.model import DRSformer
-from drsformer.train import LARGEST_SEED, expect
+from drsformer.train import LARGEST_SEED
 from runtime.cli import console, main
-from runtime.errors import InputError
+from runtime.errors import InputError, expect_between
 from runtime.files import expect_other_files
 
 
@@ -36,18 +35,18 @@ def grow(
     random places.
 
     Raises InputError where `depths` takes blocks away, and for what cannot be grown: odd hidden widths, whose channels
-    pair up in a ring (`compress.structures`), and feed-forward networks other than the MSFN.
+    pair up in a ring (`compress.groups`), and feed-forward networks other than the MSFN.
     """
-    expect("--hidden", hidden, 1)
-    expect("--experts", experts, 0, len(EXPERTS))
-    expect("--seed", seed, 0, LARGEST_SEED)
+    expect_between("hidden", hidden, 1)
+    expect_between("experts", experts, 0, len(EXPERTS))
+    expect_between("seed", seed, 0, LARGEST_SEED)
     torch.manual_seed(seed)
     rng, config = np.random.default_rng(seed), model.config
     depth = dict(zip(("encoder_level1", "encoder_level2", "encoder_level3", "latent"), depths, strict=True))
     depth |= {f"decoder_level{i}": depths[i - 1] for i in (1, 2, 3)}
     levels, places = {}, {}
     for module in LEVELS:
-        level = level_of(config, module)
+        level = config.levels()[module]
         if depth[module] < len(level.blocks):
             raise InputError(
                 f"`depths`: expected at least the {len(level.blocks)} blocks of {module}, found {depth[module]}"
@@ -83,7 +82,7 @@ def grow(
                 new[f"{name}.ffn.project_out.weight"].zero_()
                 continue
             source = f"{module}.{places[module].index(i)}"
-            block = level_of(config, module).blocks[places[module].index(i)]
+            block = config.levels()[module].blocks[places[module].index(i)]
             for key in [key for key in old if key.startswith(f"{source}.") and (hidden == 1 or ".ffn." not in key)]:
                 new[key.replace(source, name, 1)].copy_(old[key])
             if hidden > 1:

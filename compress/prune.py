@@ -8,7 +8,7 @@
 What goes is gone: the result is an ordinary checkpoint with smaller tensors, which loads without this program.
 Expect it to have lost quality, and train it on (`drsformer.train --init`, `compress.distill`).
 
-What can go, by --scope, is told in `compress.structures`: hidden channels, heads and their channels, experts, channels
+What can go, by --scope, is told in `compress.groups`: hidden channels, heads and their channels, experts, channels
 of the residual paths, blocks. Greedily, that is taken next whose loss in importance is least for what it saves, in
 --rounds between which importance is measured anew. Widths end where vectors do (--round-to); in an MSFN each of the
 four parts of the folded hidden layer does.
@@ -40,11 +40,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from compress import cost
-from compress.cost import Latency, items, ship, time_networks, time_sessions
-from compress.structures import KINDS, LEVELS, Axis, Kind, Structure, config_without, level_of, structures, without
-from compress.work import ANEW, Steps
+from compress.cost import Latency, export_session, items, time_networks, time_sessions
+from compress.groups import (
+    KINDS,
+    Dimension,
+    Kind,
+    PruningGroup,
+    config_after,
+    pruning_groups,
+    remove,
+)
+from compress.step_cache import NO_CACHE, StepCache
 from drsformer import checkpoint
-from drsformer.config import NO_EXPERT, SIZE_MULTIPLE, BlockConfig, DRSformerConfig
+from drsformer.config import LEVELS, NO_EXPERT, SIZE_MULTIPLE, BlockConfig, DRSformerConfig
 from drsformer.data import Pair, find_pairs
 from drsformer.evaluate import evaluate_model
 from drsformer.metrics import Protocol
@@ -59,14 +67,14 @@ Importance = Literal["taylor", "fisher", "magnitude"]
 UNUSED = 1e-6
 """Of the largest importance: what the whole energy of a tensor counts where importance is measured by gradients."""
 
-NEAR = 0.02
+LATENCY_TOLERANCE = 0.02
 """How far from its target a network may end, of the target."""
 
 
 def importances(
     network: DRSformer,
     patches: Iterable[tuple[Tensor, Tensor]],
-    found: Sequence[Structure],
+    found: Sequence[PruningGroup],
     importance: Importance = "taylor",
 ) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
     """What the loss of each unit would cost: by structure, for each of its axes, (units,) float64, at least 0; and the
@@ -109,12 +117,12 @@ def importances(
     return scores, grams
 
 
-def _magnitudes(weights: Mapping[str, Tensor], found: Sequence[Structure]) -> dict[str, list[Tensor]]:
+def _magnitudes(weights: Mapping[str, Tensor], found: Sequence[PruningGroup]) -> dict[str, list[Tensor]]:
     energies = {name: weight.detach() ** 2 for name, weight in weights.items()}
     shares = _Sums({name: energy / energy.sum().clamp_min(1e-30) for name, energy in energies.items()})
     wholes = _Sums(energies)
 
-    def magnitude(structure: Structure, axis: Axis) -> Tensor:
+    def magnitude(structure: PruningGroup, axis: Dimension) -> Tensor:
         if structure.kind == "depth":  # a block has all of its tensors, so it is held against the other blocks
             energy = wholes.of(axis, "reads")
             return energy / energy.mean().clamp_min(1e-30)
@@ -133,10 +141,10 @@ class _Sums:
         self.values = values
         self.along: dict[tuple[str, int | None], Tensor] = {}
 
-    def of(self, axis: Axis, role: str) -> Tensor:
+    def of(self, axis: Dimension, role: str) -> Tensor:
         """Over the weights in this role, for each unit of the axis: (units,), float64."""
         total = torch.zeros(axis.units, dtype=torch.float64)
-        for place in (*axis.places, *axis.cuts):
+        for place in (*axis.places, *axis.zeroed):
             if place.role == role:
                 part = self._along(place.tensor, place.dim)[place.units].sum(1)
                 total[place.first : place.first + len(part)] += part
@@ -185,7 +193,7 @@ class Target:
 
 def choose(
     config: DRSformerConfig,
-    found: Sequence[Structure],
+    found: Sequence[PruningGroup],
     scores: Mapping[str, Sequence[Tensor]],
     targets: Sequence[Target],
     floors: Mapping[str, float],
@@ -209,13 +217,13 @@ def choose(
     def excess(target: Target) -> float:
         return target.cost(config) / target.bound
 
-    def narrowed(structure: Structure, units: int) -> dict[str, list[list[int]]]:
+    def narrowed(structure: PruningGroup, units: int) -> dict[str, list[list[int]]]:
         return {**gone, structure.name: [order[: structure.units - units] for order in orders[structure.name]]}
 
     def lost(name: str) -> float:
         return float(losses[name][by_name[name].units - left[name]])
 
-    def inside(structure: Structure, unit: int) -> list[str]:
+    def inside(structure: PruningGroup, unit: int) -> list[str]:
         """The structures of a block, whose loss is part of its own; none for any other kind of unit."""
         modules = structure.axes[0].modules
         return [name for name in left if name.startswith(f"{modules[unit]}.")] if modules else []
@@ -226,7 +234,7 @@ def choose(
         units = structure.fewer(left, round_to)
         if name in frozen or units is None:
             return None
-        smaller = config_without(network_config, found, narrowed(structure, units))
+        smaller = config_after(network_config, found, narrowed(structure, units))
         saving = target.cost(config) - target.cost(smaller)
         if saving <= 0 or target.cost(smaller) < floors[target.name]:
             return None
@@ -268,8 +276,8 @@ def prune_network(
     scope: Sequence[Kind] = KINDS,
     round_to: int = 8,
     rounds: int = 4,
-    below: float = NEAR,
-    steps: Steps = ANEW,
+    below: float = LATENCY_TOLERANCE,
+    steps: StepCache = NO_CACHE,
 ) -> DRSformer:
     """Take out of a network what it needs least, until all targets are met. `network` stays as it is.
 
@@ -283,9 +291,9 @@ def prune_network(
     floors = {target.name: min(target.bound * (1 - below), start[target.name]) for target in targets}
 
     def smaller(network: DRSformer, bounds: Sequence[Target]) -> DRSformer:
-        found = structures(network.config, scope)
+        found = pruning_groups(network.config, scope)
         scores, grams = importances(network, patches, found, importance)
-        return without(network, choose(network.config, found, scores, bounds, floors, round_to), grams)
+        return remove(network, choose(network.config, found, scores, bounds, floors, round_to), grams)
 
     with progress() as bar:
         for turn in bar.track(range(1, rounds + 1), description="Pruning"):
@@ -297,7 +305,7 @@ def prune_network(
                 network = steps.network(f"round{turn}", functools.partial(smaller, network, bounds))
     for target in targets:
         reached = target.cost(network.config)
-        if reached > target.bound * (1 + NEAR):
+        if reached > target.bound * (1 + LATENCY_TOLERANCE):
             raise GateError(
                 f"--{target.name}: expected {target.bound / start[target.name]:.3f}, reached "
                 f"{reached / start[target.name]:.3f}: what is left in --scope {' '.join(scope)} is as narrow as "
@@ -308,7 +316,7 @@ def prune_network(
 
 
 def latency_model(
-    config: DRSformerConfig, size: tuple[int, int], steps: Steps = ANEW
+    config: DRSformerConfig, size: tuple[int, int], steps: StepCache = NO_CACHE
 ) -> Callable[[DRSformerConfig], float]:
     """Milliseconds of networks pruned from this one, estimated from their MACs and what a MAC takes in each part.
 
@@ -318,8 +326,8 @@ def latency_model(
     probes = {("resampling", "resampling"): _with_blocks(config, {})}
     twins = {}
     for module in LEVELS:
-        blocks, encoder = level_of(config, module).blocks, module.replace("decoder", "encoder")
-        if module != encoder and level_of(config, module) == level_of(config, encoder):
+        blocks, encoder = config.levels()[module].blocks, module.replace("decoder", "encoder")
+        if module != encoder and config.levels()[module] == config.levels()[encoder]:
             twins[module] = encoder
         elif blocks:
             block = blocks[len(blocks) // 2]
@@ -361,7 +369,7 @@ def _macs_of_parts(config: DRSformerConfig) -> dict[tuple[str, str], int]:
 
 def _with_blocks(config: DRSformerConfig, blocks: Mapping[str, tuple[BlockConfig, ...]]) -> DRSformerConfig:
     """The same widths with these blocks only, by module, and no MEFC."""
-    levels = [replace(level_of(config, module), blocks=blocks.get(module, ())) for module in LEVELS]
+    levels = [replace(config.levels()[module], blocks=blocks.get(module, ())) for module in LEVELS]
     e1, e2, e3, latent, d3, d2, d1 = levels
     return replace(config, encoder=(e1, e2, e3), latent=latent, decoder=(d3, d2, d1), mefc_early=None, mefc_late=None)
 
@@ -382,7 +390,7 @@ def measure_sensitivity(
     ratios: Sequence[float],
     scope: Sequence[Kind] = KINDS,
     protocol: Protocol = "rain200",
-    steps: Steps = ANEW,
+    steps: StepCache = NO_CACHE,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """What it costs to take out structures of one kind only, for each kind: PSNR on `pairs` and latency of the export
@@ -396,11 +404,13 @@ def measure_sensitivity(
     options: of `prune_network`, beside targets, scope and rounds, of which there is one for each ratio.
     """
     macs = cost.macs(network.config)
-    kinds: list[Kind] = [kind for kind in scope if structures(network.config, [kind])]
-    whole = functools.cache(lambda: ship(network, size))
+    kinds: list[Kind] = [kind for kind in scope if pruning_groups(network.config, [kind])]
+    whole = functools.cache(lambda: export_session(network, size))
 
     def measure(kind: str, pruned: DRSformer) -> dict[str, Any]:
-        before, after = time_sessions([whole(), ship(pruned, size) if pruned is not network else whole()], size)
+        before, after = time_sessions(
+            [whole(), export_session(pruned, size) if pruned is not network else whole()], size
+        )
         row = {
             "kind": kind,
             "macs": cost.macs(pruned.config) / macs,
@@ -491,11 +501,11 @@ class Pruned:
             )
 
         for module in LEVELS:
-            was, now = level_of(self.before, module), level_of(self.after, module)
+            was, now = self.before.levels()[module], self.after.levels()[module]
             columns = (
                 [level.width for level in (was, now)],
                 [len(level.blocks) for level in (was, now)],
-                [told(f"{block.heads}x{block.head_width}" for block in level.blocks) for level in (was, now)],
+                [told(f"{block.heads}x{block.head_dim}" for block in level.blocks) for level in (was, now)],
                 [told(block.hidden for block in level.blocks) for level in (was, now)],
             )
             table.add_row(module, *(f"{old} -> {new}" if old != new else f"{old}" for old, new in columns))
@@ -568,7 +578,7 @@ def prune(
             raise InputError(f"`{name}`: expected at least 1, found {value}")
     height_width = parse_size("size", size, SIZE_MULTIPLE)
     folders, trained = [find_pairs(folder) for folder in data], checkpoint.load(weights)
-    if not structures(trained.model.config, scope):
+    if not pruning_groups(trained.model.config, scope):
         raise InputError(f"`scope` {' '.join(scope)}: expected kinds that {weights} has, found none; widen the scope")
     images = [pair for folder in folders for pair in folder[:limit]]
     cut = Patches(folders, Recipe(patch=patch))
@@ -584,7 +594,7 @@ def prune(
         "patch": patch,
     }
     inputs = {"weights": trained.sha256, **options, "limit": limit, "protocol": protocol, "size": size}
-    measured = Steps(sensitivity / "work", inputs) if sensitivity else ANEW
+    measured = StepCache(sensitivity / "work", inputs) if sensitivity else NO_CACHE
     if sensitivity:
         rows = measure_sensitivity(
             trained.model, images, patches, height_width, sensitivity, RATIOS, scope, protocol, measured, **how
@@ -593,7 +603,9 @@ def prune(
     if not output:
         measured.remove()
         return None
-    steps = Steps(output.with_name(f"{output.name}.work"), inputs)  # which also shows at once that it can be written
+    steps = StepCache(
+        output.with_name(f"{output.name}.work"), inputs
+    )  # which also shows at once that it can be written
     narrow = functools.partial(prune_network, trained.model, patches, scope=scope, rounds=rounds, **how)
     targets = [
         Target(name, getattr(cost, name), fractions[name] * getattr(cost, name)(trained.model.config))
@@ -637,16 +649,16 @@ def _prune_to_latency(
     size: tuple[int, int],
     others: Sequence[Target],
     narrow: Callable[..., DRSformer],
-    steps: Steps,
+    steps: StepCache,
 ) -> tuple[DRSformer, tuple[Latency, Latency], str | None]:
     """Prune to a part of the milliseconds by estimate, measure, and correct the estimate by what was found. Where there
     are other targets it may end below. With the network, its times before and after, and why they miss the target."""
     estimate = latency_model(network.config, size, steps)
     bound = latency * estimate(network.config)
-    whole, attempts = functools.cache(lambda: ship(network, size)), []
+    whole, attempts = functools.cache(lambda: export_session(network, size)), []
 
     def measure(pruned: DRSformer) -> list[dict[str, Any]]:
-        return [asdict(taken) for taken in time_sessions([whole(), ship(pruned, size)], size)]
+        return [asdict(taken) for taken in time_sessions([whole(), export_session(pruned, size)], size)]
 
     for attempt in range(ATTEMPTS):
         target = Target("latency", estimate, min(bound, estimate(network.config)))
@@ -661,7 +673,7 @@ def _prune_to_latency(
         ratio = after.ms / before.ms
         off = ratio / latency - 1
         attempts.append((max(0.0, off) if others else abs(off), pruned, (before, after)))
-        if attempts[-1][0] <= NEAR:
+        if attempts[-1][0] <= LATENCY_TOLERANCE:
             break
         bound *= latency / ratio
     off, pruned, (before, after) = min(attempts, key=lambda attempt: attempt[0])
@@ -670,7 +682,7 @@ def _prune_to_latency(
         f"estimate by parts {len(attempts) - 1} times; before: {before}, after: {after}; where the quartiles are "
         "wide, try again on a quiet machine or with a larger --size"
     )
-    return pruned, (before, after), missed if off > NEAR else None
+    return pruned, (before, after), missed if off > LATENCY_TOLERANCE else None
 
 
 def _sensitivity_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -40,24 +40,24 @@ from rich.markup import escape
 from rich.table import Table
 
 from compress import cost
-from compress.cost import ship, time_sessions
+from compress.cost import export_session, time_sessions
 from compress.distill import distill
-from compress.prune import NEAR, measure_sensitivity, prune
-from compress.structures import KINDS, Kind
-from compress.work import OPTIONS, Steps
+from compress.groups import KINDS, Kind
+from compress.prune import LATENCY_TOLERANCE, measure_sensitivity, prune
+from compress.step_cache import OPTIONS, StepCache
 from drsformer import checkpoint
 from drsformer.config import SIZE_MULTIPLE
 from drsformer.data import Pair, find_pairs
 from drsformer.evaluate import evaluate_model
 from drsformer.metrics import Protocol
 from drsformer.model import DRSformer
-from drsformer.train import Hardware, Material, Patches, Recipe, expect, short
+from drsformer.train import DataOptions, Hardware, Patches, Recipe, short
 from export import tensorrt
 from export.onnx import export
 from export.validate import validate as compare
 from runtime.bundle import describe_file, load, save
 from runtime.cli import console, main, parse_size
-from runtime.errors import GateError, InputError
+from runtime.errors import GateError, InputError, expect_between
 from runtime.files import writing
 from runtime.manifest import MANIFEST
 from runtime.ort import OrtSession
@@ -132,13 +132,13 @@ class Candidates:
         size: tuple[int, int],
         budget: float,
         work: Path,
-        steps: Steps,
+        steps: StepCache,
     ) -> None:
         self.weights, self.folders, self.size, self.budget = weights, folders, size, budget
         self.work, self.steps = work, steps
         self.protocol: Protocol = protocol
         self.network = checkpoint.load(weights).model
-        self.session = functools.cache(lambda: ship(self.network, size))
+        self.session = functools.cache(lambda: export_session(self.network, size))
         self.rows: list[Candidate] = []
         self._keep("whole", None, self._whole)
 
@@ -151,7 +151,7 @@ class Candidates:
             network = checkpoint.load(self.work / file).model
             if like:
                 return self._scored(network) | {"latency": like.latency, "ms": like.ms}
-            before, after = time_sessions([self.session(), ship(network, self.size)], self.size)
+            before, after = time_sessions([self.session(), export_session(network, self.size)], self.size)
             return self._scored(network) | {"latency": after.ms / before.ms, "ms": after.ms}
 
         return self._keep(kind, file, measure)
@@ -284,9 +284,9 @@ def search(
         recipe: How to distil in each step.
         hardware: What to distil on: one device.
     """
-    expect("--max-drop-db", max_drop_db, 0)
-    expect("--round-to", round_to, 1)
-    expect("--limit", limit, 1)
+    expect_between("max_drop_db", max_drop_db, 0)
+    expect_between("round_to", round_to, 1)
+    expect_between("limit", limit, 1)
     for name, part in (("macs", macs), ("latency", latency), ("step", step)):
         if part is not None and not 0 < part < 1:
             raise InputError(f"`{name}`: expected a fraction between 0 and 1, found {part:g}")
@@ -303,10 +303,10 @@ def search(
     if output.exists() and not ours and (output.is_file() or any(output.iterdir())):
         raise InputError(f"`output`: expected a folder that is not there yet, found {output}; name another one")
     sources, height_width = validate or data, parse_size("size", size, SIZE_MULTIPLE)
-    found = Material(validate=sources, validate_limit=limit).validation()
+    found = DataOptions(validate=sources, validate_limit=limit).validation()
     folders = {folder: pairs for folder, (_, pairs) in zip(sources, found, strict=True)}
     patches = Patches([find_pairs(folder) for folder in data], recipe)
-    steps = Steps(
+    steps = StepCache(
         work,
         {
             "weights": checkpoint.load(weights).sha256,
@@ -371,11 +371,17 @@ def search(
     def teach(path: Path) -> None:
         student = str(path.with_name("pruned.safetensors"))
         distill(
-            path.parent, weights, student, data, material=Material(protocol=protocol), recipe=recipe, hardware=hardware
+            path.parent,
+            weights,
+            student,
+            data,
+            data_options=DataOptions(protocol=protocol),
+            recipe=recipe,
+            hardware=hardware,
         )
 
     for number in itertools.count(1):
-        if best.file and goal and getattr(best, name) <= goal * (1 + NEAR):
+        if best.file and goal and getattr(best, name) <= goal * (1 + LATENCY_TOLERANCE):
             break
         try:
             pruned = candidates.add("pruned", f"step{number}/pruned.safetensors", thin)

@@ -35,11 +35,11 @@ expert whose output is zero leaves the network's output as it was."""
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One sparse transformer block: attention over `heads` heads of `head_width` channels each (the same in Q,
+    """One sparse transformer block: attention over `heads` heads of `head_dim` channels each (the same in Q,
     K and V), then a feed-forward network with `hidden` channels in each half of its hidden layer."""
 
     heads: int
-    head_width: int
+    head_dim: int
     hidden: int
 
 
@@ -75,6 +75,19 @@ class MEFCConfig:
         return cls(2 * steps * experts, (EXPERTS[:experts],) * steps)
 
 
+LEVELS: dict[str, tuple[str | int, ...]] = {
+    "encoder_level1": ("encoder", 0),
+    "encoder_level2": ("encoder", 1),
+    "encoder_level3": ("encoder", 2),
+    "latent": ("latent",),
+    "decoder_level3": ("decoder", 0),
+    "decoder_level2": ("decoder", 1),
+    "decoder_level1": ("decoder", 2),
+}
+"""The modules that hold blocks, in the order in which an image passes them, and where the level of each is in
+`DRSformerConfig`."""
+
+
 @dataclass(frozen=True)
 class DRSformerConfig:
     """Structure of one network, from which it can be rebuilt without anything else.
@@ -107,7 +120,7 @@ class DRSformerConfig:
         if self.feed_forward not in FEED_FORWARDS:
             raise ValueError(f"unknown feed_forward {self.feed_forward!r}; known: {', '.join(FEED_FORWARDS)}")
         for level in (*self.encoder, self.latent, *self.decoder):
-            widths = [level.width, *(n for b in level.blocks for n in (b.heads, b.head_width, b.hidden))]
+            widths = [level.width, *(n for b in level.blocks for n in (b.heads, b.head_dim, b.hidden))]
             if any(not isinstance(n, int) or n < 1 for n in (*widths, *self.up)):
                 raise ValueError(f"expected whole numbers of at least 1 as widths and heads, found {level}")
         for level in (*self.encoder[1:], self.latent):
@@ -160,10 +173,19 @@ class DRSformerConfig:
             mefc_late=compensator if mefc in ("late", "both") else None,
         )
 
-    def kept(self, head_width: int) -> tuple[int, ...]:
-        """How many of `head_width` scores each mask keeps in a row: int(width * fraction), at least one, which for
+    def levels(self) -> dict[str, LevelConfig]:
+        """The levels by the names of their modules, in the order of `LEVELS`."""
+        return dict(zip(LEVELS, (*self.encoder, self.latent, *self.decoder), strict=True))
+
+    def with_levels(self, levels: dict[str, LevelConfig], **changes: Any) -> DRSformerConfig:
+        """With all levels replaced, by the names of their modules, and further fields by theirs."""
+        e1, e2, e3, latent, d3, d2, d1 = (levels[module] for module in LEVELS)
+        return dataclasses.replace(self, encoder=(e1, e2, e3), latent=latent, decoder=(d3, d2, d1), **changes)
+
+    def kept(self, head_dim: int) -> tuple[int, ...]:
+        """How many of `head_dim` scores each mask keeps in a row: int(width * fraction), at least one, which for
         the released fractions and head widths from 2 on is what the released code keeps."""
-        return tuple(max(1, math.floor(head_width * _fraction(f))) for f in self.topk)
+        return tuple(max(1, math.floor(head_dim * _fraction(f))) for f in self.topk)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, ready for JSON."""
@@ -174,8 +196,14 @@ class DRSformerConfig:
         """The inverse of `to_dict`, also after a round trip through JSON. Raises ValueError for missing, unknown
         or ill-typed entries."""
 
+        def block(d: dict[str, Any]) -> BlockConfig:
+            d = dict(d)
+            if "head_width" in d:  # its former name
+                d["head_dim"] = d.pop("head_width")
+            return BlockConfig(**d)
+
         def level(d: dict[str, Any]) -> LevelConfig:
-            return LevelConfig(d["width"], tuple(BlockConfig(**b) for b in d["blocks"]))
+            return LevelConfig(d["width"], tuple(block(b) for b in d["blocks"]))
 
         def mefc(d: dict[str, Any] | None) -> MEFCConfig | None:
             return MEFCConfig(d["gate_hidden"], tuple(tuple(step) for step in d["steps"])) if d else None

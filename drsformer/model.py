@@ -65,7 +65,7 @@ class TopKSparseAttention(nn.Module):
 
     def __init__(self, width: int, block: BlockConfig, ks: tuple[int, ...]) -> None:
         super().__init__()
-        inner = block.heads * block.head_width
+        inner = block.heads * block.head_dim
         self.heads = block.heads
         self.temperature = nn.Parameter(torch.ones(block.heads, 1, 1))
         self.qkv = conv1x1(width, 3 * inner)
@@ -165,7 +165,7 @@ class SparseTransformerBlock(nn.Module):
     def __init__(self, width: int, block: BlockConfig, config: DRSformerConfig) -> None:
         super().__init__()
         self.norm1: nn.Module = LayerNorm(width)
-        self.attn: nn.Module = TopKSparseAttention(width, block, config.kept(block.head_width))
+        self.attn: nn.Module = TopKSparseAttention(width, block, config.kept(block.head_dim))
         self.norm2: nn.Module = LayerNorm(width)
         self.ffn: nn.Module = FEED_FORWARD_CLASSES[config.feed_forward](width, block.hidden)
 

@@ -64,7 +64,7 @@ from drsformer.rain import (
 )
 from runtime import images
 from runtime.cli import console, main, progress
-from runtime.errors import InputError
+from runtime.errors import InputError, expect_between
 from runtime.files import expect_other_files, writing
 
 Loss = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
@@ -118,18 +118,18 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        expect("--iterations", self.iterations, 1)
-        expect("--constant", self.constant or 0, 0, self.iterations - 1)
-        expect("--warmup", self.warmup, 0, self.iterations - 1)
-        expect("--lr", self.lr, 0)
-        expect("--lr-min", self.lr_min, 0)
-        expect("--weight-decay", self.weight_decay, 0)
-        expect("--batch", self.batch, 1)
+        expect_between("iterations", self.iterations, 1)
+        expect_between("constant", self.constant or 0, 0, self.iterations - 1)
+        expect_between("warmup", self.warmup, 0, self.iterations - 1)
+        expect_between("lr", self.lr, 0)
+        expect_between("lr_min", self.lr_min, 0)
+        expect_between("weight_decay", self.weight_decay, 0)
+        expect_between("batch", self.batch, 1)
         if not self.clip > 0:
             raise InputError(f"`clip`: expected more than 0, found {self.clip:g}")
         if not 0 <= self.ema < 1:
             raise InputError(f"`ema`: expected at least 0 and less than 1, found {self.ema:g}")
-        expect("--seed", self.seed, 0, LARGEST_SEED)
+        expect_between("seed", self.seed, 0, LARGEST_SEED)
         if self.patch < SIZE_MULTIPLE or self.patch % SIZE_MULTIPLE:
             raise InputError(f"`patch`: expected a multiple of {SIZE_MULTIPLE}, found {self.patch}")
 
@@ -140,13 +140,6 @@ class Recipe:
         start = max(self.iterations * 92 // 300 if self.constant is None else self.constant, self.warmup)
         turn = max(0, iteration - start) / (self.iterations - start)
         return self.lr_min + (self.lr - self.lr_min) * (1 + math.cos(math.pi * turn)) / 2
-
-
-def expect(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Raise InputError unless low <= value <= high."""
-    if not low <= value <= high:
-        wanted = f"at least {low}" if high == math.inf else f"{low} to {high}"
-        raise InputError(f"{name}: expected {wanted}, found {value}")
 
 
 @dataclass(frozen=True)
@@ -175,8 +168,8 @@ class Hardware:
     cuda_graph: bool = False
 
     def __post_init__(self) -> None:
-        expect("--workers", self.workers, 0)
-        expect("--num-nodes", self.num_nodes, 1)
+        expect_between("workers", self.workers, 0)
+        expect_between("num_nodes", self.num_nodes, 1)
         if self.devices != "auto" and not (self.devices.isdecimal() and int(self.devices)):
             raise InputError(f"`devices`: expected a number or auto, found {self.devices}")
 
@@ -206,7 +199,7 @@ class Hardware:
 
 
 @dataclass(frozen=True)
-class Cadence:
+class Schedule:
     """How often things are done beside training.
 
     Args:
@@ -222,10 +215,10 @@ class Cadence:
     minutes: float | None = None
 
     def __post_init__(self) -> None:
-        expect("--validate-every", self.validate_every, 1)
-        expect("--log-every", self.log_every, 1)
-        expect("--save-minutes", self.save_minutes, 0)
-        expect("--minutes", self.minutes or 0, 0)
+        expect_between("validate_every", self.validate_every, 1)
+        expect_between("log_every", self.log_every, 1)
+        expect_between("save_minutes", self.save_minutes, 0)
+        expect_between("minutes", self.minutes or 0, 0)
 
 
 class Patches(Dataset[tuple[Tensor, Tensor]]):
@@ -248,8 +241,8 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
         dry: float = 0.0,
         cache_bytes: int = 4 << 30,
     ) -> None:
-        expect("--rendered", rendered, 0, 1)
-        expect("--dry", dry, 0, 1)
+        expect_between("rendered", rendered, 0, 1)
+        expect_between("dry", dry, 0, 1)
         unpaired = round(rendered + dry, 9)  # floats that are meant to add up to 1 may miss it
         if unpaired > 1:
             raise InputError(f"`rendered` and --dry: expected at most 1 together, found {unpaired:g}")
@@ -439,7 +432,7 @@ def fit(
     validate: Sequence[tuple[str, Sequence[Pair]]] = (),
     protocol: Protocol = "rain200",
     hardware: Hardware = Hardware(),
-    cadence: Cadence = Cadence(),
+    schedule: Schedule = Schedule(),
 ) -> dict[str, Any]:
     """The training loop, which every way of training here uses. Trains `model` in place until `recipe` is done,
     continuing the run if it has begun, and returns the last validation scores, by "folder psnr" and "folder ssim", the
@@ -525,10 +518,10 @@ def fit(
             bar.advance(task)
 
             last = iteration == recipe.iterations
-            stop = cadence.minutes is not None and fabric.broadcast(time.monotonic() - begun > 60 * cadence.minutes)
-            log = last or iteration % cadence.log_every == 0
-            score = bool(validate) and (last or iteration % cadence.validate_every == 0)
-            save = fabric.is_global_zero and (last or stop or time.monotonic() - saved > 60 * cadence.save_minutes)
+            stop = schedule.minutes is not None and fabric.broadcast(time.monotonic() - begun > 60 * schedule.minutes)
+            log = last or iteration % schedule.log_every == 0
+            score = bool(validate) and (last or iteration % schedule.validate_every == 0)
+            save = fabric.is_global_zero and (last or stop or time.monotonic() - saved > 60 * schedule.save_minutes)
             # The device runs behind this loop, which waits for it here and nowhere else.
             if (log or score or save) and not torch.stack([p.isfinite().all() for p in parameters]).all():
                 raise InputError(
@@ -596,7 +589,7 @@ def _scores(network: DRSformer, validate: Sequence[tuple[str, Sequence[Pair]]], 
 
 
 @dataclass(frozen=True)
-class Material:
+class DataOptions:
     """What to learn from besides pairs, and what to validate on.
 
     Args:
@@ -618,7 +611,11 @@ class Material:
     dry: float = 0.0
 
     def __post_init__(self) -> None:
-        expect("--validate-limit", self.validate_limit, 1)
+        expect_between("validate_limit", self.validate_limit, 1)
+
+    def sources_of_patches(self) -> dict[str, Any]:
+        """Those of its fields that `Patches` takes."""
+        return {"clean": self.clean, "streaks": self.streaks, "rendered": self.rendered, "dry": self.dry}
 
     def validation(self) -> list[tuple[str, list[Pair]]]:
         """Name and pairs of each folder to validate on. Raises InputError for folders of one name, and for an image
@@ -654,10 +651,10 @@ def train(
     data: list[Path] | None = None,
     network: str | None = None,
     init: Path | None = None,
-    material: Annotated[Material, tyro.conf.OmitArgPrefixes] = Material(),
+    data_options: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = DataOptions(),
     recipe: Annotated[Recipe, tyro.conf.OmitArgPrefixes] = Recipe(),
     hardware: Annotated[Hardware, tyro.conf.OmitArgPrefixes] = Hardware(),
-    cadence: Annotated[Cadence, tyro.conf.OmitArgPrefixes] = Cadence(),
+    schedule: Annotated[Schedule, tyro.conf.OmitArgPrefixes] = Schedule(),
     form: Annotated[Form, tyro.conf.Suppress] = itself,
 ) -> dict[str, Any]:
     """Train a network, or continue its training; returns what `fit` does.
@@ -678,16 +675,18 @@ def train(
         raise InputError("`init` brings its own network: leave --network out")
     expect_other_files(*networks_of(output), init=init)
     folders = [find_pairs(folder) for folder in data or []]
-    validation = material.validation()
-    patches = Patches(folders, recipe, material.clean, material.streaks, material.rendered, material.dry)
+    validation = data_options.validation()
+    patches = Patches(
+        folders, recipe, data_options.clean, data_options.streaks, data_options.rendered, data_options.dry
+    )
     torch.manual_seed(recipe.seed)
     start = checkpoint.load(init) if init else None
     model = start.model.train() if start else fresh(network or "drsformer")
     options = {
         "network": None if start else network or "drsformer",
         "parent": start.sha256 if start else None,
-        "data": material.sources(*(data or [])),
-        **material.options(),
+        "data": data_options.sources(*(data or [])),
+        **data_options.options(),
         **dataclasses.asdict(recipe),
         "precision": hardware.precision,
     }
@@ -709,9 +708,9 @@ def train(
         Run(output, options, provenance),
         form=form,
         validate=validation,
-        protocol=material.protocol,
+        protocol=data_options.protocol,
         hardware=hardware,
-        cadence=cadence,
+        schedule=schedule,
     )
 
 

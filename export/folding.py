@@ -67,16 +67,16 @@ class Folded(nn.Module):
     that nothing between a normalisation and the residual connection exceeds `LARGEST`.
     """
 
-    islands: frozenset[str] = frozenset()
+    keep_fp32: frozenset[str] = frozenset()
 
-    def __init__(self, live: bool, bounded: bool) -> None:
+    def __init__(self, trainable: bool, fp16_safe: bool) -> None:
         super().__init__()
-        self.live, self.bounded = live, bounded
+        self.trainable, self.fp16_safe = trainable, fp16_safe
 
     def take(self, *readable: nn.Module) -> None:
         """Fold a readable part. Called at the end of a subclass's constructor."""
-        self.readable = nn.ModuleList(readable if self.live else [])
-        if not self.live:
+        self.readable = nn.ModuleList(readable if self.trainable else [])
+        if not self.trainable:
             for name, tensor in self.fold(*readable).items():
                 self.register_buffer(name, tensor.clone(memory_format=torch.contiguous_format))
 
@@ -87,7 +87,7 @@ class Folded(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        tensors = self.fold(*self.readable) if self.live else cast("dict[str, Tensor]", self._buffers)
+        tensors = self.fold(*self.readable) if self.trainable else cast("dict[str, Tensor]", self._buffers)
         return self.compute(x, **tensors)
 
 
@@ -112,10 +112,10 @@ def with_norm(norm: LayerNorm, weight: Tensor) -> tuple[Tensor, Tensor]:
 class FoldedAttention(Folded):
     """`TopKSparseAttention` behind a `Normalise`. (B, C, H, W) -> the same."""
 
-    islands = frozenset({"temperature", "out"})
+    keep_fp32 = frozenset({"temperature", "out"})
 
-    def __init__(self, norm: LayerNorm, attention: TopKSparseAttention, live: bool, bounded: bool) -> None:
-        super().__init__(live, bounded)
+    def __init__(self, norm: LayerNorm, attention: TopKSparseAttention, trainable: bool, fp16_safe: bool) -> None:
+        super().__init__(trainable, fp16_safe)
         self.heads, self.topk = attention.heads, attention.topk
         self.take(norm, attention)
 
@@ -127,7 +127,9 @@ class FoldedAttention(Folded):
         out = attention.project_out.weight.flatten(1).unflatten(1, (self.heads, -1)).movedim(1, 0)  # n, C, d
         if self.topk:
             out = (out.unsqueeze(-1) * torch.cat(list(attention.mix))).flatten(2)  # n, C, d * masks
-        if self.bounded:  # Q and K are normalised, so their scale is free; the output projection makes up for that of V
+        if (
+            self.fp16_safe
+        ):  # Q and K are normalised, so their scale is free; the output projection makes up for that of V
             scale = _scale(_depthwise_bound(dwconv, _normalised_bound(qkv, bias))).view(3 * self.heads, -1)
             scale = scale.amin(1, keepdim=True).expand_as(scale)  # one for each head
             qkv, bias = qkv * _column(scale.flatten()), bias * scale.flatten()
@@ -146,7 +148,7 @@ class FoldedAttention(Folded):
 
     def matrix(self, q: Tensor, k: Tensor, temperature: Tensor, out: Tensor) -> Tensor:
         """What V (B, n*d, H*W) is multiplied with: the attention of all masks and the output projection. (B, C, n*d)"""
-        with torch.autocast(q.device.type, enabled=False) if self.live else nullcontext():
+        with torch.autocast(q.device.type, enabled=False) if self.trainable else nullcontext():
             q, k = q.to(temperature.dtype), k.to(temperature.dtype)
             length_q = torch.linalg.vector_norm(q, dim=(3, 4), keepdim=True).clamp_min(1e-12)  # B, n, d, 1, 1
             k = k.permute(0, 1, 3, 4, 2)  # B, n, H, W, d
@@ -184,8 +186,8 @@ class FoldedFeedForward(Folded):
     even and odd change places: [p even, s odd] and [p odd, s even].
     """
 
-    def __init__(self, norm: LayerNorm, ffn: MixedScaleFeedForward, live: bool, bounded: bool) -> None:
-        super().__init__(live, bounded)
+    def __init__(self, norm: LayerNorm, ffn: MixedScaleFeedForward, trainable: bool, fp16_safe: bool) -> None:
+        super().__init__(trainable, fp16_safe)
         h = ffn.dwconv3x3_1.out_channels
         first = (h + 1) // 2  # groups whose first channel is in p
         part = -(-first // ALIGNMENT) * ALIGNMENT
@@ -210,7 +212,7 @@ class FoldedFeedForward(Folded):
         ]
         outputs = ffn.project_out.weight.transpose(0, 1)
         outputs = torch.cat([self.groups(outputs[:h]), self.groups(outputs[h:])])
-        if self.bounded:  # a ReLU lets positive factors pass: what one layer is scaled by, the next one takes back
+        if self.fp16_safe:  # a ReLU lets positive factors pass: what one layer is scaled by, the next one takes back
             inner = _normalised_bound(weight, bias)
             scale = _scale(
                 torch.maximum(inner, torch.maximum(_depthwise_bound(dw3, inner), _depthwise_bound(dw5, inner)))
@@ -267,7 +269,7 @@ class FoldedFeedForward(Folded):
 class FoldedExperts(nn.Module):
     """`ExpertLayer`, with experts that end before their last 1x1 convolution. (B, C, H, W), gates -> the same."""
 
-    islands = frozenset({"out"})
+    keep_fp32 = frozenset({"out"})
     present: Tensor
     out: Tensor
 
@@ -340,17 +342,17 @@ def fold(network: DRSformer, precision: Precision = "fp32") -> DRSformer:
     dtype = base if precision == "fp32" else DTYPES[precision]
     twin = copy.deepcopy(network).double().requires_grad_(False).eval()
     for block in _blocks(twin):
-        _fold_block(block, base, live=False, bounded=precision == "fp16")
-    islands: list[Tensor] = []
+        _fold_block(block, base, trainable=False, fp16_safe=precision == "fp16")
+    keep_fp32: list[Tensor] = []
     for compensator in (twin.mefc_early, twin.mefc_late):
         if isinstance(compensator, MixtureOfExpertsCompensator):
-            islands += compensator.gate.parameters()
+            keep_fp32 += compensator.gate.parameters()
             for i, step in enumerate(compensator.steps):
                 if isinstance(step, ExpertLayer) and step.out is not None:
                     compensator.steps[i] = FoldedExperts(step)
     for module in twin.modules():
-        islands += [module.get_buffer(name) for name in getattr(module, "islands", ())]
-    kept = {id(tensor) for tensor in islands}
+        keep_fp32 += [module.get_buffer(name) for name in getattr(module, "islands", ())]
+    kept = {id(tensor) for tensor in keep_fp32}
     for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(base if id(tensor) in kept else dtype)
@@ -362,17 +364,17 @@ def fold(network: DRSformer, precision: Precision = "fp32") -> DRSformer:
     return twin
 
 
-def live(network: DRSformer) -> DRSformer:
+def trainable(network: DRSformer) -> DRSformer:
     """The network in its folded form over the same parameters, for training: it computes the same function, faster on
     GPUs, and gradients reach the parameters of `network`. Masks are those of the threshold pattern; compensators stay
     as they are."""
     twin = with_pattern(network, "threshold")
     for block in _blocks(twin):
-        _fold_block(block, next(network.parameters()).dtype, live=True, bounded=False)
+        _fold_block(block, next(network.parameters()).dtype, trainable=True, fp16_safe=False)
     return twin
 
 
-def widened(folded: DRSformer) -> DRSformer:
+def upcast(folded: DRSformer) -> DRSformer:
     """A network folded in half precision, with its rounded weights, that computes in float32."""
     twin = copy.deepcopy(folded).float()
     for module in twin.modules():
@@ -385,15 +387,15 @@ def _blocks(network: DRSformer) -> Iterator[SparseTransformerBlock]:
     return (module for module in network.modules() if isinstance(module, SparseTransformerBlock))
 
 
-def _fold_block(block: SparseTransformerBlock, base: torch.dtype, live: bool, bounded: bool) -> None:
+def _fold_block(block: SparseTransformerBlock, base: torch.dtype, trainable: bool, fp16_safe: bool) -> None:
     norm1, attention, norm2 = block.norm1, block.attn, block.norm2
     assert isinstance(norm1, LayerNorm)
     assert isinstance(attention, TopKSparseAttention)
     assert isinstance(norm2, LayerNorm)
-    block.norm1, block.attn = Normalise(base), FoldedAttention(norm1, attention, live, bounded)
+    block.norm1, block.attn = Normalise(base), FoldedAttention(norm1, attention, trainable, fp16_safe)
     if isinstance(block.ffn, MixedScaleFeedForward):
-        block.norm2, block.ffn = Normalise(base), FoldedFeedForward(norm2, block.ffn, live, bounded)
-    elif not live:  # the other kinds of Table 3 begin with a 1x1 convolution too
+        block.norm2, block.ffn = Normalise(base), FoldedFeedForward(norm2, block.ffn, trainable, fp16_safe)
+    elif not trainable:  # the other kinds of Table 3 begin with a 1x1 convolution too
         project_in = cast("nn.Conv2d", block.ffn.project_in)
         weight, bias = with_norm(norm2, project_in.weight)
         project_in.weight, project_in.bias = nn.Parameter(weight), nn.Parameter(bias)

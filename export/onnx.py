@@ -158,7 +158,7 @@ def _pixel_unshuffle(x: Any, downscale_factor: int) -> Any:
     return op.Gather(shuffled, op.Constant(value=onnx.numpy_helper.from_array(order)), axis=1)
 
 
-def widened(model: onnx.ModelProto) -> onnx.ModelProto:
+def upcast(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same graph with float32 in place of float16 and bfloat16, and the weights as they were rounded.
 
     It has the same nodes and must give what PyTorch gives to `TOLERANCE`, where the graph itself could only be compared
@@ -302,8 +302,8 @@ class Exported:
 
     def table(self) -> Table:
         """For people."""
-        widened = "both in float32 with the rounded weights; export.validate measures the file itself"
-        caption = None if self.precision == "fp32" else widened
+        upcast = "both in float32 with the rounded weights; export.validate measures the file itself"
+        caption = None if self.precision == "fp32" else upcast
         table = Table("size", title=f"{self.output}: PyTorch against ONNX Runtime", caption=caption)
         for column in ("max difference", "top-k selections flipped", "max difference with them"):
             table.add_column(column, justify="right")
@@ -373,7 +373,7 @@ def export(
             versions={name: _version(name) for name in packages},
         )
         onnx.checker.check_model(model, full_check=True)
-        reference = network if precision == "fp32" else folding.widened(exported)
+        reference = network if precision == "fp32" else folding.upcast(exported)
         if topk == "scatter":  # of equal scores ONNX's TopK names the first; in PyTorch only the rank pattern does so
             reference = with_pattern(reference, "rank")
         # An image may have any size, so odd ones are what has to be seen.
@@ -382,7 +382,7 @@ def export(
         watched = _largest(reference) if precision == "fp16" else nullcontext(dict[str, float]())
         with writing(output) as temporary, watched as largest:
             agreements = []
-            onnx.save(widened(model), temporary)
+            onnx.save(upcast(model), temporary)
             for agreement in verify(temporary, reference, sizes):
                 agreements.append(agreement)
                 if not agreement.difference <= TOLERANCE:

@@ -9,7 +9,7 @@ import pytest
 from drsformer.config import BlockConfig, DRSformerConfig, MEFCConfig, preset
 
 
-def test_kept_counts_are_the_released_ones_for_every_head_width():
+def test_kept_counts_are_the_released_ones_for_every_head_dim():
     config = preset("drsformer")
     for width in range(2, 400):
         assert config.kept(width) == (int(width / 2), int(width * 2 / 3), int(width * 3 / 4), int(width * 4 / 5))

@@ -20,8 +20,8 @@ from drsformer.config import DRSformerConfig
 from drsformer.data import find_pairs
 from drsformer.evaluate import evaluate_model
 from drsformer.model import DRSformer
-from drsformer.train import Cadence, Hardware, Material, Recipe, compile_blocks, short
-from export.folding import live
+from drsformer.train import DataOptions, Hardware, Recipe, Schedule, compile_blocks, short
+from export.folding import trainable
 from runtime.cli import main
 from runtime.errors import InputError
 from tests.networks import fill, image
@@ -66,8 +66,8 @@ def shallow(tmp_path) -> tuple[Path, str]:
 
 
 def terms_of(terms: Terms, student: DRSformer, clean: Tensor, teacher: DRSformer | None = None) -> dict[str, float]:
-    loss = Distillation(live(teacher or network()), student, terms)
-    return {name: term.item() for name, term in loss(live(student), image(16, 16), clean).items()}
+    loss = Distillation(trainable(teacher or network()), student, terms)
+    return {name: term.item() for name, term in loss(trainable(student), image(16, 16), clean).items()}
 
 
 def test_a_copy_of_the_teacher_differs_from_it_in_nothing():
@@ -108,9 +108,9 @@ def test_patches_without_a_clean_version_count_in_all_terms_but_l1():
     assert terms["l1"] == 0
     assert terms["l1_teacher"] > 0
     assert terms["frequency"] > 0
-    loss = Distillation(live(network()), student, Terms())
+    loss = Distillation(trainable(network()), student, Terms())
     pair = torch.cat([image(16, 16), image(16, 16, seed=1)])
-    loss(live(student), pair, torch.cat([image(16, 16, seed=2), clean]))["l1"].backward()
+    loss(trainable(student), pair, torch.cat([image(16, 16, seed=2), clean]))["l1"].backward()
     alone, half = network(4), student.output.weight.grad
     (0.5 * (alone(image(16, 16)) - image(16, 16, seed=2)).abs().mean()).backward()
     assert torch.allclose(half, alone.output.weight.grad, atol=1e-5)
@@ -118,14 +118,14 @@ def test_patches_without_a_clean_version_count_in_all_terms_but_l1():
 
 def test_loss_holds_only_what_it_learns():
     """The adapter where widths differ at the bottleneck; never the teacher, which gets no gradients either."""
-    teacher, narrow = live(network()), network(4)
+    teacher, narrow = trainable(network()), network(4)
     loss = Distillation(teacher, narrow, Terms(features=1.0))
     assert {name: tuple(p.shape) for name, p in loss.named_parameters()} == {"adapter.weight": (64, 32, 1, 1)}
-    sum(loss(live(narrow), image(16, 16), image(16, 16)).values()).backward()
+    sum(loss(trainable(narrow), image(16, 16), image(16, 16)).values()).backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(parameter.grad is not None for parameter in (*narrow.parameters(), *loss.parameters()))
     for student, terms in ((narrow, Terms()), (network(), Terms(features=1.0))):
-        assert not list(Distillation(live(network()), student, terms).parameters())
+        assert not list(Distillation(trainable(network()), student, terms).parameters())
 
 
 @pytest.mark.parametrize(
@@ -139,13 +139,13 @@ def test_loss_holds_only_what_it_learns():
 )
 def test_attention_of_other_heads_is_refused(student, levels, found):
     with pytest.raises(InputError, match=found) as error:
-        Distillation(live(network()), network(**student), dataclasses.replace(ALL, attention_levels=levels))
+        Distillation(trainable(network()), network(**student), dataclasses.replace(ALL, attention_levels=levels))
     assert "\n" not in str(error.value)
 
 
 def go(output: Path, teacher: Path, student: str, data: Path, iterations: int = 6, **changes):
     recipe = Recipe(iterations=iterations, batch=2, patch=16, ema=0.5, constant=0, **changes.pop("recipe", {}))
-    options = {"cadence": Cadence(100, 1, 0), "hardware": CPU, "terms": Terms(1, 1, 0.1, 0, 0.1), **changes}
+    options = {"cadence": Schedule(100, 1, 0), "hardware": CPU, "terms": Terms(1, 1, 0.1, 0, 0.1), **changes}
     return distill(output, teacher, student, [data], recipe=recipe, **options)
 
 
@@ -156,7 +156,7 @@ def test_student_comes_closer_and_says_where_it_comes_from(data, shallow, tmp_pa
         data,
         30,
         recipe={"lr": 3e-3, "clip": 1.0},
-        material=Material([data], protocol="did"),
+        data_options=DataOptions([data], protocol="did"),
         terms=Terms(0.1, 1, 0.1, 0, 0.1),
     )
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -179,7 +179,7 @@ def test_stopped_run_continues_exactly_with_its_adapter(data, shallow, tmp_path)
     """And the student may be a checkpoint, whose history goes on."""
     files = *shallow, data
     go(tmp_path / "whole", *files)
-    result = go(tmp_path / "parts", *files, cadence=Cadence(minutes=0))
+    result = go(tmp_path / "parts", *files, schedule=Schedule(minutes=0))
     assert (result["iteration"], result["finished"]) == (1, False)
     assert go(tmp_path / "parts", *files)["finished"]
     whole, parts = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts"))
@@ -224,9 +224,11 @@ def test_compiled_student_and_teacher_are_tapped_too(monkeypatch):
     """Compiled block by block, with the tracing of torch.compile but without its code generation."""
     compile_block = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **k: compile_block(self, backend="eager", **k))
-    readable, teacher = network(expansion=2.0, **SHALLOW), live(network(**SHALLOW))
-    plain = Distillation(live(network(**SHALLOW)), readable, ALL)(live(readable), image(16, 16), image(16, 16, 1))
-    student = live(readable)
+    readable, teacher = network(expansion=2.0, **SHALLOW), trainable(network(**SHALLOW))
+    plain = Distillation(trainable(network(**SHALLOW)), readable, ALL)(
+        trainable(readable), image(16, 16), image(16, 16, 1)
+    )
+    student = trainable(readable)
     loss = Distillation(teacher, student, ALL)
     for part in (student, teacher):
         compile_blocks(part)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from drsformer.config import BlockConfig, DRSformerConfig, LevelConfig, MEFCConfig, preset
 from drsformer.model import DRSformer, ExpertLayer, MixedScaleFeedForward
-from export.folding import Folded, FoldedAttention, FoldedFeedForward, Normalise, fold, live
+from export.folding import Folded, FoldedAttention, FoldedFeedForward, Normalise, fold, trainable
 from export.topk import PATTERNS, masks, scores_of, with_pattern
 from runtime.errors import InputError
 from tests.networks import SMALL, fill, image
@@ -158,7 +158,7 @@ def _zero(module: torch.nn.Module) -> None:
 
 def test_live_network_has_the_gradients_of_the_readable_one():
     readable = network(mefc="late").double()
-    twin = live(readable)
+    twin = trainable(readable)
     x, target = image(16, 24).double(), image(16, 24, seed=1).double()
 
     def gradients(form: torch.nn.Module) -> list[Tensor]:
@@ -173,7 +173,7 @@ def test_live_network_has_the_gradients_of_the_readable_one():
 
 def test_live_network_follows_its_parameters():
     readable = network()
-    twin = live(readable)
+    twin = trainable(readable)
     with torch.no_grad():
         for parameter in readable.parameters():
             parameter.mul_(0.9)
@@ -184,9 +184,9 @@ def test_live_network_follows_its_parameters():
 def test_half_precision_computes_in_half_and_keeps_its_islands(precision):
     folded = fold(with_pattern(network(mefc="both"), "threshold"), precision)
     dtypes = {name: tensor.dtype for name, tensor in (*folded.named_parameters(), *folded.named_buffers())}
-    islands = {name for name, dtype in dtypes.items() if dtype == torch.float32}
-    assert {name.rpartition(".")[2] for name in islands} == {"temperature", "out", "weight", "bias"}
-    assert all(".gate." in name for name in islands if name.endswith(("weight", "bias")))
+    keep_fp32 = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert {name.rpartition(".")[2] for name in keep_fp32} == {"temperature", "out", "weight", "bias"}
+    assert all(".gate." in name for name in keep_fp32 if name.endswith(("weight", "bias")))
     x = image(16, 24)
     with torch.no_grad():
         assert folded(x).dtype == torch.float32

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from compress import cost
 from compress import prune as pruning
+from compress.groups import KINDS, config_after, pruning_groups
 from compress.grow import grow
 from compress.prune import Target, choose, importances, latency_model, prune, prune_network
-from compress.structures import KINDS, LEVELS, config_without, level_of, structures
 from drsformer import checkpoint
-from drsformer.config import DRSformerConfig, MEFCConfig, preset
+from drsformer.config import LEVELS, DRSformerConfig, MEFCConfig, preset
 from drsformer.data import find_pairs
 from drsformer.evaluate import TorchSession, evaluate_model
 from drsformer.metrics import psnr
@@ -100,13 +100,13 @@ def test_scope_leaves_other_structures_alone(kind):
     before = model.config
 
     def blocks(config, *numbers):
-        return [[getattr(b, n) for n in numbers] for m in LEVELS for b in level_of(config, m).blocks]
+        return [[getattr(b, n) for n in numbers] for m in LEVELS for b in config.levels()[m].blocks]
 
     assert (blocks(before, "hidden") == blocks(after, "hidden")) == (kind not in ("ffn", "depth"))
-    heads = blocks(before, "heads", "head_width") == blocks(after, "heads", "head_width")
+    heads = blocks(before, "heads", "head_dim") == blocks(after, "heads", "head_dim")
     assert heads == (kind not in ("heads", "depth"))
     assert ((before.mefc_early, before.mefc_late) == (after.mefc_early, after.mefc_late)) == (kind != "experts")
-    widths = [[level_of(config, m).width for m in LEVELS] for config in (before, after)]
+    widths = [[config.levels()[m].width for m in LEVELS] for config in (before, after)]
     assert (widths[0] == widths[1]) == (kind != "width")
     assert (len(blocks(before)) == len(blocks(after))) == (kind != "depth")
 
@@ -115,33 +115,35 @@ def test_widths_end_where_vectors_do():
     model = network()
     after = prune_network(model, patches(1), [target(model, 0.6)], "magnitude", round_to=4, rounds=1).config
     for module in LEVELS:
-        level = level_of(after, module)
+        level = after.levels()[module]
         assert level.width % 4 == 0
         for block in level.blocks:  # the folded hidden layer has four parts, for odd widths with one zero each
-            was = {b.hidden for b in level_of(model.config, module).blocks}
+            was = {b.hidden for b in model.config.levels()[module].blocks}
             assert (block.hidden + 1) // 2 % 4 == 0 or block.hidden in was
-            assert block.heads * block.head_width % 4 == 0
+            assert block.heads * block.head_dim % 4 == 0
 
 
 def test_heads_and_their_channels_end_where_vectors_do_together():
     config, rng = DRSformerConfig.regular(16, (1, 1, 1, 1), (2, 4, 4, 8)), torch.Generator().manual_seed(0)
-    found = structures(config, ["heads"])
+    found = pruning_groups(config, ["heads"])
     scores = {
         s.name: [torch.rand(axis.units, generator=rng) * (1 if s.name.endswith("attn") else 0.2) for axis in s.axes]
         for s in found
     }
     goal = Target("macs", cost.macs, 0.85 * cost.macs(config))
-    after = config_without(config, found, choose(config, found, scores, [goal], {"macs": 0}, round_to=8))
-    blocks = [(level_of(config, module).blocks[0], level_of(after, module).blocks[0]) for module in LEVELS]
-    assert any(now.heads < was.heads and now.head_width < was.head_width for was, now in blocks)
-    assert all(now.heads * now.head_width % 8 == 0 for _, now in blocks)
+    after = config_after(config, found, choose(config, found, scores, [goal], {"macs": 0}, round_to=8))
+    blocks = [(config.levels()[module].blocks[0], after.levels()[module].blocks[0]) for module in LEVELS]
+    assert any(now.heads < was.heads and now.head_dim < was.head_dim for was, now in blocks)
+    assert all(now.heads * now.head_dim % 8 == 0 for _, now in blocks)
 
 
 def test_first_order_importance_is_the_slope_of_the_loss():
     """Scaling what reads a unit by 1 - t changes the loss by t times its importance, for a small t."""
     model = network().double().requires_grad_(False)
     rainy, clean = (each.double() for each in patches(1)[0])
-    found = [s for s in structures(model.config) if s.name in ("latent.0.ffn", "latent.0.attn", "mefc_late.steps.0")]
+    found = [
+        s for s in pruning_groups(model.config) if s.name in ("latent.0.ffn", "latent.0.attn", "mefc_late.steps.0")
+    ]
     scores, _ = importances(model, [(rainy, clean)], found)
 
     def loss() -> float:
@@ -150,7 +152,7 @@ def test_first_order_importance_is_the_slope_of_the_loss():
 
     before = loss()
     for structure in found:
-        for place in (*structure.axes[0].places, *structure.axes[0].cuts):
+        for place in (*structure.axes[0].places, *structure.axes[0].zeroed):
             if place.role == "reads":
                 weight = model.state_dict()[place.tensor]
                 weight = weight.flatten(0, 1) if place.dim is None else weight.movedim(place.dim, 0)
@@ -164,7 +166,7 @@ def test_network_that_answers_with_nan_is_refused():
     model = network()
     model.state_dict()["output.weight"].fill_(1e38)
     with pytest.raises(InputError, match="NaN"):
-        importances(model, patches(1), structures(model.config, ["ffn"]))
+        importances(model, patches(1), pruning_groups(model.config, ["ffn"]))
 
 
 def test_magnitude_is_zero_where_a_unit_has_no_weights():
@@ -172,7 +174,7 @@ def test_magnitude_is_zero_where_a_unit_has_no_weights():
     state = model.state_dict()
     state["latent.0.ffn.project_in.weight"][4:6] = 0  # writes into unit 2 of the first half
     state["latent.0.attn.project_out.weight"][:, 16:32] = 0  # reads head 1
-    scores, _ = importances(model, patches(1), structures(model.config), "magnitude")
+    scores, _ = importances(model, patches(1), pruning_groups(model.config), "magnitude")
     assert (scores["latent.0.ffn"][0] == 0).nonzero().flatten().tolist() == [2]
     assert (scores["latent.0.attn"][0] == 0).nonzero().flatten().tolist() == [1]
 
@@ -181,7 +183,7 @@ def test_magnitude_tells_blocks_apart():
     model = network()
     for layer in ("attn", "ffn"):
         model.state_dict()[f"encoder_level1.1.{layer}.project_out.weight"].mul_(0.5)
-    scores, _ = importances(model, [], structures(model.config, ["depth"]), "magnitude")
+    scores, _ = importances(model, [], pruning_groups(model.config, ["depth"]), "magnitude")
     strong, weak = scores["encoder_level1"][0].tolist()
     assert weak < 0.5 * strong
     assert strong + weak == pytest.approx(2)  # a block of its level counts one on the average
@@ -192,11 +194,11 @@ def test_block_loses_only_what_is_left_in_it():
     """Hidden channels that are worth little go first. What is left of their block then is worth less a MAC than those
     of another block, though the whole of it was worth more."""
     model, (block, cheap, dear) = network(), ("encoder_level1", "encoder_level1.0.ffn", "encoder_level1.1.ffn")
-    found = [structure for structure in structures(model.config) if structure.name in (block, cheap, dear)]
+    found = [structure for structure in pruning_groups(model.config) if structure.name in (block, cheap, dear)]
     units = next(structure.units for structure in found if structure.name == cheap)
-    thin = config_without(model.config, found, {cheap: [list(range(units - 1))] * 2})
+    thin = config_after(model.config, found, {cheap: [list(range(units - 1))] * 2})
     shares = [
-        cost.macs(config) - cost.macs(config_without(config, found, {name: [[0]] * axes}))
+        cost.macs(config) - cost.macs(config_after(config, found, {name: [[0]] * axes}))
         for config, name, axes in ((thin, block, 1), (model.config, dear, 2))
     ]
     scores = {

@@ -27,7 +27,7 @@ from drsformer.config import DRSformerConfig, preset
 from drsformer.data import find_pairs
 from drsformer.evaluate import evaluate_model
 from drsformer.model import DRSformer
-from drsformer.train import Cadence, Hardware, Material, Patches, Recipe, Run, fit, l1_loss, short, train
+from drsformer.train import DataOptions, Hardware, Patches, Recipe, Run, Schedule, fit, l1_loss, short, train
 from runtime.errors import InputError
 
 CPU = Hardware(accelerator="cpu", devices="1")
@@ -107,10 +107,10 @@ def run(data: Path, output: Path, **changes) -> dict[str, float]:
         output,
         [data],
         "drsformer-tiny",
-        material=Material([data]),
+        data_options=DataOptions([data]),
         recipe=recipe,
         hardware=CPU,
-        cadence=Cadence(every, every // 2, 0),
+        schedule=Schedule(every, every // 2, 0),
     )
 
 
@@ -174,7 +174,7 @@ def test_killed_run_continues_exactly(data, tmp_path):
             "drsformer-tiny",
             recipe=recipe,
             hardware=CPU,
-            cadence=Cadence(log_every=1, save_minutes=1e9),
+            schedule=Schedule(log_every=1, save_minutes=1e9),
         )
     killed, whole = (
         checkpoint.load(tmp_path / name / "last.safetensors").model.state_dict() for name in ("killed", "whole")
@@ -243,7 +243,7 @@ def test_workers_cut_the_same_patches(data, tmp_path):
             tmp_path / str(workers),
             [data],
             "drsformer-tiny",
-            material=Material(rendered=0.5),
+            data_options=DataOptions(rendered=0.5),
             recipe=Recipe(iterations=2, **QUICK),
             hardware=hardware,
         )
@@ -281,10 +281,10 @@ def test_best_network_is_the_averaged_one_with_the_highest_score(data, tmp_path,
             tmp_path / "run",
             [data],
             "drsformer-tiny",
-            material=Material([data], 3),
+            data_options=DataOptions([data], 3),
             recipe=recipe,
             hardware=CPU,
-            cadence=Cadence(1, 1, 0),
+            schedule=Schedule(1, 1, 0),
         )
 
     monkeypatch.setattr(training, "evaluate_model", evaluate)
@@ -318,7 +318,7 @@ def test_validation_follows_the_protocol_and_a_run_is_continued_with_the_same(da
             tmp_path / "run",
             [data],
             "drsformer-tiny",
-            material=Material([data], **changes),
+            data_options=DataOptions([data], **changes),
             recipe=recipe,
             hardware=CPU,
         )
@@ -336,7 +336,7 @@ def test_validation_follows_the_protocol_and_a_run_is_continued_with_the_same(da
 def test_validation_folders_that_cannot_be_told_apart_are_refused(data, tmp_path):
     twin = tmp_path / "more" / data.parent.name / "data"
     with pytest.raises(InputError, match="--validate: expected folders whose last two names differ, found"):
-        Material([data, twin]).validation()
+        DataOptions([data, twin]).validation()
 
 
 def test_folders_have_two_names_however_they_are_given(tmp_path, monkeypatch):
@@ -357,7 +357,7 @@ def test_network_that_a_run_starts_from_is_not_overwritten(data, tmp_path):
             tmp_path / "mine",
             [data],
             init=init,
-            material=Material([data]),
+            data_options=DataOptions([data]),
             recipe=Recipe(iterations=1, **QUICK),
             hardware=CPU,
         )
@@ -424,12 +424,14 @@ def test_mistakes_are_told_in_one_line(data, tmp_path, options, message):
     folders = [tmp_path / folder for folder in options.pop("data", [data])]
     paths = {"init", "clean", "streaks"}
     options = {name: tmp_path / value if name in paths else value for name, value in options.items()}
-    material = {name: options.pop(name) for name in (field.name for field in fields(Material)) if name in options}
+    data_options = {
+        name: options.pop(name) for name in (field.name for field in fields(DataOptions)) if name in options
+    }
     with pytest.raises(InputError, match=message) as error:
         train(
             tmp_path / "run",
             folders,
-            material=Material(**material),
+            data_options=DataOptions(**data_options),
             recipe=Recipe(iterations=1, **QUICK),
             hardware=CPU,
             **options,
@@ -464,7 +466,7 @@ def test_several_machines_need_a_launcher(monkeypatch, tmp_path):
         (Recipe, {"clip": 0.0}, "--clip: expected more than 0, found 0"),
         (Recipe, {"lr": float("nan")}, "--lr"),
         (Recipe, {"iterations": 10, "constant": 10}, "--constant: expected 0 to 9, found 10"),
-        (Cadence, {"log_every": 0}, "--log-every"),
+        (Schedule, {"log_every": 0}, "--log-every"),
         (Hardware, {"workers": -1}, "--workers"),
         (Hardware, {"devices": "0"}, "--devices"),
     ],
@@ -502,7 +504,7 @@ def test_run_that_stops_by_the_clock_goes_on_as_if_it_had_not(data, tmp_path):
             "drsformer-tiny",
             recipe=recipe,
             hardware=CPU,
-            cadence=Cadence(log_every=2, minutes=minutes),
+            schedule=Schedule(log_every=2, minutes=minutes),
         )
         for minutes in (0, 0, 60)
     ]
@@ -549,7 +551,7 @@ def test_loss_learns_and_resumes_beside_the_network_which_runs_in_its_form(data,
                 loss=loss,
                 form=form,
                 hardware=CPU,
-                cadence=Cadence(minutes=minutes),
+                schedule=Schedule(minutes=minutes),
             )
             assert set(loss.asked) == set(twins)
         states.append(torch.load(output / "state.pt", weights_only=True))

@@ -35,26 +35,15 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from drsformer.config import NO_EXPERT, BlockConfig, DRSformerConfig, LevelConfig
+from drsformer.config import LEVELS, NO_EXPERT, BlockConfig, DRSformerConfig
 from drsformer.model import DRSformer, expert
 
 Kind = Literal["ffn", "heads", "experts", "width", "depth"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-LEVELS: dict[str, tuple[str | int, ...]] = {
-    "encoder_level1": ("encoder", 0),
-    "encoder_level2": ("encoder", 1),
-    "encoder_level3": ("encoder", 2),
-    "latent": ("latent",),
-    "decoder_level3": ("decoder", 0),
-    "decoder_level2": ("decoder", 1),
-    "decoder_level1": ("decoder", 2),
-}
-"""The modules that hold blocks, and where the level of each is in the config."""
 
-
-class Place(NamedTuple):
+class ParameterSlice(NamedTuple):
     """Where the units of an axis are in one tensor.
 
     dim:   of the tensor; None for the first two taken as one.
@@ -71,7 +60,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Axis:
+class Dimension:
     """Units that can go one by one.
 
     places:   the weights that go with them.
@@ -80,8 +69,8 @@ class Axis:
     """
 
     units: int
-    places: tuple[Place, ...]
-    cuts: tuple[Place, ...] = ()
+    places: tuple[ParameterSlice, ...]
+    zeroed: tuple[ParameterSlice, ...] = ()
     modules: tuple[str, ...] = ()
 
 
@@ -90,7 +79,7 @@ ANY = (0, 0)
 
 
 @dataclass(frozen=True)
-class Structure:
+class PruningGroup:
     """One number of the config, or one of its lists, that can become smaller.
 
     path:    where in the config, as dicts and lists.
@@ -104,7 +93,7 @@ class Structure:
     kind: Kind
     name: str
     path: tuple[str | int, ...]
-    axes: tuple[Axis, ...]
+    axes: tuple[Dimension, ...]
     unit: int = 1
     aligned: tuple[int | str, int] = (1, 0)
     least: int = 1
@@ -121,15 +110,15 @@ class Structure:
         return next((n for n in numbers if (n * each + beyond) % round_to == 0), None)
 
 
-Gone = Mapping[str, Sequence[Sequence[int]]]
+PrunedIndices = Mapping[str, Sequence[Sequence[int]]]
 """Units to take out: by the name of the structure, for each of its axes."""
 
 
-def structures(config: DRSformerConfig, scope: Iterable[Kind] = KINDS) -> list[Structure]:
+def pruning_groups(config: DRSformerConfig, scope: Iterable[Kind] = KINDS) -> list[PruningGroup]:
     """Everything that can be taken out of such a network."""
     found = [*_widths(config)]
     for module, path in LEVELS.items():
-        blocks = level_of(config, module).blocks
+        blocks = config.levels()[module].blocks
         for i, block in enumerate(blocks):
             name, place = f"{module}.{i}", (*path, "blocks", i)
             found += _attention(f"{name}.attn", place, block)
@@ -138,19 +127,21 @@ def structures(config: DRSformerConfig, scope: Iterable[Kind] = KINDS) -> list[S
             found.append(_depth(module, (*path, "blocks"), blocks, config.feed_forward))
     for module, width in (("mefc_early", config.encoder[0].width), ("mefc_late", config.decoder[2].width)):
         if mefc := getattr(config, module):
-            gate = Axis(
+            gate = Dimension(
                 mefc.gate_hidden,
                 (
-                    Place(f"{module}.gate.0.weight", 0, _each(mefc.gate_hidden), "writes"),
-                    Place(f"{module}.gate.0.bias", 0, _each(mefc.gate_hidden)),
-                    Place(f"{module}.gate.2.weight", 1, _each(mefc.gate_hidden), "reads"),
+                    ParameterSlice(f"{module}.gate.0.weight", 0, _each(mefc.gate_hidden), "writes"),
+                    ParameterSlice(f"{module}.gate.0.bias", 0, _each(mefc.gate_hidden)),
+                    ParameterSlice(f"{module}.gate.2.weight", 1, _each(mefc.gate_hidden), "reads"),
                 ),
             )
-            found.append(Structure("experts", f"{module}.gate", (module, "gate_hidden"), (gate,)))
+            found.append(PruningGroup("experts", f"{module}.gate", (module, "gate_hidden"), (gate,)))
             for i, names in enumerate(mefc.steps):
                 if present := [name for name in names if name != NO_EXPERT]:
                     axis = _experts(f"{module}.steps.{i}", present, width)
-                    found.append(Structure("experts", f"{module}.steps.{i}", (module, "steps", i), (axis,), 1, ANY, 0))
+                    found.append(
+                        PruningGroup("experts", f"{module}.steps.{i}", (module, "steps", i), (axis,), 1, ANY, 0)
+                    )
     wanted = set(scope)
     return [structure for structure in found if structure.kind in wanted]
 
@@ -160,36 +151,38 @@ def _each(count: int, offset: int = 0, group: int = 1) -> Tensor:
     return offset + torch.arange(count * group).view(count, group)
 
 
-def _attention(name: str, path: tuple[str | int, ...], block: BlockConfig) -> Iterator[Structure]:
+def _attention(name: str, path: tuple[str | int, ...], block: BlockConfig) -> Iterator[PruningGroup]:
     """Q's rows come first, then K's, then V's, in each of them head after head (`TopKSparseAttention`)."""
-    heads, d = block.heads, block.head_width
+    heads, d = block.heads, block.head_dim
     inner = heads * d
 
-    def rows(index: Tensor, writes: bool, reads: bool = False) -> Iterator[Place]:
-        yield Place(f"{name}.qkv.weight", 0, index, "writes" if writes else "neither")
-        yield Place(f"{name}.qkv_dwconv.weight", 0, index, "reads" if reads else "neither")
+    def rows(index: Tensor, writes: bool, reads: bool = False) -> Iterator[ParameterSlice]:
+        yield ParameterSlice(f"{name}.qkv.weight", 0, index, "writes" if writes else "neither")
+        yield ParameterSlice(f"{name}.qkv_dwconv.weight", 0, index, "reads" if reads else "neither")
 
     q, k, v = (_each(heads, part * inner, d) for part in range(3))
-    whole = Axis(
+    whole = Dimension(
         heads,
         (
             *rows(q, False),
             *rows(k, False),
             *rows(v, True),
-            Place(f"{name}.temperature", 0, _each(heads)),
-            Place(f"{name}.project_out.weight", 1, q, "reads"),
+            ParameterSlice(f"{name}.temperature", 0, _each(heads)),
+            ParameterSlice(f"{name}.project_out.weight", 1, q, "reads"),
         ),
     )
-    yield Structure("heads", name, (*path, "heads"), (whole,), 1, (f"{name}.head_width", 0))
+    yield PruningGroup("heads", name, (*path, "heads"), (whole,), 1, (f"{name}.head_dim", 0))
     axes = []
     for h in range(heads):
         q, k, v = (_each(d, part * inner + h * d) for part in range(3))
-        axes.append(Axis(d, (*rows(q, False), Place(f"{name}.project_out.weight", 1, q, "reads"))))
-        axes.append(Axis(d, (*rows(k, False), *rows(v, True, True))))  # a channel of K counts by the V that it lets in
-    yield Structure("heads", f"{name}.head_width", (*path, "head_width"), tuple(axes), 1, (name, 0))
+        axes.append(Dimension(d, (*rows(q, False), ParameterSlice(f"{name}.project_out.weight", 1, q, "reads"))))
+        axes.append(
+            Dimension(d, (*rows(k, False), *rows(v, True, True)))
+        )  # a channel of K counts by the V that it lets in
+    yield PruningGroup("heads", f"{name}.head_dim", (*path, "head_dim"), tuple(axes), 1, (name, 0))
 
 
-def _msfn(name: str, path: tuple[str | int, ...], h: int) -> Structure:
+def _msfn(name: str, path: tuple[str | int, ...], h: int) -> PruningGroup:
     """Hidden channels of an MSFN, which go by pairs, in each half of the hidden layer as many.
 
     Each half of project_in's output is an axis of its own. Its channel c gives p[c] and s[c], by the 3x3 and the 5x5
@@ -211,74 +204,84 @@ def _msfn(name: str, path: tuple[str | int, ...], h: int) -> Structure:
     for half, convolution in enumerate(("dwconv3x3_1", "dwconv5x5_1")):
         pairs = _each(units, half * h, 2)
         places = (
-            Place(f"{name}.project_in.weight", 0, pairs, "writes"),
-            Place(f"{name}.dwconv3x3.weight", 0, pairs),
-            Place(f"{name}.dwconv5x5.weight", 0, pairs),
-            Place(f"{name}.{convolution}.weight", 0, outputs),
-            Place(f"{name}.project_out.weight", 1, half * h + outputs, "reads"),
+            ParameterSlice(f"{name}.project_in.weight", 0, pairs, "writes"),
+            ParameterSlice(f"{name}.dwconv3x3.weight", 0, pairs),
+            ParameterSlice(f"{name}.dwconv5x5.weight", 0, pairs),
+            ParameterSlice(f"{name}.{convolution}.weight", 0, outputs),
+            ParameterSlice(f"{name}.project_out.weight", 1, half * h + outputs, "reads"),
         )
         left = 2 * (h // 2 + _each(units)) + 1  # the second weight of the output to the left
-        axes.append(Axis(units, places, (Place(f"{name}.{convolution}.weight", None, left, "reads"),) if odd else ()))
-    return Structure("ffn", name, path, tuple(axes), 2, (1, odd))
+        axes.append(
+            Dimension(
+                units, places, (ParameterSlice(f"{name}.{convolution}.weight", None, left, "reads"),) if odd else ()
+            )
+        )
+    return PruningGroup("ffn", name, path, tuple(axes), 2, (1, odd))
 
 
-def _feed_forward(kind: str, name: str, path: tuple[str | int, ...], h: int) -> Structure:
+def _feed_forward(kind: str, name: str, path: tuple[str | int, ...], h: int) -> PruningGroup:
     if kind == "msfn":
         return _msfn(name, path, h)
     rows = torch.cat([_each(h), _each(h, h)], dim=1) if kind == "gdfn" else _each(h)
-    axis = Axis(
+    axis = Dimension(
         h,
         (
-            Place(f"{name}.project_in.weight", 0, rows, "writes"),
-            *(Place(f"{name}.{layer}.weight", 0, rows) for layer in ("dwconv",) if kind != "fn"),
-            Place(f"{name}.project_out.weight", 1, _each(h), "reads"),
+            ParameterSlice(f"{name}.project_in.weight", 0, rows, "writes"),
+            *(ParameterSlice(f"{name}.{layer}.weight", 0, rows) for layer in ("dwconv",) if kind != "fn"),
+            ParameterSlice(f"{name}.project_out.weight", 1, _each(h), "reads"),
         ),
     )
-    return Structure("ffn", name, path, (axis,))
+    return PruningGroup("ffn", name, path, (axis,))
 
 
-def _depth(module: str, path: tuple[str | int, ...], blocks: Sequence[BlockConfig], feed_forward: str) -> Structure:
+def _depth(module: str, path: tuple[str | int, ...], blocks: Sequence[BlockConfig], feed_forward: str) -> PruningGroup:
     places = []
     for i, block in enumerate(blocks):
-        attention = block.heads * block.head_width
+        attention = block.heads * block.head_dim
         hidden = block.hidden * (2 if feed_forward == "msfn" else 1)
         for layer, inputs in (("attn", attention), ("ffn", hidden)):
-            places.append(Place(f"{module}.{i}.{layer}.project_out.weight", 1, _each(1, 0, inputs), "reads", i))
+            places.append(
+                ParameterSlice(f"{module}.{i}.{layer}.project_out.weight", 1, _each(1, 0, inputs), "reads", i)
+            )
     modules = tuple(f"{module}.{i}" for i in range(len(blocks)))
-    return Structure("depth", module, path, (Axis(len(blocks), tuple(places), modules=modules),), 1, ANY, 0)
+    return PruningGroup("depth", module, path, (Dimension(len(blocks), tuple(places), modules=modules),), 1, ANY, 0)
 
 
-def _experts(step: str, names: Sequence[str], width: int) -> Axis:
+def _experts(step: str, names: Sequence[str], width: int) -> Dimension:
     """One step of an MEFC, in which only experts that are present count."""
     modules = tuple(f"{step}.experts.{i}" for i in range(len(names)))
-    return Axis(len(names), (Place(f"{step}.out.weight", 1, _each(len(names), 0, width), "reads"),), modules=modules)
+    return Dimension(
+        len(names), (ParameterSlice(f"{step}.out.weight", 1, _each(len(names), 0, width), "reads"),), modules=modules
+    )
 
 
-def _widths(config: DRSformerConfig) -> Iterator[Structure]:
+def _widths(config: DRSformerConfig) -> Iterator[PruningGroup]:
     """The residual path of every level, and what the upsamplings bring. Pixel-unshuffle makes four neighbouring
     channels of one, pixel-shuffle one of four. Decoder level 1 works on [up, encoder level 1], so its channels go with
     theirs."""
     (e1, e2, e3), latent, (d3, d2, d1), (u3, u2, u1) = config.encoder, config.latent, config.decoder, config.up
 
-    def late(index: Tensor) -> Iterator[Place]:
+    def late(index: Tensor) -> Iterator[ParameterSlice]:
         """In decoder level 1 and behind it."""
         yield from _residual("decoder_level1", len(d1.blocks), index)
         yield from _compensator(config, "mefc_late", d1.width, index)
-        yield Place("output.weight", 1, index, "reads")
+        yield ParameterSlice("output.weight", 1, index, "reads")
 
-    def level(module: str, path: tuple[str | int, ...], places: Iterable[Place], group: int = 1) -> Structure:
+    def level(
+        module: str, path: tuple[str | int, ...], places: Iterable[ParameterSlice], group: int = 1
+    ) -> PruningGroup:
         places = tuple(places)
-        axis = Axis(len(places[0].units), places)
-        return Structure("width", f"{module}.width", path, (axis,), group, (group, 0))
+        axis = Dimension(len(places[0].units), places)
+        return PruningGroup("width", f"{module}.width", path, (axis,), group, (group, 0))
 
     yield level(
         "encoder_level1",
         ("encoder", 0, "width"),
         [
-            Place("patch_embed.weight", 0, _each(e1.width), "writes"),
+            ParameterSlice("patch_embed.weight", 0, _each(e1.width), "writes"),
             *_compensator(config, "mefc_early", e1.width, _each(e1.width)),
             *_residual("encoder_level1", len(e1.blocks), _each(e1.width)),
-            Place("down1_2.conv.weight", 1, _each(e1.width), "reads"),
+            ParameterSlice("down1_2.conv.weight", 1, _each(e1.width), "reads"),
             *late(_each(e1.width, u1)),
         ],
     )
@@ -288,14 +291,14 @@ def _widths(config: DRSformerConfig) -> Iterator[Structure]:
         ("latent", latent, "down3_4", "up4_3", None, ("latent", "width"), 0),
     ):
         units = below.width // 4
-        skip = [Place(f"{group}.weight", 1, _each(units, offset, 4), "reads")] if group else []
+        skip = [ParameterSlice(f"{group}.weight", 1, _each(units, offset, 4), "reads")] if group else []
         yield level(
             module,
             path,
             [
-                Place(f"{narrow}.conv.weight", 0, _each(units), "writes"),
+                ParameterSlice(f"{narrow}.conv.weight", 0, _each(units), "writes"),
                 *_residual(module, len(below.blocks), _each(units, 0, 4)),
-                Place(f"{after}.conv.weight", 1, _each(units, 0, 4), "reads"),
+                ParameterSlice(f"{after}.conv.weight", 1, _each(units, 0, 4), "reads"),
                 *skip,
             ],
             4,
@@ -308,37 +311,39 @@ def _widths(config: DRSformerConfig) -> Iterator[Structure]:
             module,
             path,
             [
-                Place(f"{before}.weight", 0, _each(here.width), "writes"),
+                ParameterSlice(f"{before}.weight", 0, _each(here.width), "writes"),
                 *_residual(module, len(here.blocks), _each(here.width)),
-                Place(f"{after}.conv.weight", 1, _each(here.width), "reads"),
+                ParameterSlice(f"{after}.conv.weight", 1, _each(here.width), "reads"),
             ],
         )
     for module, i, channels, readers in (
-        ("up4_3", 0, u3, [Place("reduce_chan_level3.weight", 1, _each(u3), "reads")]),
-        ("up3_2", 1, u2, [Place("reduce_chan_level2.weight", 1, _each(u2), "reads")]),
+        ("up4_3", 0, u3, [ParameterSlice("reduce_chan_level3.weight", 1, _each(u3), "reads")]),
+        ("up3_2", 1, u2, [ParameterSlice("reduce_chan_level2.weight", 1, _each(u2), "reads")]),
         ("up2_1", 2, u1, [*late(_each(u1))]),
     ):
-        yield level(module, ("up", i), [Place(f"{module}.conv.weight", 0, _each(channels, 0, 4), "writes"), *readers])
+        yield level(
+            module, ("up", i), [ParameterSlice(f"{module}.conv.weight", 0, _each(channels, 0, 4), "writes"), *readers]
+        )
 
 
-def _residual(module: str, blocks: int, index: Tensor) -> Iterator[Place]:
+def _residual(module: str, blocks: int, index: Tensor) -> Iterator[ParameterSlice]:
     """What the blocks of a level read from its residual path and write to it."""
     for i in range(blocks):
         for norm, part, reader in (("norm1", "attn", "qkv"), ("norm2", "ffn", "project_in")):
-            yield Place(f"{module}.{i}.{norm}.weight", 0, index)
-            yield Place(f"{module}.{i}.{norm}.bias", 0, index)
-            yield Place(f"{module}.{i}.{part}.{reader}.weight", 1, index, "reads")
-            yield Place(f"{module}.{i}.{part}.project_out.weight", 0, index, "writes")
+            yield ParameterSlice(f"{module}.{i}.{norm}.weight", 0, index)
+            yield ParameterSlice(f"{module}.{i}.{norm}.bias", 0, index)
+            yield ParameterSlice(f"{module}.{i}.{part}.{reader}.weight", 1, index, "reads")
+            yield ParameterSlice(f"{module}.{i}.{part}.project_out.weight", 0, index, "writes")
 
 
-def _compensator(config: DRSformerConfig, module: str, width: int, index: Tensor) -> Iterator[Place]:
+def _compensator(config: DRSformerConfig, module: str, width: int, index: Tensor) -> Iterator[ParameterSlice]:
     """An MEFC is as wide as its level in all its parts, so all its channels of a number go together."""
     mefc = getattr(config, module)
     if mefc is None:
         return
-    yield Place(f"{module}.gate.0.weight", 1, index, "reads")
-    yield Place(f"{module}.preprocess.weight", 1, index, "reads")
-    yield Place(f"{module}.preprocess.weight", 0, index, "writes")
+    yield ParameterSlice(f"{module}.gate.0.weight", 1, index, "reads")
+    yield ParameterSlice(f"{module}.preprocess.weight", 1, index, "reads")
+    yield ParameterSlice(f"{module}.preprocess.weight", 0, index, "writes")
     for i, names in enumerate(mefc.steps):
         present = [name for name in names if name != NO_EXPERT]
         for j, name in enumerate(present):
@@ -346,24 +351,17 @@ def _compensator(config: DRSformerConfig, module: str, width: int, index: Tensor
                 layers = expert(name, width).state_dict()
             for layer, weight in layers.items():
                 tensor = f"{module}.steps.{i}.experts.{j}.{layer}"
-                yield Place(tensor, 0, index)
+                yield ParameterSlice(tensor, 0, index)
                 if weight.shape[1] > 1:  # not depthwise
-                    yield Place(tensor, 1, index, "reads")
+                    yield ParameterSlice(tensor, 1, index, "reads")
         if present:
             out = f"{module}.steps.{i}.out.weight"
-            yield Place(out, 0, index, "writes")
+            yield ParameterSlice(out, 0, index, "writes")
             joined = index.unsqueeze(1) + torch.arange(len(present)).view(-1, 1) * width
-            yield Place(out, 1, joined.flatten(1), "reads")
+            yield ParameterSlice(out, 1, joined.flatten(1), "reads")
 
 
-def level_of(config: DRSformerConfig, module: str) -> LevelConfig:
-    """The level of one of the modules in `LEVELS`."""
-    part, *index = LEVELS[module]
-    level = getattr(config, str(part))
-    return level[index[0]] if index else level
-
-
-def config_without(config: DRSformerConfig, found: Iterable[Structure], gone: Gone) -> DRSformerConfig:
+def config_after(config: DRSformerConfig, found: Iterable[PruningGroup], gone: PrunedIndices) -> DRSformerConfig:
     """The config that is left; `found` is in the order of `structures`."""
     tree = json.loads(json.dumps(config.to_dict()))  # lists, which can be changed
     for structure in found:
@@ -383,14 +381,14 @@ def config_without(config: DRSformerConfig, found: Iterable[Structure], gone: Go
     return DRSformerConfig.from_dict(tree)
 
 
-def without(network: DRSformer, gone: Gone, grams: Mapping[str, Tensor] | None = None) -> DRSformer:
+def remove(network: DRSformer, gone: PrunedIndices, grams: Mapping[str, Tensor] | None = None) -> DRSformer:
     """A network without these units. `network` stays as it is. Raises KeyError for a structure that it does not have.
 
     grams: for the LayerNorms by name, the sum over pixels of x x^T, (C, C). LayerNorm divides by the standard
            deviation over channels, which is another one over fewer of them; where channels of a residual path go, its
            scale is multiplied by what makes up for that on the average.
     """
-    found = [structure for structure in structures(network.config) if structure.name in gone]
+    found = [structure for structure in pruning_groups(network.config) if structure.name in gone]
     if unknown := gone.keys() - {structure.name for structure in found}:
         raise KeyError(f"no structures of this network: {', '.join(sorted(unknown))}")
     state: dict[str, Tensor] = dict(network.state_dict())
@@ -398,7 +396,7 @@ def without(network: DRSformer, gone: Gone, grams: Mapping[str, Tensor] | None =
     renames: dict[str, str | None] = {}
     for structure in found:
         for axis, units in zip(structure.axes, gone[structure.name], strict=True):
-            for place in axis.cuts:
+            for place in axis.zeroed:
                 weight = state[place.tensor].clone()
                 weight.flatten(0, 1)[_indices(place, units)] = 0
                 state[place.tensor] = weight
@@ -414,12 +412,12 @@ def without(network: DRSformer, gone: Gone, grams: Mapping[str, Tensor] | None =
             state[name] = state[name] * _spread(grams[norm][keep][:, keep]).div(_spread(grams[norm])).sqrt().float()
         state[name] = state[name].index_select(dim, keep)
     left = {_renamed(name, renames): tensor for name, tensor in state.items() if tensor.numel()}
-    smaller = DRSformer(config_without(network.config, found, gone))
+    smaller = DRSformer(config_after(network.config, found, gone))
     smaller.load_state_dict({name: tensor for name, tensor in left.items() if name is not None})
     return smaller.eval()
 
 
-def _indices(place: Place, units: Iterable[int]) -> list[int]:
+def _indices(place: ParameterSlice, units: Iterable[int]) -> list[int]:
     rows = [unit - place.first for unit in units if 0 <= unit - place.first < len(place.units)]
     return place.units[rows].flatten().tolist()
 

@@ -24,7 +24,7 @@ OPTIONS = "options.json"
 """What the steps in a folder depend on."""
 
 
-class Steps:
+class StepCache:
     """Steps by their names, in a folder; without one, nothing is kept.
 
     options: JSON-able; what the steps depend on. Raises InputError for a folder with steps of other options, or with
@@ -54,9 +54,9 @@ class Steps:
                 "options to go on, or remove it to start again"
             )
 
-    def within(self, name: str) -> Steps:
+    def within(self, name: str) -> StepCache:
         """The steps of a part, in a folder of its own."""
-        return Steps(self.folder / name if self.folder else None)
+        return StepCache(self.folder / name if self.folder else None)
 
     def json(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` gives, JSON-able, or has given before."""
@@ -86,5 +86,5 @@ class Steps:
             shutil.rmtree(self.folder)
 
 
-ANEW = Steps()
+NO_CACHE = StepCache()
 """No steps are kept."""

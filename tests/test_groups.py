@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compress.groups import KINDS, ParameterSlice, PruningGroup, pruning_groups, remove
 from compress.prune import importances
-from compress.structures import KINDS, Place, Structure, structures, without
 from drsformer.config import DRSformerConfig, MEFCConfig
 from drsformer.model import DRSformer, LayerNorm, TopKSparseAttention
 from tests.networks import fill, image
@@ -36,7 +36,7 @@ def network(width: int = 8, **structure) -> DRSformer:
     return fill(DRSformer(config))
 
 
-def some(structure: Structure, seed: int) -> list[list[int]]:
+def some(structure: PruningGroup, seed: int) -> list[list[int]]:
     """As many random units of each axis, and not all of them."""
     rng = random.Random(seed)
     count = rng.randint(1, structure.units - structure.least) if structure.units > structure.least else 0
@@ -49,15 +49,15 @@ def zeroed(model: DRSformer, gone: dict[str, list[list[int]]], role: str = "read
     model = copy.deepcopy(model)
     state = model.state_dict()
 
-    def clear(place: Place, units: list[int]) -> None:
+    def clear(place: ParameterSlice, units: list[int]) -> None:
         rows = [unit - place.first for unit in units if 0 <= unit - place.first < len(place.units)]
         weight = state[place.tensor]
         weight = weight.flatten(0, 1) if place.dim is None else weight.movedim(place.dim, 0)
         weight[place.units[rows].flatten()] = 0
 
-    for structure in structures(model.config):
+    for structure in pruning_groups(model.config):
         for axis, units in zip(structure.axes, gone.get(structure.name, ()), strict=False):
-            for place in (*axis.places, *axis.cuts):
+            for place in (*axis.places, *axis.zeroed):
                 if place.role == role:
                     clear(place, units)
     return model
@@ -70,15 +70,15 @@ def difference(a: nn.Module, b: nn.Module) -> float:
         return float((a(x) - b(x)).abs().max())
 
 
-EXACT = [s.name for s in structures(network().config) if s.kind != "width" and not s.name.endswith("head_width")]
+EXACT = [s.name for s in pruning_groups(network().config) if s.kind != "width" and not s.name.endswith("head_dim")]
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_what_nothing_reads_can_go(name):
     model = network()
-    structure = next(s for s in structures(model.config) if s.name == name)
+    structure = next(s for s in pruning_groups(model.config) if s.name == name)
     gone = {name: some(structure, 0)}
-    smaller = without(model, gone)
+    smaller = remove(model, gone)
     assert difference(zeroed(model, gone), smaller) < 1e-5
     if any(gone[name]):
         assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
@@ -87,30 +87,30 @@ def test_what_nothing_reads_can_go(name):
 @pytest.mark.parametrize("kind", ["gdfn", "dfn", "fn"])
 def test_other_feed_forwards_too(kind):
     model = network(feed_forward=kind)
-    gone = {s.name: some(s, 1) for s in structures(model.config, ["ffn"])}
+    gone = {s.name: some(s, 1) for s in pruning_groups(model.config, ["ffn"])}
     for role in ("reads", "writes"):
-        assert difference(zeroed(model, gone, role), without(model, gone)) < 1e-5
+        assert difference(zeroed(model, gone, role), remove(model, gone)) < 1e-5
 
 
 def test_all_at_once():
     model = network()
-    gone = {s.name: some(s, 2) for s in structures(model.config) if s.name in EXACT}
-    assert difference(zeroed(model, gone), without(model, gone)) < 1e-5
+    gone = {s.name: some(s, 2) for s in pruning_groups(model.config) if s.name in EXACT}
+    assert difference(zeroed(model, gone), remove(model, gone)) < 1e-5
 
 
 def test_every_block_and_expert_can_go():
     model = network()
     gone = {
         s.name: [list(range(s.units))]
-        for s in structures(model.config, ["depth", "experts"])
+        for s in pruning_groups(model.config, ["depth", "experts"])
         if not s.name.endswith("gate")
     }
-    assert difference(zeroed(model, gone), without(model, gone)) < 1e-5
+    assert difference(zeroed(model, gone), remove(model, gone)) < 1e-5
 
 
 def test_nothing_taken_out_is_the_same_network_bit_for_bit():
     model = network()
-    same = without(model, {s.name: [[] for _ in s.axes] for s in structures(model.config)}, grams_of(model))
+    same = remove(model, {s.name: [[] for _ in s.axes] for s in pruning_groups(model.config)}, grams_of(model))
     assert same.config == model.config
     assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), model.state_dict().values(), strict=True))
     assert same.patch_embed.weight is not model.patch_embed.weight
@@ -118,7 +118,7 @@ def test_nothing_taken_out_is_the_same_network_bit_for_bit():
 
 def test_structures_that_are_not_there_are_named():
     with pytest.raises(KeyError, match=r"latent\.9\.ffn"):
-        without(network(), {"latent.9.ffn": [[0], [0]]})
+        remove(network(), {"latent.9.ffn": [[0], [0]]})
 
 
 @pytest.mark.parametrize("hidden", [2, 3, 4, 5, 7])
@@ -146,7 +146,7 @@ def test_any_pairs_of_msfn_channels_can_go(hidden):
                     for unit in some
                 ]
                 full.project_out.weight[:, right] = 0
-            small = without(model, {name: [first, second]}).get_submodule(name)
+            small = remove(model, {name: [first, second]}).get_submodule(name)
             x = torch.randn(1, 4, 6, 5)
             assert small.dwconv3x3_1.out_channels == hidden - 2 * count
             assert (full(x) - small(x)).abs().max() < 1e-6, (hidden, first, second)
@@ -199,7 +199,7 @@ class KeptNorm(nn.Module):
         return out
 
 
-WIDTHS = {s.name: s for s in structures(network().config, ["width"])}
+WIDTHS = {s.name: s for s in pruning_groups(network().config, ["width"])}
 
 
 @pytest.mark.parametrize("name", WIDTHS)
@@ -215,7 +215,7 @@ def test_channels_of_a_residual_path_go_with_all_that_reads_and_writes_them(name
             dead = set(place.units[gone[name][0]].flatten().tolist())
             kept = [i for i in range(len(norm.weight)) if i not in dead]
             masked.set_submodule(module, KeptNorm(norm, kept))
-    assert difference(masked, without(model, gone)) < 1e-5
+    assert difference(masked, remove(model, gone)) < 1e-5
 
 
 class KeptAttention(nn.Module):
@@ -245,16 +245,16 @@ def test_channels_of_heads_go_from_q_k_and_v():
     """Against the full network whose attention looks only at those that stay. Not at once: where a selection of one
     layer is close, the others would differ."""
     model = network(16)
-    for structure in structures(model.config, ["heads"]):
-        if not structure.name.endswith("head_width"):
+    for structure in pruning_groups(model.config, ["heads"]):
+        if not structure.name.endswith("head_dim"):
             continue
         gone = some(structure, 4)
         masked = copy.deepcopy(model)
-        layer = structure.name.removesuffix(".head_width")
+        layer = structure.name.removesuffix(".head_dim")
         left = [[i for i in range(structure.units) if i not in units] for units in gone]
         ks = model.config.kept(len(left[0]))
         masked.set_submodule(layer, KeptAttention(masked.get_submodule(layer), ks, left[::2], left[1::2]))
-        assert difference(masked, without(model, {structure.name: gone})) < 1e-5, structure.name
+        assert difference(masked, remove(model, {structure.name: gone})) < 1e-5, structure.name
 
 
 def grams_of(model: DRSformer) -> dict[str, Tensor]:
@@ -279,8 +279,8 @@ def test_scale_of_norms_makes_up_for_dead_channels(name):
         elif place.tensor.endswith("bias"):
             state[place.tensor][dead] = 0
     gone = {name: [dead]}
-    assert difference(model, without(model, gone, grams_of(model))) < 1e-5
-    assert difference(model, without(model, gone)) > 1e-3
+    assert difference(model, remove(model, gone, grams_of(model))) < 1e-5
+    assert difference(model, remove(model, gone)) > 1e-3
 
 
 @torch.no_grad()
@@ -294,7 +294,7 @@ def test_scale_of_norms_follows_the_variance_of_the_channels_that_stay():
     handle.remove()
     kept = [i for i in range(len(norm.weight)) if i not in gone["decoder_level2.width"][0]]
     scale = (seen[0][:, kept].var(1, correction=0).mean() / seen[0].var(1, correction=0).mean()).sqrt()
-    found = without(model, gone, grams).get_submodule("decoder_level2.1.norm1").weight
+    found = remove(model, gone, grams).get_submodule("decoder_level2.1.norm1").weight
     assert (found - scale * norm.weight[kept]).abs().max() < 1e-5
     assert abs(scale - 1) > 1e-3
 
@@ -304,10 +304,10 @@ def test_every_tensor_of_a_network_has_its_axes():
     model = network()
     gone = {
         s.name: [[0]] * len(s.axes)
-        for s in structures(model.config)
+        for s in pruning_groups(model.config)
         if s.kind in ("ffn", "width", "heads") and not s.name.endswith("attn")
     }
-    before, after = model.state_dict(), without(model, gone).state_dict()
+    before, after = model.state_dict(), remove(model, gone).state_dict()
     same = {name for name in before if before[name].shape == after[name].shape}
     assert all(".mix." in name or "temperature" in name or "gate.2" in name or "gate.0.bias" in name for name in same)
-    assert set(KINDS) == {s.kind for s in structures(model.config)}
+    assert set(KINDS) == {s.kind for s in pruning_groups(model.config)}
