@@ -62,8 +62,8 @@ LARGEST = 2.0**14
 class Folded(nn.Module):
     """A part of the network as a function of tensors, which `fold` computes from a readable part.
 
-    They are constants; or, where `live`, computed anew in every pass, so that gradients reach the readable part.
-    `islands` names those that stay in float32 whatever the rest computes in. Where `bounded`, weights are scaled so
+    They are constants; or, where `trainable`, computed anew in every pass, so that gradients reach the readable part.
+    `keep_fp32` names those that stay in float32 whatever the rest computes in. Where `fp16_safe`, weights are scaled so
     that nothing between a normalisation and the residual connection exceeds `LARGEST`.
     """
 
@@ -127,9 +127,8 @@ class FoldedAttention(Folded):
         out = attention.project_out.weight.flatten(1).unflatten(1, (self.heads, -1)).movedim(1, 0)  # n, C, d
         if self.topk:
             out = (out.unsqueeze(-1) * torch.cat(list(attention.mix))).flatten(2)  # n, C, d * masks
-        if (
-            self.fp16_safe
-        ):  # Q and K are normalised, so their scale is free; the output projection makes up for that of V
+        if self.fp16_safe:
+            # Q and K are normalised, so their scale is free; the output projection makes up for that of V.
             scale = _scale(_depthwise_bound(dwconv, _normalised_bound(qkv, bias))).view(3 * self.heads, -1)
             scale = scale.amin(1, keepdim=True).expand_as(scale)  # one for each head
             qkv, bias = qkv * _column(scale.flatten()), bias * scale.flatten()
@@ -351,7 +350,7 @@ def fold(network: DRSformer, precision: Precision = "fp32") -> DRSformer:
                 if isinstance(step, ExpertLayer) and step.out is not None:
                     compensator.steps[i] = FoldedExperts(step)
     for module in twin.modules():
-        keep_fp32 += [module.get_buffer(name) for name in getattr(module, "islands", ())]
+        keep_fp32 += [module.get_buffer(name) for name in getattr(module, "keep_fp32", ())]
     kept = {id(tensor) for tensor in keep_fp32}
     for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
         if tensor.is_floating_point():
