@@ -140,7 +140,7 @@ class Train(Stage):
         forms = [
             (form, compiled, last)
             for compiled in (True, False)
-            for form in ("live", "readable")
+            for form in ("trainable", "readable")
             for last in (True, False)
         ]
         for form, compiled, last in forms:
@@ -154,7 +154,7 @@ class Train(Stage):
         torch.backends.cudnn.benchmark = True
         row: Row = {}
         layout = torch.channels_last if last else torch.contiguous_format
-        made = trainable if form == "live" else train.itself
+        made = trainable if form == "trainable" else train.itself
 
         def place(network: DRSformer) -> DRSformer:
             network = made(network.to(device).to(memory_format=layout)).to(device)  # pyright: ignore[reportCallIssue]
@@ -235,7 +235,7 @@ class Train(Stage):
         options = {
             "output": run,
             "data": pair_folders(folder, "train"),
-            "material": self.data_options(plan, folder),
+            "data_options": self.data_options(plan, folder),
             "recipe": plan.recipe,
             "hardware": train.Hardware(
                 accelerator=cast("Any", sheet.device.type),
@@ -246,7 +246,7 @@ class Train(Stage):
                 compile=self.compile,
                 cuda_graph=self.cuda_graph and sheet.device.type == "cuda",
             ),
-            "cadence": train.Schedule(
+            "schedule": train.Schedule(
                 validate_every=max(1, plan.recipe.iterations // 4),
                 log_every=max(1, plan.recipe.iterations // 200),
                 save_minutes=2,

@@ -145,7 +145,7 @@ def test_attention_of_other_heads_is_refused(student, levels, found):
 
 def go(output: Path, teacher: Path, student: str, data: Path, iterations: int = 6, **changes):
     recipe = Recipe(iterations=iterations, batch=2, patch=16, ema=0.5, constant=0, **changes.pop("recipe", {}))
-    options = {"cadence": Schedule(100, 1, 0), "hardware": CPU, "terms": Terms(1, 1, 0.1, 0, 0.1), **changes}
+    options = {"schedule": Schedule(100, 1, 0), "hardware": CPU, "terms": Terms(1, 1, 0.1, 0, 0.1), **changes}
     return distill(output, teacher, student, [data], recipe=recipe, **options)
 
 

@@ -292,7 +292,7 @@ def test_everything_is_measured_by_the_protocol(folder, without_ends, monkeypatc
         types.SimpleNamespace(quantize=lambda *args, **options: seen.update(quantize={options["protocol"]})),
     )
     spy("evaluate_model", lambda args, options: args[2])
-    spy("distill", lambda args, options: options["material"].protocol)
+    spy("distill", lambda args, options: options["data_options"].protocol)
     for name in ("measure_sensitivity", "prune", "compare"):
         spy(name, lambda args, options: options["protocol"])
     go(folder, macs=0.8, protocol="did", quantize=True)
