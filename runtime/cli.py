@@ -12,10 +12,12 @@ import json
 import logging
 import re
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from .errors import GateError, InputError, one_line
@@ -42,8 +44,8 @@ EXTRAS = {
 }
 """What to install for a module that is missing."""
 
-LINE_SECONDS = 30.0
-"""Between lines that tell the progress where there is no terminal to draw bars on."""
+FIRST_LINE_SECONDS, LINE_SECONDS = 2.0, 30.0
+"""After which the first line tells the progress of a stage, and the next ones, where there is no terminal."""
 
 
 class Remarks(logging.Handler):
@@ -150,21 +152,15 @@ def progress(shown: bool = True, **columns: Any) -> Progress:
 
 @contextmanager
 def progress_shown() -> Iterator[OnProgress]:
-    """An `OnProgress` for the block that shows on standard error what it is told: one bar for each stage on a terminal;
-    elsewhere a line when a stage begins, every `LINE_SECONDS`, and when it ends."""
+    """An `OnProgress` for the block that shows on standard error what it is told, while it lasts: on a terminal one bar
+    for each stage; elsewhere a line for a stage that has lasted `FIRST_LINE_SECONDS`, then one every `LINE_SECONDS`, and
+    one when such a stage ends."""
     if not console.is_terminal:
-        told: dict[str, float] = {}
-
-        def print_line(stage: str, done: int, total: int, remark: str = "") -> None:
-            now = time.monotonic()
-            if stage not in told or done == total or now - told[stage] >= LINE_SECONDS:
-                told[stage] = now
-                counted = f" {done} of {total}" if total else ""
-                print(f"{stage}{counted}{remark and ', ' + remark}", file=sys.stderr, flush=True)
-            if done == total:
-                told.pop(stage)
-
-        yield print_line
+        lines = ProgressLines()
+        try:
+            yield lines
+        finally:
+            lines.close()
         return
     with progress(remark="{task.fields[remark]}") as bars:
         tasks: dict[str, TaskID] = {}
@@ -175,3 +171,56 @@ def progress_shown() -> Iterator[OnProgress]:
             bars.update(tasks[stage], completed=done, total=total or None, remark=remark)
 
         yield draw
+
+
+@dataclass
+class _Stage:
+    """A stage under way: what was last told of it, when it began, and when its next line is due."""
+
+    began: float
+    due: float
+    text: str = ""
+    shown: bool = False
+
+
+class ProgressLines:
+    """An `OnProgress` for where there is no terminal; a thread of its own prints, so that one long step is told too."""
+
+    def __init__(self) -> None:
+        self._stages: dict[str, _Stage] = {}
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def __call__(self, stage: str, done: int, total: int, remark: str = "") -> None:
+        now = time.monotonic()
+        with self._lock:
+            entry = self._stages.setdefault(stage, _Stage(now, now + FIRST_LINE_SECONDS))
+            seconds = (now - entry.began) / done * (total - done) if 0 < done < total else 0
+            left = f"about {_duration(seconds)} left" if seconds >= 1 else ""
+            parts = (f"{stage} {done} of {total}" if total else stage, left, remark)
+            entry.text = one_line(", ".join(part for part in parts if part))
+            if total and done >= total:
+                if entry.shown:
+                    self._print(entry.text)
+                del self._stages[stage]
+
+    def close(self) -> None:
+        """Print no more."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(0.25):
+            now = time.monotonic()
+            with self._lock:
+                for entry in self._stages.values():
+                    if now >= entry.due and not self._closed.is_set():
+                        self._print(entry.text)
+                        entry.due, entry.shown = now + LINE_SECONDS, True
+
+    @staticmethod
+    def _print(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
