@@ -152,9 +152,9 @@ def progress(shown: bool = True, **columns: Any) -> Progress:
 
 @contextmanager
 def progress_shown() -> Iterator[OnProgress]:
-    """An `OnProgress` for the block that shows on standard error what it is told, while it lasts: on a terminal one bar
-    for each stage; elsewhere a line for a stage that has lasted `FIRST_LINE_SECONDS`, then one every `LINE_SECONDS`, and
-    one when such a stage ends."""
+    """An `OnProgress` for the block that shows on standard error what it is told: on a terminal one bar for each stage;
+    elsewhere a line for a stage that has lasted `FIRST_LINE_SECONDS`, then one every `LINE_SECONDS`, and one when such
+    a stage ends."""
     if not console.is_terminal:
         lines = ProgressLines()
         try:

@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from runtime import InputError, bench, memory
-from tests.test_manifest import write_bundle
+from tests.support.bundles import write_bundle
 
 ROOT = Path(__file__).parents[1]
 
@@ -113,7 +113,7 @@ def test_process_that_dies_is_told_in_one_line():
 
 
 def test_sizes_that_are_none():
-    with pytest.raises(InputError, match="--size: expected height and width as HxW such as 720x1280, found '8'"):
+    with pytest.raises(InputError, match="`size`: expected height and width as HxW such as 720x1280, found '8'"):
         bench.bench(size=("8",))
     with pytest.raises(InputError, match="at least one"):
         bench.bench(size=())

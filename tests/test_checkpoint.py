@@ -21,7 +21,7 @@ from drsformer import checkpoint
 from drsformer.config import EXPERTS, FEED_FORWARDS, BlockConfig, DRSformerConfig, LevelConfig, MEFCConfig, preset
 from drsformer.model import DRSformer
 from runtime.errors import InputError
-from tests.networks import SMALL, fill, image
+from tests.support.networks import SMALL, fill, image
 
 
 def odd_config(seed: int) -> DRSformerConfig:

@@ -127,11 +127,11 @@ def test_writing_keeps_to_the_umask(tmp_path, umask):
 
 @pytest.mark.parametrize("text", ["", "8", "8x", "0x8", "8x-8", "8x8x8", "8.0x8", "٣x٣", "8x9999999", "axb"])
 def test_sizes_that_are_none(text):
-    with pytest.raises(InputError, match="--size: expected height and width as HxW such as 720x1280, found"):
+    with pytest.raises(InputError, match="`size`: expected height and width as HxW such as 720x1280, found"):
         parse_size("size", text)
 
 
 def test_sizes():
     assert parse_size("size", "720x1281") == (720, 1281)
-    with pytest.raises(InputError, match="--tile: expected multiples of 8, to which images are padded, found 720x1281"):
+    with pytest.raises(InputError, match="`tile`: expected multiples of 8, to which images are padded, found 720x1281"):
         parse_size("tile", "720x1281", 8)

@@ -13,7 +13,7 @@ from compress.cost import cost, items, macs, params
 from drsformer import checkpoint
 from drsformer.config import FEED_FORWARDS, BlockConfig, DRSformerConfig, MEFCConfig, preset
 from drsformer.model import DRSformer
-from tests.networks import SMALL, fill
+from tests.support.networks import SMALL, fill
 
 
 def odd_config() -> DRSformerConfig:

@@ -24,8 +24,8 @@ from runtime import Derainer, InputError
 from runtime.bundle import load
 from runtime.manifest import Profile, parse
 from runtime.pixels import size_text
-from tests.test_manifest import ENGINES, flip, make_keys, rewrite, write_bundle
-from tests.test_trt import PROFILES, make_bundle
+from tests.support.bundles import ENGINES, flip, make_keys, rewrite, write_bundle
+from tests.support.tensorrt import PROFILES, make_bundle
 
 SOURCE = Path(__file__).parents[1] / "runtime" / "cpp"
 PACKAGES = "g++ cmake nlohmann-json3-dev libssl-dev catch2 libpng-dev"

@@ -3,7 +3,6 @@
 import errno
 import os
 import resource
-import runpy
 import subprocess
 import sys
 import time
@@ -15,7 +14,8 @@ from PIL import Image
 
 from runtime import InputError
 from runtime.derain import _bytes, derain
-from tests.test_ort import write_network
+from tests.support.commands import Session, command
+from tests.support.onnx_files import write_network
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,15 +35,6 @@ def photos(tmp_path):
         Image.new("RGB", (9 + i, 7), (100 + 2 * i,) * 3).save(folder / name)
     (folder / "notes.txt").write_text("not an image")
     return folder
-
-
-def command(monkeypatch, *arguments):
-    """Run the command in this process; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["derain", *map(str, arguments)])
-    monkeypatch.delitem(sys.modules, "runtime.derain", raising=False)
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_module("runtime.derain", run_name="__main__")
-    return stop.value.code
 
 
 def value(path):
@@ -117,23 +108,6 @@ def test_broken_images_are_named_and_the_others_done(network, photos, tmp_path, 
     assert printed.out.splitlines()[-1].startswith("3 of 6 images restored")
 
 
-class Session:
-    """Halves every value, after a while. Refuses what is wider than 24 pixels."""
-
-    multiple, provider = 1, "nowhere"
-
-    def __init__(self, seconds=0.0):
-        self.seconds = seconds
-
-    def run(self, batch):
-        time.sleep(self.seconds)
-        if batch.shape[3] == 32:
-            raise MemoryError
-        if batch.shape[3] > 24:
-            raise InputError("too wide")
-        return batch / 2
-
-
 @pytest.fixture
 def session(monkeypatch):
     monkeypatch.setattr("runtime.derain.open_session", lambda *options: Session())
@@ -171,7 +145,7 @@ SLOW = """
 import sys
 from pathlib import Path
 import runtime.derain
-from tests.test_derain import Session
+from tests.support.commands import Session
 runtime.derain.open_session = lambda *options: Session(0.02)
 runtime.derain.derain(Path(sys.argv[1]), Path(sys.argv[2]))
 """
@@ -216,9 +190,9 @@ def test_every_image_is_in_one_shard(session, tmp_path):
     assert again == [name for name in shards[1] if name >= "100"]
     assert derain(photos, tmp_path / "empty", shard="1/100000").restored == []
     for text in ("0/3", "4/3", "1", "1/0", "1/3/5", "-1/3", "a/b", "", "1 /3", "¹/3"):
-        with pytest.raises(InputError, match="--shard: expected I/N"):
+        with pytest.raises(InputError, match="`shard`: expected I/N"):
             derain(photos, tmp_path / "out", shard=text)
-    with pytest.raises(InputError, match="--shard is for folders"):
+    with pytest.raises(InputError, match="`shard` is for folders"):
         derain(photos / "199.png", tmp_path / "out.png", shard="1/2")
 
 
@@ -297,7 +271,7 @@ def test_the_limit_of_pixels_can_be_moved(network, photos, tmp_path, monkeypatch
     assert "more than 69 pixels" in report.failures[0]
     assert "--max-pixels" in report.failures[0]
     assert not derain(photos, tmp_path / "out", model=network, max_pixels=1000).failures
-    with pytest.raises(InputError, match="--max-pixels: expected 1 or more"):
+    with pytest.raises(InputError, match="`max_pixels`: expected 1 or more"):
         derain(photos, tmp_path / "out", model=network, max_pixels=0)
 
 

@@ -24,7 +24,7 @@ from drsformer.train import DataOptions, Hardware, Recipe, Schedule, compile_blo
 from export.folding import trainable
 from runtime.cli import main
 from runtime.errors import InputError
-from tests.networks import fill, image
+from tests.support.networks import fill, image
 
 CPU = Hardware(accelerator="cpu", devices="1")
 ALL = Terms(1.0, 1.0, 0.1, 0.1, 0.1)

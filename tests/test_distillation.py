@@ -14,7 +14,7 @@ from drsformer import checkpoint
 from drsformer.config import preset
 from drsformer.model import DRSformer
 from runtime.pixels import to_image
-from tests.networks import fill, image
+from tests.support.networks import fill, image
 
 
 @pytest.fixture

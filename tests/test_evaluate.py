@@ -24,7 +24,7 @@ from drsformer.model import DRSformer
 from runtime.errors import InputError
 from runtime.images import read_rgb
 from runtime.session import Derainer
-from tests.networks import fill
+from tests.support.networks import fill
 
 
 class Offset(nn.Module):

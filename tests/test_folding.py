@@ -15,7 +15,7 @@ from drsformer.model import DRSformer, ExpertLayer, MixedScaleFeedForward
 from export.folding import Folded, FoldedAttention, FoldedFeedForward, Normalise, fold, trainable
 from export.topk import PATTERNS, masks, scores_of, with_pattern
 from runtime.errors import InputError
-from tests.networks import SMALL, fill, image
+from tests.support.networks import SMALL, fill, image
 
 HALVES = ("fp16", "bf16")
 

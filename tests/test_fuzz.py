@@ -43,9 +43,9 @@ from runtime.bundle import load
 from runtime.cli import main
 from runtime.derain import derain
 from runtime.info import info, summary, tables
-from tests.networks import SMALL, fill
-from tests.test_manifest import write_bundle
-from tests.test_ort import write_network
+from tests.support.bundles import write_bundle
+from tests.support.networks import SMALL, fill
+from tests.support.onnx_files import write_network
 
 settings.register_profile(
     "ci",

@@ -26,8 +26,8 @@ from drsformer.config import PRESETS, preset
 from drsformer.model import DRSformer
 from export.onnx import to_onnx
 from runtime.errors import InputError
-from tests.networks import fill
-from tests.test_pack import noise, save
+from tests.support.images import noise, save
+from tests.support.networks import fill
 
 TINY = "micro"
 CPU = torch.device("cpu")

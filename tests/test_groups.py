@@ -17,7 +17,7 @@ from compress.groups import KINDS, ParameterSlice, PruningGroup, pruning_groups,
 from compress.prune import importances
 from drsformer.config import DRSformerConfig, MEFCConfig
 from drsformer.model import DRSformer, LayerNorm, TopKSparseAttention
-from tests.networks import fill, image
+from tests.support.networks import fill, image
 
 
 @functools.cache

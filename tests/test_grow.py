@@ -10,7 +10,7 @@ from drsformer import checkpoint
 from drsformer.config import DRSformerConfig
 from drsformer.model import DRSformer
 from runtime.errors import InputError
-from tests.networks import SMALL, fill, image
+from tests.support.networks import SMALL, fill, image
 
 
 def small(**changes: object) -> DRSformer:

@@ -128,3 +128,11 @@ def test_import_is_light():
     found = {name.split(".")[0] for name in loaded.stdout.split()}
     assert "numpy" in found
     assert not found & {"tyro", "rich", "torch", "onnxruntime", "onnx", "PIL", "av", "cuda"}
+
+
+def test_no_test_imports_another():
+    """What tests share is in tests/support."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        tests = {module for module in imports(name, path) if module.startswith("tests.test_")}
+        assert not tests, name

@@ -11,8 +11,8 @@ import pytest
 
 from runtime.bundle import load, save
 from runtime.session import describe_onnx
-from tests.test_manifest import ENGINES, FILES, flip, make_keys, write_bundle
-from tests.test_ort import write_network
+from tests.support.bundles import ENGINES, FILES, flip, make_keys, write_bundle
+from tests.support.onnx_files import write_network
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,51 +17,17 @@ import onnxruntime
 import pytest
 
 from export.validate import open_candidate
-from runtime import Derainer, InputError, manifest, trt
+from runtime import Derainer, InputError, trt
 from runtime.bundle import Bundle, describe_file, load, save
 from runtime.derain import derain
 from runtime.errors import MismatchError
 from runtime.images import Photo, read_rgb
-from runtime.manifest import Drift, Engine, Manifest, Profile, Tensor, parse
+from runtime.manifest import Manifest, Profile, Tensor, parse
 from runtime.ort import OrtSession
 from runtime.session import describe_onnx, open_session
-from tests.test_ort import write_network
-
-ENGINES = ("model.rtx-sm86.engine", "model.rtx-sm89.engine")
-FILES = ("model.onnx", *ENGINES, "report.html")
-
-
-def write_bundle(folder: Path, scale: float = 0.5, key: Path | None = None) -> Path:
-    """A network that multiplies by `scale`, two plans that are none, and a report."""
-    folder.mkdir()
-    write_network(folder / "model.onnx", scale, metadata={"size_multiple": "4", "config": '{"a": 1}', "topk": "rank"})
-    made = describe_onnx(folder / "model.onnx")
-    for i, name in enumerate(ENGINES):
-        (folder / name).write_bytes(bytes(range(100)) + b"%d %.2f" % (i, scale))
-        engine = Engine(
-            file=name,
-            flavor="rtx",
-            version="1.7.1.116",
-            compute_capabilities=("8.6",),
-            flags={"tf32": False},
-            profiles=(Profile((64, 64), (256, 256), (1088, 1920)),),
-            onnx_sha256=made.files[0].sha256,
-        )
-        made = made.with_file(describe_file(folder / name, "engine"), engine)
-    (folder / "report.html").write_text("<html>")
-    made = made.with_file(describe_file(folder / "report.html", "report"))
-    drift = Drift("model.onnx", "cpu", 64 * "a", "val", "rain200", 3, None, 0, reference_psnr=30.25, drop_db=0.0)
-    save(replace(made, drift=(drift,)), folder, key)
-    return folder
-
-
-def make_keys(folder: Path) -> Path:
-    """private.pem and public.pem as the documentation says; also those of somebody else."""
-    for private, public in (("private", "public"), ("others-private", "others")):
-        private, public = (folder / f"{name}.pem" for name in (private, public))
-        subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", private], check=True)
-        subprocess.run(["openssl", "pkey", "-in", private, "-pubout", "-out", public], check=True)
-    return folder
+from tests.support.bundles import ENGINES, FILES, flip, make_keys, rewrite, write_bundle
+from tests.support.onnx_files import write_network
+from tests.support.refusals import refusal
 
 
 @pytest.fixture(scope="session")
@@ -78,27 +44,6 @@ def original(tmp_path_factory) -> Path:
 def bundle(original, tmp_path) -> Path:
     """A copy that a test may damage."""
     return Path(shutil.copytree(original, tmp_path / "bundle"))
-
-
-def refusal(function: Callable, *arguments, **options) -> str:
-    with pytest.raises(InputError) as error:
-        function(*arguments, **options)
-    message = str(error.value)
-    assert "\n" not in message
-    return message
-
-
-def flip(path: Path, byte: int, bit: int = 0) -> None:
-    content = bytearray(path.read_bytes())
-    content[byte] ^= 1 << bit
-    path.write_bytes(content)
-
-
-def rewrite(bundle: Path, change: Callable[[dict], object]) -> None:
-    """Change the manifest as JSON."""
-    content = json.loads((bundle / "manifest.json").read_text())
-    change(content)
-    (bundle / "manifest.json").write_text(json.dumps(content))
 
 
 # What a whole bundle is.
@@ -297,13 +242,13 @@ def test_nothing_is_loaded_that_was_not_verified(bundle, monkeypatch):
 def test_file_that_changes_meanwhile(bundle, monkeypatch):
     """Between hashing and handing out there is no second look at the file."""
     path, opened = bundle / ENGINES[0], load(bundle)
-    content, real = path.read_bytes(), manifest.hashlib.sha256
+    content, real = path.read_bytes(), hashlib.sha256
 
     def sha256(data):
         flip(path, 5)
         return real(data)
 
-    monkeypatch.setattr(manifest.hashlib, "sha256", sha256)
+    monkeypatch.setattr(hashlib, "sha256", sha256)
     assert opened.read(ENGINES[0]) == content != path.read_bytes()
 
 
@@ -316,7 +261,7 @@ def test_saves_nothing_that_does_not_hold(bundle):
         replace(made, model=replace(made.model, config=[])),
         replace(made, drift=(replace(made.drift[0], drop_db=float("inf")),)),
     ):
-        assert "expected" in refusal(wrong.save, bundle)
+        assert "expected" in refusal(save, wrong, bundle)
     flip(bundle / "report.html", 0)
     refusal(save, opened.manifest, bundle)
     assert (bundle / "manifest.json").read_bytes() == before
@@ -475,16 +420,20 @@ class Plan:
     multiple, provider = 4, "tensorrt"
 
     def __init__(self, bundle: Bundle) -> None:
+        self.path, self.engine, self.bundle = bundle.folder / ENGINES[0], bundle.manifest.engines[0], bundle
         self.plan = bundle.read(ENGINES[0])
 
 
 def test_engine_runs_where_it_can(bundle, monkeypatch):
-    monkeypatch.setattr(trt, "TrtSession", Plan)
+    monkeypatch.setattr("runtime.session.open_engine", Plan)
     for provider in ("auto", "tensorrt"):
         assert isinstance(open_session(bundle, provider), Plan)
     assert isinstance(open_session(bundle, "cpu"), OrtSession)
     save(describe_onnx(bundle / "model.onnx"), bundle)  # now without engines
     assert isinstance(open_session(bundle, "auto"), OrtSession)
+    assert "expected a bundle with an engine" in refusal(open_session, bundle, "tensorrt")
+    assert "expected a bundle with an engine" in refusal(open_session, bundle / "model.onnx", "tensorrt")
+    assert "expected one of auto, cpu" in refusal(open_session, bundle, "gpu")
 
 
 def test_model_runs_where_no_engine_can(bundle, monkeypatch, caplog):
@@ -492,7 +441,7 @@ def test_model_runs_where_no_engine_can(bundle, monkeypatch, caplog):
         def __init__(self, bundle: Bundle) -> None:
             raise InputError("CUDA finds no GPU")
 
-    monkeypatch.setattr(trt, "TrtSession", Missing)
+    monkeypatch.setattr("runtime.session.open_engine", Missing)
     assert isinstance(open_session(bundle, "auto"), OrtSession)
     assert refusal(open_session, bundle, "tensorrt") == "CUDA finds no GPU"
     assert not caplog.records
@@ -504,7 +453,7 @@ def test_model_runs_where_no_engine_can(bundle, monkeypatch, caplog):
 
 
 def test_damaged_engine_is_no_reason_to_run_something_else(bundle, monkeypatch):
-    monkeypatch.setattr(trt, "TrtSession", Plan)
+    monkeypatch.setattr("runtime.session.open_engine", Plan)
     flip(bundle / ENGINES[0], 50)
     for provider in ("auto", "tensorrt"):
         with pytest.raises(MismatchError):
@@ -512,17 +461,14 @@ def test_damaged_engine_is_no_reason_to_run_something_else(bundle, monkeypatch):
 
 
 def test_validates_what_runs(bundle, monkeypatch):
-    assert isinstance(open_candidate(bundle, "auto"), OrtSession)
-
-    def start(self, bundle):
-        self.path, self.entry = bundle.folder / ENGINES[0], bundle.manifest.engines[0]
-
-    monkeypatch.setattr(trt.TrtSession, "__init__", start)
+    assert isinstance(open_candidate(bundle, "auto").session, OrtSession)
+    monkeypatch.setattr("runtime.session.open_engine", Plan)
     for provider in ("auto", "tensorrt"):
-        engine = open_candidate(bundle, provider)
-        assert f"{ENGINES[0]}, rtx 1.7.1.116" in engine.description
-        assert engine.ks == engine.scores == {}
-    assert isinstance(open_candidate(bundle, "cpu"), OrtSession)
+        observed = open_candidate(bundle, provider)
+        assert isinstance(observed.session, Plan)
+        assert f"{ENGINES[0]}, rtx 1.7.1.116" in observed.description
+        assert observed.ks == observed.scores == {}
+    assert isinstance(open_candidate(bundle, "cpu").session, OrtSession)
 
 
 # Weights outside of the files that are verified.

@@ -20,7 +20,7 @@ from drsformer.model import (
     MixtureOfExpertsCompensator,
     TopKMask,
 )
-from tests.networks import SMALL, fill, image
+from tests.support.networks import SMALL, fill, image
 
 
 def released_pair(tmp_path: Path, mefc: bool, **structure) -> tuple[ReleasedDRSformer, DRSformer]:

@@ -26,7 +26,7 @@ from runtime.errors import GateError, InputError
 from runtime.ort import OrtSession
 from runtime.pixels import to_batch
 from runtime.session import Derainer
-from tests.networks import fill
+from tests.support.networks import fill
 
 CONTROL_FLOW = {"If", "Loop", "Scan"}
 

@@ -9,25 +9,7 @@ from onnx import TensorProto, helper
 from runtime import Derainer, InputError
 from runtime import ort as runtime_ort
 from runtime.ort import OrtSession, shipped_model
-
-FLOAT, UINT8 = TensorProto.FLOAT, TensorProto.UINT8
-
-
-def write_network(path, scale=0.5, kind=FLOAT, shape=None, names=("input", "output"), metadata=None):
-    """An ONNX file that multiplies by `scale`. metadata None: a size multiple of 8."""
-    shape = shape or ((1, 3, "H", "W") if kind == FLOAT else (1, "H", "W", 3))
-    x, y = names
-    nodes = [
-        helper.make_node("Cast", [x], ["a"], to=FLOAT),
-        helper.make_node("Mul", ["a", "scale"], ["b"]),
-        helper.make_node("Cast", ["b"], [y], to=kind),
-    ]
-    inputs, outputs = ([helper.make_tensor_value_info(name, kind, shape)] for name in names)
-    graph = helper.make_graph(nodes, "test", inputs, outputs, [helper.make_tensor("scale", FLOAT, [], [scale])])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    helper.set_model_props(model, {"size_multiple": "8"} if metadata is None else metadata)
-    onnx.save(model, path)
-    return path
+from tests.support.onnx_files import FLOAT, UINT8, write_network
 
 
 def refusal(*arguments, **options):
@@ -170,7 +152,7 @@ def test_tensorrt_falls_back_to_cuda_and_auto_does_without(tmp_path, monkeypatch
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     monkeypatch.setattr(onnxruntime, "InferenceSession", Engine)
     path = write_network(tmp_path / "m.onnx")
-    assert "tensorrt does not start" in refusal(path, provider="tensorrt")
+    assert "ort-tensorrt does not start" in refusal(path, provider="ort-tensorrt")
     OrtSession(path, provider="auto")
     OrtSession(path, provider="cpu")
     assert asked == [every, every[1:], every[2:]]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.pack import FORMAT, LAYER_STEP, MANIFEST, pack, unpack
@@ -17,18 +16,7 @@ from benchmarks.parts import join, split
 from drsformer.data import find_pairs
 from drsformer.rain import add_rain
 from runtime.errors import InputError
-
-
-def noise(seed: int, height: int = 40, width: int = 48, channels: int = 3) -> NDArray[np.uint8]:
-    """Smooth noise, since JPEG and WebP keep nothing else."""
-    small = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, channels), dtype=np.uint8)
-    image = Image.fromarray(small if channels == 3 else small[..., 0])
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
-
-
-def save(path: Path, image: NDArray[np.uint8]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path)
+from tests.support.images import noise, save
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from runtime.cli import main
 from runtime.errors import GateError, InputError
 from runtime.images import read_rgb
 from runtime.session import Derainer
-from tests.networks import fill, image
+from tests.support.networks import fill, image
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "weights" / "drsformer-xs.safetensors"

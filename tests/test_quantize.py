@@ -26,7 +26,7 @@ from runtime.errors import GateError, InputError
 from runtime.images import Photo, read_rgb
 from runtime.ort import OrtSession
 from runtime.session import Derainer
-from tests.networks import fill
+from tests.support.networks import fill
 
 SIZES = [(37, 45), (40, 48), (33, 41)]
 """Of which each is padded to the second, for which the models are exported: that is far quicker than for any size."""

@@ -29,8 +29,9 @@ from runtime.derain import derain
 from runtime.files import writing
 from runtime.images import Photo
 from runtime.ort import MAX_THREADS, OrtSession
-from tests.test_manifest import refusal, rewrite, write_bundle
-from tests.test_ort import write_network
+from tests.support.bundles import rewrite, write_bundle
+from tests.support.onnx_files import write_network
+from tests.support.refusals import refusal
 
 ROOT = Path(__file__).parents[1]
 

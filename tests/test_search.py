@@ -28,7 +28,7 @@ from export.onnx import export
 from runtime.bundle import load
 from runtime.errors import GateError, InputError
 from runtime.session import Derainer
-from tests.networks import fill
+from tests.support.networks import fill
 
 CONFIG = DRSformerConfig.regular(8, (0, 0, 1, 1), (1, 1, 2, 2), 4.0)
 RECIPE = Recipe(iterations=2, constant=0, batch=1, patch=16)

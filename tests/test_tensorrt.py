@@ -35,8 +35,8 @@ from runtime.errors import InputError
 from runtime.manifest import Profile
 from runtime.session import open_engine
 from runtime.trt import LIBRARIES
-from tests.networks import fill
-from tests.test_trt import Cuda, has_driver
+from tests.support.networks import fill
+from tests.support.tensorrt import Cuda, has_driver
 
 pytest.importorskip("tensorrt_rtx_bindings")
 

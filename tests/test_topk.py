@@ -8,7 +8,7 @@ import torch
 from drsformer.config import DRSformerConfig, preset
 from drsformer.model import DRSformer, TopKMask
 from export.topk import PATTERNS, count_flips, masks, scores_of, with_pattern
-from tests.networks import fill, image
+from tests.support.networks import fill, image
 
 KS = (6, 8, 9, 9)  # of 12; two masks may keep equally many
 

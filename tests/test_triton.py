@@ -22,8 +22,8 @@ from runtime import Derainer, InputError
 from runtime.bundle import Bundle, describe_file, load, save
 from runtime.manifest import Engine, Profile
 from runtime.session import describe_onnx
-from tests.test_manifest import FILES, flip, make_keys, write_bundle
-from tests.test_ort import write_network
+from tests.support.bundles import FILES, flip, make_keys, write_bundle
+from tests.support.onnx_files import write_network
 
 triton: Any = model_config_pb2
 """Whose names are made when it is imported."""

@@ -28,8 +28,8 @@ from runtime.bundle import load, save
 from runtime.errors import InputError
 from runtime.images import Photo, read_rgb
 from runtime.session import Derainer, describe_onnx
-from tests.networks import fill
-from tests.test_manifest import make_keys
+from tests.support.bundles import make_keys
+from tests.support.networks import fill
 
 
 def structure(*latent: BlockConfig, **parts) -> DRSformerConfig:

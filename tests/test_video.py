@@ -22,8 +22,8 @@ from av.video.reformatter import VideoReformatter
 
 from runtime import InputError, video
 from runtime.video import restore
-from tests.test_derain import command
-from tests.test_ort import write_network
+from tests.support.commands import command
+from tests.support.onnx_files import write_network
 
 ROOT = Path(__file__).parents[1]
 HEIGHT, WIDTH = 32, 48
@@ -292,7 +292,7 @@ def test_pixel_shape_titles_and_chapters_are_kept(tmp_path):
         ("yuva420p", "ffv1", (32, 48), "yuv420p"),
     ],
 )
-def test_size_and_subsampling_are_kept(tmp_path, capsys, pixels, codec, size, expected):
+def test_size_and_subsampling_are_kept(tmp_path, caplog, pixels, codec, size, expected):
     source = write(tmp_path / "a.mkv", [quadrants(*size)] * 2, pixels=pixels, codec=codec)
     seen = []
     restore(lambda image: seen.append(image) or image, source, tmp_path / "b.mp4")
@@ -301,11 +301,11 @@ def test_size_and_subsampling_are_kept(tmp_path, capsys, pixels, codec, size, ex
         assert (frame.height, frame.width) == size
         assert frame.format.name.replace("yuvj", "yuv") == expected
         assert np.abs(frame.to_ndarray(format="rgb24").astype(int) - quadrants(*size)).mean() < 3
-    remarks = capsys.readouterr().err.splitlines()
+    remarks = caplog.messages
     word = {"yuv420p10le": "10 bits a channel become 8", "yuva420p": "transparency is dropped"}.get(pixels)
     word = "of an odd size" if size == (31, 47) else word
     assert len(remarks) == (word is not None), remarks
-    assert not remarks or (remarks[0].startswith(f"remark: {source}: ") and word in remarks[0])
+    assert not remarks or (remarks[0].startswith(f"{source}: ") and word in remarks[0])
 
 
 @pytest.mark.parametrize("transfer", [16, 18])
@@ -346,15 +346,14 @@ def add_subtitles(source, target, codec):
         ("a.mkv", "subrip", "b.mp4", False),
     ],
 )
-def test_subtitles_are_copied_where_the_format_holds_them(tmp_path, capsys, name, codec, target, kept):
+def test_subtitles_are_copied_where_the_format_holds_them(tmp_path, caplog, name, codec, target, kept):
     source = add_subtitles(write(tmp_path / f"video-{name}"), tmp_path / name, codec)
     restore(same, source, tmp_path / target)
-    remarks = capsys.readouterr().err
     if kept:
         assert packets(tmp_path / target, "subtitles")[0] == packets(source, "subtitles")[0]
-        assert remarks == ""
+        assert not caplog.messages
     else:
-        assert f"remark: {source}: .mp4 cannot hold subtitle 1 (srt)" in remarks
+        assert f"{source}: .mp4 cannot hold subtitle 1 (srt)" in caplog.text
         assert len(frames(tmp_path / target)) == 6
 
 
@@ -401,7 +400,7 @@ def test_other_files_are_refused(tmp_path):
     for name in ("out.avi", "out", "out.png"):
         assert "ending in .mp4" in refusal(tmp_path / "a.ts", tmp_path / name)
     for crf in (-1, 52):
-        assert "--crf: expected 0 to 51" in refusal(tmp_path / "a.ts", out, crf=crf)
+        assert "`crf`: expected 0 to 51" in refusal(tmp_path / "a.ts", out, crf=crf)
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         audio = container.add_stream("aac", rate=16000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
@@ -514,7 +513,7 @@ def test_a_full_disk_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_an_interruption_keeps_what_is_restored(tmp_path, capsys):
+def test_an_interruption_keeps_what_is_restored(tmp_path, caplog):
     source = write(tmp_path / "a.mp4", [quadrants()] * 30, sound=True)
     (tmp_path / "b.mp4").write_text("old")
     calls = itertools.count()
@@ -528,7 +527,7 @@ def test_an_interruption_keeps_what_is_restored(tmp_path, capsys):
         restore(interrupt, source, tmp_path / "b.mp4")
     assert len(frames(tmp_path / "b.mp4")) == 10
     assert packets(tmp_path / "b.mp4", "audio")
-    assert capsys.readouterr().err == f"10 of 30 frames restored before the interruption: {tmp_path / 'b.mp4'}\n"
+    assert caplog.messages == [f"{tmp_path / 'b.mp4'}: 10 of 30 frames restored before the interruption"]
     calls = itertools.count(10)
     with pytest.raises(KeyboardInterrupt):
         restore(interrupt, source, tmp_path / "c.mp4")
@@ -569,7 +568,7 @@ def test_ctrl_c_leaves_a_playable_file(tmp_path):
     count = len(frames(tmp_path / "b.mp4"))
     assert 3 <= count < 100
     assert err.splitlines() == [
-        f"{count} of 100 frames restored before the interruption: {tmp_path / 'b.mp4'}",
+        f"remark: {tmp_path / 'b.mp4'}: {count} of 100 frames restored before the interruption",
         "interrupted",
     ]
     assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "b.mp4"}

@@ -1,0 +1,23 @@
+"""ONNX files of one or two nodes."""
+
+import onnx
+from onnx import TensorProto, helper
+
+FLOAT, UINT8 = TensorProto.FLOAT, TensorProto.UINT8
+
+
+def write_network(path, scale=0.5, kind=FLOAT, shape=None, names=("input", "output"), metadata=None):
+    """An ONNX file that multiplies by `scale`. metadata None: a size multiple of 8."""
+    shape = shape or ((1, 3, "H", "W") if kind == FLOAT else (1, "H", "W", 3))
+    x, y = names
+    nodes = [
+        helper.make_node("Cast", [x], ["a"], to=FLOAT),
+        helper.make_node("Mul", ["a", "scale"], ["b"]),
+        helper.make_node("Cast", ["b"], [y], to=kind),
+    ]
+    inputs, outputs = ([helper.make_tensor_value_info(name, kind, shape)] for name in names)
+    graph = helper.make_graph(nodes, "test", inputs, outputs, [helper.make_tensor("scale", FLOAT, [], [scale])])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    helper.set_model_props(model, {"size_multiple": "8"} if metadata is None else metadata)
+    onnx.save(model, path)
+    return path
