@@ -48,11 +48,11 @@ from export.folding import Precision, fold
 from export.onnx import to_onnx
 from export.tensorrt import build
 from export.topk import with_pattern
-from runtime.bench import alone, peak_mib
 from runtime.cli import console, main, progress
 from runtime.errors import InputError
 from runtime.files import writing
 from runtime.ort import OrtSession
+from runtime.timing import alone, peak_mib
 
 Engine = Literal["PyTorch eager", "ONNX Runtime"]
 

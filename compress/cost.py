@@ -36,9 +36,9 @@ from drsformer.model import DRSformer
 from export.folding import fold
 from export.onnx import to_onnx
 from export.topk import with_pattern
-from runtime.bench import alternate
 from runtime.cli import main, parse_size, progress
 from runtime.ort import OrtSession
+from runtime.timing import alternate
 
 SIDE = 256
 """Height and width of the image for which MACs are told."""
@@ -48,7 +48,7 @@ PARTS = ("attention", "ffn", "mefc", "resampling")
 the last one."""
 
 SECONDS = 10.0
-"""How long networks are timed together, see `runtime.bench.alternate`."""
+"""How long networks are timed together, see `runtime.timing.alternate`."""
 
 
 class Item(NamedTuple):

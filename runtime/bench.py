@@ -21,33 +21,23 @@ from __future__ import annotations
 
 import functools
 import os
-import platform
-import re
-import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-import onnxruntime
-from numpy.typing import NDArray
+import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import memory
-from .cli import main, parse_size, progress
-from .errors import InputError
-from .pixels import size_text
+from .cli import hxw, main, progress_shown
+from .errors import InputError, expect_between
+from .pixels import Size, size_text
+from .progress import OnProgress, silent
 from .session import Derainer, Provider, open_session
-
-ROUNDS = 11
-"""The fewest, however long they take."""
+from .timing import alone, alternate, machine, noise, peak_mib
 
 
 @dataclass(frozen=True)
@@ -100,89 +90,71 @@ class Result:
         return 2 if self.ratios else 1
 
 
-def bench(
-    model: Path | None = None,
-    vs: Path | None = None,
-    size: tuple[str, ...] = ("256x256",),
-    provider: Provider = "auto",
-    threads: int = 0,
-    seconds: float = 10.0,
-) -> Result:
-    """Time one network, or two in turn, and print a table.
-
-    Starts processes, so a script that calls this needs Python's usual `if __name__ == "__main__":`. Raises InputError
-    for sizes that are none, and for a network that cannot be loaded or fails.
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to time, and how.
 
     Args:
-        model: a bundle or a .onnx file; the network that ships with the project if not given.
-        vs: another one, to compare with.
-        size: heights and widths of the images, each as HxW.
-        provider: where both run, see runtime.derain.
+        model: Bundle or .onnx file; the network that ships with the project if not given.
+        vs: Another one, to compare with.
+        size: Heights and widths of the images, each as HxW.
+        provider: Where both run, see runtime.derain.
         threads: CPU threads of each; 0 is one for each core.
-        seconds: how long to time at one size; at least 11 rounds are run.
+        seconds: How long to time at one size; at least 11 rounds are run.
     """
-    sizes = [parse_size("size", text) for text in size]
-    if not sizes:
+
+    model: Path | None = None
+    vs: Path | None = None
+    size: tuple[Annotated[Size, hxw("size")], ...] = ((256, 256),)
+    provider: Provider = "auto"
+    threads: int = 0
+    seconds: float = 10.0
+
+
+def bench(options: BenchOptions = BenchOptions(), on_progress: OnProgress = silent) -> Result:
+    """Time one network, or two in turn.
+
+    Starts processes, so a script that calls this needs Python's usual `if __name__ == "__main__":`.
+
+    Raises:
+        InputError: There is no size, the seconds are out of range, or a network cannot be loaded or fails.
+    """
+    model, vs, provider, threads = options.model, options.vs, options.provider, options.threads
+    if not options.size:
         raise InputError("`size`: expected at least one, found none")
-    if not 0 <= seconds <= 3600:
-        raise InputError(f"`seconds`: expected 0 to 3600, found {seconds}")
+    expect_between("seconds", options.seconds, 0, 3600)
     facts = machine()
     models = [model] if vs is None else [model, vs]
     sessions = [open_session(path, provider, threads) for path in models]
     derainers = [Derainer(session) for session in sessions]
     timings, ratios = [], []
-    for height, width in sizes:
+    for done, (height, width) in enumerate(options.size):
+        on_progress("Sizes", done, len(options.size))
         peaks = [alone(peak_memory, path, provider, threads, height, width) for path in models]
-        image = noise(height, width)
-        taken = alternate([functools.partial(derain, image) for derain in derainers], seconds)
+        calls = [functools.partial(derain, noise(height, width)) for derain in derainers]
+        taken = alternate(calls, options.seconds, on_progress=on_progress)
         for session, derain, times, (idle, peak) in zip(sessions, derainers, taken, peaks, strict=True):
             low, median, high, p99 = np.quantile(1000 * times, (0.25, 0.5, 0.75, 0.99)).tolist()
-            timings.append(
-                Timing(
-                    os.fspath(session.path),
-                    session.provider,
-                    (height, width),
-                    derain.plan(height, width).count,
-                    len(times),
-                    median,
-                    low,
-                    high,
-                    p99,
-                    len(times) / float(times.sum()),
-                    peak,
-                    idle,
-                )
+            timing = Timing(
+                model=os.fspath(session.path),
+                provider=session.provider,
+                size=(height, width),
+                tiles=derain.plan(height, width).count,
+                rounds=len(times),
+                median=median,
+                low=low,
+                high=high,
+                p99=p99,
+                images_per_second=len(times) / float(times.sum()),
+                peak_mib=peak,
+                idle_mib=idle,
             )
+            timings.append(timing)
         if vs is not None:
             low, median, high = np.quantile(taken[1] / taken[0], (0.25, 0.5, 0.75)).tolist()
             ratios.append(Ratio((height, width), median, low, high))
-    result = Result(facts, tuple(timings), tuple(ratios))
-    for part in report(result):
-        Console().print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
-    return result
-
-
-def alternate(calls: Sequence[Callable[[], object]], seconds: float, rounds: int = ROUNDS) -> NDArray[np.float64]:
-    """Seconds of each of `calls` in each round -> float64 (calls, rounds), warm.
-
-    In every round each is called once, in turn from the first and from the last. As many rounds as fit into `seconds`,
-    by the warm-up's second calls, but at least `rounds`.
-    """
-
-    def timed(call: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        call()
-        return time.perf_counter() - started
-
-    for call in calls:
-        call()
-    rounds = max(rounds, int(seconds / sum(timed(call) for call in calls)))
-    taken = np.empty((len(calls), rounds))
-    with progress() as bar:
-        for i in bar.track(range(rounds), description="Timing"):
-            for which in range(len(calls))[:: 1 if i % 2 == 0 else -1]:
-                taken[which, i] = timed(calls[which])
-    return taken
+    on_progress("Sizes", len(options.size), len(options.size))
+    return Result(facts, tuple(timings), tuple(ratios))
 
 
 def peak_memory(
@@ -194,60 +166,6 @@ def peak_memory(
     for _ in range(2):
         derain(noise(height, width))
     return idle, peak_mib()
-
-
-def peak_mib() -> int | None:
-    """Of this process so far, see `runtime.memory.peak`."""
-    found = memory.peak()
-    return None if found is None else found // 2**20
-
-
-def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a process of its own. Raises InputError where that process dies."""
-    try:
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            return pool.submit(function, *arguments).result()
-    except BrokenProcessPool as error:
-        raise InputError(
-            "the process that measures memory was ended by the system, most often for want of memory; "
-            "take smaller images or a smaller network"
-        ) from error
-
-
-def noise(height: int, width: int) -> NDArray[np.uint8]:
-    """An image of which every pixel is random, the same each time: uint8 (H, W, 3)."""
-    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def machine() -> dict[str, Any]:
-    """The facts that a time depends on. `load` is that of the last minute, before anything is timed."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    facts = {
-        "cpu": _cpu(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "onnxruntime": onnxruntime.__version__,
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "gpu": _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
-    }
-    return {name: value for name, value in facts.items() if value is not None}
-
-
-def _cpu() -> str:
-    try:
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def _output(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def report(result: Result) -> Iterator[Table | str]:
@@ -278,5 +196,19 @@ def report(result: Result) -> Iterator[Table | str]:
     yield ", ".join(f"{name} {value}" for name, value in result.machine.items())
 
 
+def command(options: Annotated[BenchOptions, tyro.conf.OmitArgPrefixes] = BenchOptions()) -> Result:
+    """Time one network, or two in turn, and print a table."""
+    with progress_shown() as on_progress:
+        result = bench(options, on_progress)
+    for part in report(result):
+        Console().print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+    return result
+
+
+def run() -> None:
+    """The command line."""
+    main(command, __doc__, summary=asdict)
+
+
 if __name__ == "__main__":
-    main(bench, __doc__, summary=asdict)
+    run()

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from .errors import GateError, InputError, one_line
-from .pixels import Size
+from .pixels import Size, size_text
 from .progress import OnProgress
 
 try:
@@ -43,6 +43,8 @@ EXTRAS = {
     "tritonclient": "drsformer-deploy[serve]",
 }
 """What to install for a module that is missing."""
+
+UNIT_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 FIRST_LINE_SECONDS, LINE_SECONDS = 2.0, 30.0
 """After which the first line tells the progress of a stage, and the next ones, where there is no terminal."""
@@ -126,13 +128,69 @@ def as_options(message: str) -> str:
 def parse_size(option: str, text: str, multiple: int = 1) -> Size:
     """Height and width from "HxW", as given by an option. Raises InputError for anything else, and where one is no
     multiple of `multiple`, to which images are padded."""
-    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text, re.ASCII)
-    if not match:
-        raise InputError(f"`{option}`: expected height and width as HxW such as 720x1280, found {text!r}")
-    size = int(match[1]), int(match[2])
+    try:
+        size = size_from_text(text)
+    except InputError as error:
+        raise InputError(f"`{option}`: {error}") from None
     if size[0] % multiple or size[1] % multiple:
         raise InputError(f"`{option}`: expected multiples of {multiple}, to which images are padded, found {text}")
     return size
+
+
+def size_from_text(text: str) -> Size:
+    """Height and width from "HxW". Raises InputError for anything else."""
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text, re.ASCII)
+    if not match:
+        raise InputError(f"expected height and width as HxW such as 720x1280, found {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def bytes_from_text(text: str) -> int:
+    """A number of bytes from one with a unit, such as 4GB. Raises InputError for anything else."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?) ?([KMG]I?B|)", text.upper(), re.ASCII)
+    if match is None:
+        raise InputError(f"expected a number of bytes such as 4GB or 500MB, found {text!r}")
+    return int(float(match[1]) * UNIT_BYTES[match[2]])
+
+
+def share_from_text(text: str) -> tuple[int, int]:
+    """The share, from 1, and the number of shares from "I/N". Raises InputError for anything else."""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+    part, parts = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= part <= parts:
+        raise InputError(f"expected I/N from 1/N to N/N, such as 3/8, found {text!r}")
+    return part, parts
+
+
+def hxw(option: str) -> Any:
+    """For `Annotated[Size, hxw("tile")]`, the type of an option that is a height and width."""
+    return _one_word(option, "HxW", size_from_text, size_text)
+
+
+def byte_count(option: str) -> Any:
+    """For `Annotated[int, byte_count("memory")]`, the type of an option that is a number of bytes with a unit."""
+    return _one_word(option, "BYTES", bytes_from_text, str)
+
+
+def share(option: str) -> Any:
+    """For `Annotated[tuple[int, int], share("shard")]`, the type of an option that is a share of the work."""
+    return _one_word(option, "I/N", share_from_text, lambda value: f"{value[0]}/{value[1]}")
+
+
+def _one_word(option: str, metavar: str, parse: Callable[[str], Any], show: Callable[[Any], str]) -> Any:
+    def parse_named(words: list[str]) -> Any:
+        try:
+            return parse(words[0])
+        except InputError as error:
+            raise InputError(f"`{option}`: {error}") from None
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=parse_named,
+        is_instance=lambda value: isinstance(value, (tuple, int)),
+        str_from_instance=lambda value: [show(value)],
+    )
 
 
 def progress(shown: bool = True, **columns: Any) -> Progress:

@@ -25,29 +25,18 @@ from .cli import main
 from .manifest import SIGNATURE, Manifest
 
 
-def info(
-    bundle: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BUNDLE")], public_key: Path | None = None
-) -> Bundle:
-    """Verify a bundle and print what is in it.
-
-    Raises InputError where anything is not as the manifest says.
+def info(bundle: Path, public_key: Path | None = None) -> Bundle:
+    """Open a bundle and verify every file of it.
 
     Args:
-        bundle: the folder.
-        public_key: refuse the bundle unless this key's owner signed it; see runtime/manifest.py.
+        bundle: Folder of the bundle.
+        public_key: Key (PEM, Ed25519) of the one who has to have signed it.
+
+    Raises:
+        InputError: Anything is not as the manifest or the signature says.
     """
     opened = load(bundle, public_key)
     opened.verify()
-    if public_key is not None:
-        signature = f"verified with {public_key}"
-    else:
-        signature = "not verified, as no --public-key was given" if (bundle / SIGNATURE).is_file() else "none"
-    console = Console()
-    for table in tables(opened.manifest):
-        console.print(table)
-    print(f"All {len(opened.manifest.files)} files are as the manifest says. Signature: {signature}.")
-    if unlisted := opened.unlisted():
-        print(f"Not in the manifest: {unlisted}")
     return opened
 
 
@@ -70,10 +59,10 @@ def tables(manifest: Manifest) -> list[Table]:
                     for which, t in (("input", model.input), ("output", model.output))
                 ),
                 ["height and width", f"multiples of {model.size_multiple}" if model.size_multiple > 1 else "any"],
-                ["precision", model.precision or "not told"],
-                ["top-k", model.topk or "not told"],
-                ["weights", (model.weights_sha256 or "not told")[:12]],
-                ["steps", _steps(model.provenance) or "not told"],
+                ["precision", model.precision or "not stated"],
+                ["top-k", model.topk or "not stated"],
+                ["weights", (model.weights_sha256 or "not stated")[:12]],
+                ["steps", _steps(model.provenance) or "not stated"],
                 ["made by", manifest.created_by],
             ],
         ),
@@ -141,5 +130,33 @@ def _db(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
+def command(
+    bundle: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BUNDLE")], public_key: Path | None = None
+) -> Bundle:
+    """Verify a bundle and print what is in it.
+
+    Args:
+        bundle: Folder of the bundle.
+        public_key: Refuse the bundle unless this key's owner signed it; see runtime/bundle.py.
+    """
+    opened = info(bundle, public_key)
+    if public_key is not None:
+        signature = f"verified with {public_key}"
+    else:
+        signature = "not verified, as no --public-key was given" if (bundle / SIGNATURE).is_file() else "none"
+    console = Console()
+    for table in tables(opened.manifest):
+        console.print(table)
+    print(f"All {len(opened.manifest.files)} files are as the manifest says. Signature: {signature}.")
+    if unlisted := opened.unlisted():
+        print(f"Not in the manifest: {unlisted}")
+    return opened
+
+
+def run() -> None:
+    """The command line."""
+    main(command, __doc__, summary)
+
+
 if __name__ == "__main__":
-    main(info, __doc__, summary)
+    run()

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from runtime import InputError
-from runtime.derain import _bytes, derain
+from runtime.cli import bytes_from_text, share_from_text
+from runtime.derain import DerainOptions, derain
 from tests.support.commands import Session, command
 from tests.support.onnx_files import write_network
 
@@ -51,7 +52,7 @@ def test_file_to_file(network, photos, tmp_path, monkeypatch, capsys):
 
 def test_file_into_folder(network, photos, tmp_path):
     (tmp_path / "out").mkdir()
-    report = derain(photos / "a.png", tmp_path / "out", model=network)
+    report = derain(photos / "a.png", tmp_path / "out", DerainOptions(model=network))
     assert report.restored == [tmp_path / "out" / "a.png"]
     assert value(tmp_path / "out" / "a.png") == 50
 
@@ -68,7 +69,7 @@ def test_a_file_is_replaced(network, photos, tmp_path):
     target = tmp_path / "a.png"
     target.write_text("old")
     for _ in range(2):
-        report = derain(photos / "a.png", target, model=network)
+        report = derain(photos / "a.png", target, DerainOptions(model=network))
         assert (report.restored, report.skipped) == ([target], 0)
         assert value(target) == 50
 
@@ -78,7 +79,7 @@ def test_what_is_done_is_left_out_of_a_folder(network, photos, tmp_path, monkeyp
     for names in ({"a.png", "b.JPG", "c.webp"}, set(), {"b.JPG"}):
         if names == {"b.JPG"}:  # was changed since
             os.utime(photos / "b.JPG", (time.time() + 10,) * 2)
-        report = derain(photos, output, model=network)
+        report = derain(photos, output, DerainOptions(model=network))
         assert {path.name for path in report.restored} == names
         assert report.skipped == 3 - len(names)
     os.utime(photos / "b.JPG", (0, 0))
@@ -87,7 +88,7 @@ def test_what_is_done_is_left_out_of_a_folder(network, photos, tmp_path, monkeyp
     before = "3 had been before (--overwrite restores them again)"
     assert capsys.readouterr().out == f"0 of 3 images restored on cpu, {before}: {output}\n"
     (output / "a.png").write_text("anything")
-    assert len(derain(photos, output, model=network, overwrite=True).restored) == 3
+    assert len(derain(photos, output, DerainOptions(model=network, overwrite=True)).restored) == 3
     assert value(output / "a.png") == 50
 
 
@@ -181,19 +182,22 @@ def test_every_image_is_in_one_shard(session, tmp_path):
     Image.new("RGB", (4, 4)).save(photos / "000.png")
     for i in range(1, 200):
         (photos / f"{i:03}.png").write_bytes((photos / "000.png").read_bytes())
-    shards = [[path.name for path in derain(photos, tmp_path / "out", shard=f"{i}/3").restored] for i in (1, 2, 3)]
+    shards = [
+        [path.name for path in derain(photos, tmp_path / "out", DerainOptions(shard=(i, 3))).restored]
+        for i in (1, 2, 3)
+    ]
     assert sorted(name for names in shards for name in names) == [f"{i:03}.png" for i in range(200)]
     assert all(40 < len(names) < 95 for names in shards), [len(names) for names in shards]
     for i in range(100):  # the others stay where they are when images go
         (photos / f"{i:03}.png").unlink()
-    again = [path.name for path in derain(photos, tmp_path / "other", shard="2/3").restored]
+    again = [path.name for path in derain(photos, tmp_path / "other", DerainOptions(shard=(2, 3))).restored]
     assert again == [name for name in shards[1] if name >= "100"]
-    assert derain(photos, tmp_path / "empty", shard="1/100000").restored == []
+    assert derain(photos, tmp_path / "empty", DerainOptions(shard=(1, 100_000))).restored == []
     for text in ("0/3", "4/3", "1", "1/0", "1/3/5", "-1/3", "a/b", "", "1 /3", "¹/3"):
-        with pytest.raises(InputError, match="`shard`: expected I/N"):
-            derain(photos, tmp_path / "out", shard=text)
+        with pytest.raises(InputError, match="expected I/N"):
+            share_from_text(text)
     with pytest.raises(InputError, match="`shard` is for folders"):
-        derain(photos / "199.png", tmp_path / "out.png", shard="1/2")
+        derain(photos / "199.png", tmp_path / "out.png", DerainOptions(shard=(1, 2)))
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".tif", ".png", ".bmp", ".webp"])
@@ -261,18 +265,18 @@ def test_large_images_are_tiled(network, photos, tmp_path, monkeypatch, capsys):
     [("7", 7), ("4GB", 4 * 10**9), ("4 gb", 4 * 10**9), ("1.5MB", 1500000), ("2KiB", 2048), ("3GiB", 3 * 2**30)],
 )
 def test_memory_has_units(text, number):
-    assert _bytes(text) == number
+    assert bytes_from_text(text) == number
 
 
 def test_the_limit_of_pixels_can_be_moved(network, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 69)  # 9x7 and 10x7, the second above it
-    report = derain(photos, tmp_path / "out", model=network)
+    report = derain(photos, tmp_path / "out", DerainOptions(model=network))
     assert [path.name for path in report.restored] == ["a.png"]
     assert "more than 69 pixels" in report.failures[0]
     assert "--max-pixels" in report.failures[0]
-    assert not derain(photos, tmp_path / "out", model=network, max_pixels=1000).failures
-    with pytest.raises(InputError, match="`max_pixels`: expected 1 or more"):
-        derain(photos, tmp_path / "out", model=network, max_pixels=0)
+    assert not derain(photos, tmp_path / "out", DerainOptions(model=network, max_pixels=1000)).failures
+    with pytest.raises(InputError, match="`max_pixels`: expected at least 1"):
+        derain(photos, tmp_path / "out", DerainOptions(model=network, max_pixels=0))
 
 
 def test_bad_arguments_end_with_one_line_and_status_2(network, photos, tmp_path, monkeypatch, capsys):
@@ -317,7 +321,7 @@ def test_transparency_is_checked_before_the_network_runs(photos, tmp_path):
     network = write_network(tmp_path / "static.onnx", shape=(1, 3, 64, 64))  # would refuse the size
     Image.new("RGBA", (8, 8)).save(photos / "a.png")
     with pytest.raises(InputError, match="cannot hold the transparency"):
-        derain(photos / "a.png", tmp_path / "a.jpg", model=network)
+        derain(photos / "a.png", tmp_path / "a.jpg", DerainOptions(model=network))
 
 
 WITHOUT_TORCH = """
@@ -337,7 +341,7 @@ for module in pkgutil.walk_packages(runtime.__path__, "runtime."):
     print(module.name)
 sys.argv[0] = "derain"
 del sys.modules["runtime.derain"]
-runpy.run_module("runtime.derain", run_name="__main__")
+runpy.run_module("runtime.derain", run_name="__main__", alter_sys=True)
 """
 
 

@@ -38,11 +38,12 @@ from drsformer.model import DRSformer
 from export.onnx import export
 from export.validate import validate
 from runtime import InputError, images, tiling
-from runtime.bench import bench
+from runtime.bench import command as bench
 from runtime.bundle import load
 from runtime.cli import main
-from runtime.derain import derain
-from runtime.info import info, summary, tables
+from runtime.derain import command as derain
+from runtime.info import command as info
+from runtime.info import summary, tables
 from tests.support.bundles import write_bundle
 from tests.support.networks import SMALL, fill
 from tests.support.onnx_files import write_network
@@ -361,7 +362,7 @@ def place(tmp_path_factory) -> Path:
 def quick_bench(monkeypatch):
     """`bench` without what takes its time."""
     monkeypatch.setattr("runtime.bench.alone", lambda function, *arguments: (None, None))
-    monkeypatch.setattr("runtime.bench.alternate", lambda calls, seconds: np.ones((len(calls), 2)))
+    monkeypatch.setattr("runtime.bench.alternate", lambda calls, seconds, on_progress: np.ones((len(calls), 2)))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

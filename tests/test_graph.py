@@ -14,8 +14,8 @@ from benchmarks import graph as benchmark
 from benchmarks.contestants import from_preset
 from benchmarks.graph import FORMS, LIMITS, Contestant, exported, formed, graph, missed, restored
 from drsformer.config import PRESETS
-from runtime.bench import alone
 from runtime.errors import InputError
+from runtime.timing import alone
 
 MICRO = "micro"
 

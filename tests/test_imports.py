@@ -25,7 +25,7 @@ RUNTIME = [
     *("manifest", "bundle"),
     *("ort", "trt", "choice", "footprint"),
     *("session", "images", "pipeline", "video"),  # the roof, and the files that it restores
-    *("cli", "bench", "derain", "info", "triton"),
+    *("timing", "cli", "bench", "derain", "info", "triton"),
 ]
 """Files of the runtime from the ground up; each imports only files before it."""
 

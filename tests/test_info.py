@@ -25,7 +25,7 @@ def command(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["info", *map(str, arguments)])
     monkeypatch.delitem(sys.modules, "runtime.info", raising=False)
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_module("runtime.info", run_name="__main__")
+        runpy.run_module("runtime.info", run_name="__main__", alter_sys=True)
     assert isinstance(stopped.value.code, int)
     return stopped.value.code, *capsys.readouterr()
 

@@ -19,7 +19,7 @@ import pytest
 from export.validate import open_candidate
 from runtime import Derainer, InputError, trt
 from runtime.bundle import Bundle, describe_file, load, save
-from runtime.derain import derain
+from runtime.derain import DerainOptions, derain
 from runtime.errors import MismatchError
 from runtime.images import Photo, read_rgb
 from runtime.manifest import Manifest, Profile, Tensor, parse
@@ -129,7 +129,7 @@ def test_derains_as_the_bare_model(bundle, tmp_path):
     np.testing.assert_array_equal(Derainer(bundle, provider="cpu")(image), expected)
     np.testing.assert_array_equal(Derainer(str(bundle), provider="cpu")(image), expected)
     Photo(image).save(tmp_path / "in.png")
-    derain(tmp_path / "in.png", tmp_path / "out.png", bundle, "cpu")
+    derain(tmp_path / "in.png", tmp_path / "out.png", DerainOptions(bundle, "cpu"))
     np.testing.assert_array_equal(read_rgb(tmp_path / "out.png"), expected)
     np.testing.assert_array_equal(Derainer(open_candidate(bundle, "cpu"))(image), expected)
 
@@ -545,7 +545,7 @@ def test_unsigned_where_a_signature_is_demanded(bundle, keys, tmp_path):
     images = tmp_path / "in.png"
     Photo(np.zeros((8, 8, 3), np.uint8)).save(images)
     assert "expected a bundle signed for" in refusal(
-        derain, images, tmp_path / "out.png", bundle, public_key=keys / "public.pem"
+        derain, images, tmp_path / "out.png", DerainOptions(bundle, public_key=keys / "public.pem")
     )
 
 

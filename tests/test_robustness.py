@@ -25,7 +25,7 @@ from PIL import Image, TiffImagePlugin
 from runtime import Derainer, InputError, images
 from runtime.bundle import load
 from runtime.cli import main
-from runtime.derain import derain
+from runtime.derain import DerainOptions, derain
 from runtime.files import writing
 from runtime.images import Photo
 from runtime.ort import MAX_THREADS, OrtSession
@@ -83,15 +83,15 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 
 LOAD_ALL = """
 import sys
-from runtime import InputError, bench, images
+from runtime import InputError, images, timing
 images.load("docs/photographs/chelsea.jpg")
-before = bench.peak_mib()
+before = timing.peak_mib()
 for path in sys.argv[1:]:
     try:
         print(path, images.load(path).rgb.shape)
     except InputError as error:
         print(error)
-print(bench.peak_mib() - before)
+print(timing.peak_mib() - before)
 """
 
 
@@ -193,7 +193,7 @@ def test_pickles_are_no_models(tmp_path):
 def test_weights_that_are_no_numbers(tmp_path, scale):
     path = write_network(tmp_path / "m.onnx", scale=scale)
     Photo(noise(8, 8)).save(tmp_path / "in.png")
-    assert "NaN or infinity" in refusal(derain, tmp_path / "in.png", tmp_path / "out.png", path)
+    assert "NaN or infinity" in refusal(derain, tmp_path / "in.png", tmp_path / "out.png", DerainOptions(path))
     assert not (tmp_path / "out.png").exists()
 
 
@@ -379,7 +379,7 @@ def test_child_of_a_fork_may_use_it(threads):
 SPAWNED = """
 import multiprocessing, sys
 import numpy as np
-from runtime import manifest
+from runtime.bundle import load
 from runtime.session import Derainer, open_session
 
 image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)

@@ -14,7 +14,7 @@ def command(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["derain", *map(str, arguments)])
     monkeypatch.delitem(sys.modules, "runtime.derain", raising=False)
     with pytest.raises(SystemExit) as stop:
-        runpy.run_module("runtime.derain", run_name="__main__")
+        runpy.run_module("runtime.derain", run_name="__main__", alter_sys=True)
     return stop.value.code
 
 
