@@ -44,12 +44,13 @@ from .timing import alone, alternate, machine, noise, peak_mib
 class Timing:
     """Milliseconds of one network on images of one size.
 
-    provider:   where it ran.
-    size:       height and width.
-    tiles:      into how many the image is cut where memory or the network demand it; 1 as a whole.
-    low, high:  the quartiles.
-    peak_mib:   peak memory of a process with this network; None where the system does not tell (it is read in /proc).
-    idle_mib:   of that the peak before the network was loaded: Python and the libraries.
+    Attributes:
+        provider: Where it ran.
+        size: Height and width.
+        tiles: Number of tiles of the image where memory or the network demand them; 1 as a whole.
+        low, high: The quartiles.
+        peak_mib: Peak memory of a process with this network; None where the system does not tell (it is read in /proc).
+        idle_mib: Peak memory before the network was loaded: Python and the libraries.
     """
 
     model: str

@@ -86,10 +86,13 @@ class Bundle:
 def load(folder: str | os.PathLike[str], public_key: str | os.PathLike[str] | None = None) -> Bundle:
     """Open a bundle. Its files are verified as they are read.
 
-    public_key: of the one who has to have signed it (PEM, Ed25519), who may as well give the private key.
+    Args:
+        folder: Folder of the bundle.
+        public_key: Key (PEM, Ed25519) of the one who has to have signed it; their private key will do as well.
 
-    Raises InputError for a folder that is no bundle, an unknown schema, a manifest with an unknown, missing or wrong
-    field, and with a public key, for a missing or wrong signature.
+    Raises:
+        InputError: For a folder that is no bundle, an unknown schema, a manifest with an unknown, missing or wrong
+            field, and with a public key, for a missing or wrong signature.
     """
     folder = Path(folder)
     path = _inside(folder, MANIFEST)
@@ -118,8 +121,10 @@ def save(manifest: Manifest, folder: Path, key: Path | None = None) -> Bundle:
     """Verify the files in `folder` and make it a bundle, signed if there is a private key (PEM, Ed25519).
 
     Comes last: a folder is a bundle from the moment that it has a manifest. Without a key, a former signature goes.
-    Raises InputError where files differ from the manifest, a field has another type than it says, or the key cannot be
-    used.
+
+    Raises:
+        InputError: Where files differ from the manifest, a field has another type than it says, or the key cannot be
+            used.
     """
     bundle = Bundle(folder, manifest)
     bundle.verify()

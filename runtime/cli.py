@@ -66,9 +66,10 @@ def main(
 ) -> NoReturn:
     """Run `function` as a command and exit.
 
-    description: what --help opens with; by convention the module's docstring, which begins with examples.
-    summary:     makes a JSON object of the result, printed as the last line of standard output; None prints nothing.
-    status:      makes the exit status of the result.
+    Args:
+        description: What --help opens with; by convention the module's docstring, which begins with examples.
+        summary: Makes a JSON object of the result, printed as the last line of standard output; None prints nothing.
+        status: Makes the exit status of the result.
     """
     logging.basicConfig(handlers=[Remarks(logging.WARNING)], force=True)
     for stream in (sys.stdout, sys.stderr):

@@ -51,12 +51,13 @@ VIDEOS = (".mp4", ".m4v", ".mov", ".mkv")
 class Report:
     """What was done.
 
-    restored: the files written.
-    failures: one line for each image that could not be restored, and for each fault of a video.
-    skipped:  how many images of a folder had been restored before.
-    tiled:    how many images were cut into tiles.
-    provider: where the network ran.
-    frames:   how many of a video were restored.
+    Attributes:
+        restored: The files written.
+        failures: One line for each image that could not be restored, and for each fault of a video.
+        skipped: How many images of a folder had been restored before.
+        tiled: How many images were cut into tiles.
+        provider: Where the network ran.
+        frames: How many of a video were restored.
     """
 
     restored: list[Path]

@@ -25,8 +25,11 @@ def writing(path: str | os.PathLike[str], mode: int = 0o666) -> Iterator[Path]:
     """A temporary path beside `path` to write to, which takes its name when the block ends and vanishes when it fails.
 
     Missing parent folders are made. The temporary name keeps the suffix, from which libraries guess the format. `mode`:
-    permissions of the file, less those in the process's umask. Raises InputError where `path` is something else than a
-    file, which would be replaced too; an OSError, such as that of a full disk, names `path`.
+    permissions of the file, less those in the process's umask.
+
+    Raises:
+        InputError: Where `path` is something else than a file, which would be replaced too; an OSError, such as that of
+            a full disk, names `path`.
     """
     path = Path(path)
     if path.exists() and not path.is_file():

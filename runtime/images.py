@@ -33,7 +33,7 @@ from .files import writing
 FORMATS = {
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF",
 }  # fmt: skip
-"""Pillow's format by the suffix of the file to write. Files to read are told by their content."""
+"""Pillow's format by the suffix of the file to write. Files to read are recognised by their content."""
 
 SUFFIXES = tuple(FORMATS)
 
@@ -56,12 +56,13 @@ stored it. In a TIFF file the two stand side by side."""
 class Photo:
     """An image and what has to be written with it.
 
-    rgb:   uint8 (H, W, 3), upright.
-    alpha: uint8 (H, W), or None.
-    grey:  whether it is written as one channel. Its `rgb` then has three equal channels when loaded.
-    lossy: whether it came from a lossy file.
-    exif, icc_profile: as bytes; empty where there is none.
-    dpi:   pixels an inch in print, across and down; None where nothing is said.
+    Attributes:
+        rgb: uint8 (H, W, 3), upright.
+        alpha: uint8 (H, W), or None.
+        grey: Whether it is written as one channel. Its `rgb` then has three equal channels when loaded.
+        lossy: Whether it came from a lossy file.
+        exif, icc_profile: As bytes; empty where there is none.
+        dpi: Pixels an inch in print, across and down; None where nothing is said.
     """
 
     rgb: NDArray[np.uint8]
@@ -93,9 +94,11 @@ class Photo:
         """Write the image in the format of the suffix, whole or not at all; missing parent folders are made.
 
         JPEG in quality 95 without chroma subsampling; WebP in quality 95 if the image came from a lossy file, else
-        without loss; TIFF uncompressed, as Pillow's compressor cannot take EXIF data. BMP holds neither EXIF nor an
-        ICC profile, WebP has no grey. Raises InputError as `check` does and where the format cannot hold so much EXIF
-        data.
+        without loss; TIFF uncompressed, as Pillow's compressor cannot take EXIF data. BMP holds neither EXIF nor an ICC
+        profile, WebP has no grey.
+
+        Raises:
+            InputError: As `check` does and where the format cannot hold so much EXIF data.
         """
         self.check(path)
         image = Image.fromarray(self.rgb)
@@ -119,7 +122,7 @@ class Photo:
 
 
 def load(path: str | os.PathLike[str]) -> Photo:
-    """Read a PNG, JPEG, WebP, BMP or TIFF file, told by its content. Raises InputError for a file that is missing,
+    """Read a PNG, JPEG, WebP, BMP or TIFF file, recognised by its content. Raises InputError for a file that is missing,
     broken, or refused (the head of this file says which)."""
     if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for a writer
         raise InputError(f"{path}: expected an image file, found a folder, a pipe or a device")

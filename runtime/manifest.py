@@ -68,14 +68,15 @@ class Tensor:
 class Model:
     """The network. What its ONNX file does not tell, as one from elsewhere may not, is None.
 
-    file:           name of the ONNX file.
-    io:             "tensor" for float32 (1, 3, H, W) in [0, 1], "image" for uint8 (1, H, W, 3).
-    size_multiple:  what height and width have to be multiples of; 1 for any size.
-    precision:      what it computes in, such as "fp16".
-    topk:           the pattern by which the attention keeps its k largest scores.
-    config:         of the network, see drsformer/config.py.
-    weights_sha256: hash of the checkpoint that it was exported from.
-    provenance:     of that checkpoint: what it was trained on, its parent, and the steps taken with their options.
+    Attributes:
+        file: Name of the ONNX file.
+        io: "tensor" for float32 (1, 3, H, W) in [0, 1], "image" for uint8 (1, H, W, 3).
+        size_multiple: Number that height and width have to be multiples of; 1 for any size.
+        precision: What it computes in, such as "fp16".
+        topk: The pattern by which the attention keeps its k largest scores.
+        config: Config of the network, see drsformer/config.py.
+        weights_sha256: Hash of the checkpoint that it was exported from.
+        provenance: Origin of that checkpoint: what it was trained on, its parent, and the steps taken with their options.
     """
 
     file: str
@@ -125,12 +126,13 @@ class Profile:
 class Engine:
     """A plan: the network compiled by one version of a library for some GPUs.
 
-    file:                 name of the plan.
-    version:              of the library, in full.
-    compute_capabilities: of the GPUs that it was built for, such as "8.6".
-    flags:                what the builder was told besides, by name, such as {"version_compatible": true}.
-    onnx_sha256:          hash of the ONNX file that it was built from, which is the bundle's.
-    build_seconds:        how long that took; None where nobody looked.
+    Attributes:
+        file: Name of the plan.
+        version: Version of the library, in full.
+        compute_capabilities: Kinds of GPU that it was built for, such as "8.6".
+        flags: Further settings of the builder, by name, such as {"version_compatible": true}.
+        onnx_sha256: Hash of the ONNX file that it was built from, which is the bundle's.
+        build_seconds: How long that took; None where nobody looked.
     """
 
     file: str

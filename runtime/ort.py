@@ -47,18 +47,22 @@ MAX_THREADS = 256
 class OrtSession:
     """A `runtime.session.Session` on ONNX Runtime.
 
-    model:    path of the .onnx file, or a bundle that has one; None is the network that ships with the project.
-    provider: "auto" takes CUDA where it works, else the CPU; "cpu"; "cuda"; "ort-tensorrt".
-    threads:  how many CPU threads one run uses; 0 is one for each core.
-
     The graph has one input `input` and one output `output`, either both float32 (1, 3, H, W) or, exported with
     `--io image`, both uint8 (1, H, W, 3) of any size. `run` is the same for both: to a graph of images it hands an
     image, which loses nothing where the batch came from one, and its answer is then in steps of 1/255.
 
     Attributes besides those of `Session`: `path`, of the file; `metadata`, the strings that export wrote into it;
     `input` and `output`; `provider`, the one that runs; and `threads`. ONNX Runtime keeps the memory of the largest
-    image so far. Raises InputError for a file that is missing, broken, another network or other than its bundle says,
-    and for a provider that is not there.
+    image so far.
+
+    Args:
+        model: Path of the .onnx file, or a bundle that has one; None is the network that ships with the project.
+        provider: "auto" takes CUDA where it works, else the CPU; "cpu"; "cuda"; "ort-tensorrt".
+        threads: How many CPU threads one run uses; 0 is one for each core.
+
+    Raises:
+        InputError: For a file that is missing, broken, another network or other than its bundle says, and for a
+            provider that is not there.
     """
 
     multiple: int

@@ -36,8 +36,9 @@ def to_image(batch: NDArray[np.float32]) -> NDArray[np.uint8]:
 class GraphIO:
     """What a graph eats.
 
-    io:       tensors or images.
-    multiple: height and width have to be multiples of this; 1 where any size will do.
+    Attributes:
+        io: Tensors or images.
+        multiple: Height and width have to be multiples of this; 1 where any size will do.
     """
 
     io: IO

@@ -49,13 +49,13 @@ full one took in ONNX Runtime."""
 class Session(Protocol):
     """A network in one engine, ready to run.
 
-    multiple:  the height and width that `run` takes are multiples of this; 1 where any size will do.
+    One without `limits` takes any size, and nobody knows the memory of one without `footprint`.
 
-    A session may have two attributes more; one that lacks them takes any size, and nobody knows its memory:
-
-    limits:    pairs of the smallest and the largest (height, width), one of which is enough; () for any size.
-    footprint: `runtime.footprint.Footprint`, or None where it is not known. Where the session lacks it and its
-               `provider` is "cpu", as of ONNX Runtime, it is measured when it is needed, which may take seconds.
+    Attributes:
+        multiple: The height and width that `run` takes are multiples of this; 1 where any size will do.
+        limits: Pairs of the smallest and the largest (height, width), one of which is enough; () for any size.
+        footprint: `runtime.footprint.Footprint`, or None where it is not known. Where the session lacks it and its
+            `provider` is "cpu", as of ONNX Runtime, it is measured when it is needed, which may take seconds.
     """
 
     multiple: int
@@ -68,19 +68,21 @@ class Session(Protocol):
 class Derainer:
     """Takes the rain out of images. Keeps no state between calls, so threads may share one.
 
-    model:      path of a bundle or of a .onnx file, or a session of any engine; None is the network that ships with
-                the project.
-    provider:   see `open_session`; not for a session.
-    public_key: of the one who has to have signed the bundle (PEM, Ed25519).
-    memory:     bytes that the whole process may take for one image; None is three quarters of what is free when this
-                object is made, where the system and the session tell. Threads that share one take it each.
-    tile:       height and width of the tiles into which larger images are cut, whatever the memory.
-    overlap:    pixels that those tiles share; None is 64, or a quarter of the shorter side.
-
     Tiles depend on the memory, and the answer on the tiles: give one of the two for the same bytes on every machine.
 
-    Raises InputError for a model that cannot be loaded, a bundle whose files are not those of its manifest, a provider
-    that is not there, and a memory, tile or overlap that cannot be.
+    Args:
+        model: Path of a bundle or of a .onnx file, or a session of any engine; None is the network that ships with the
+            project.
+        provider: See `open_session`; not for a session.
+        public_key: Key (PEM, Ed25519) of the one who has to have signed the bundle.
+        memory: Bytes that the whole process may take for one image; None is three quarters of what is free when this
+            object is made, where the system and the session tell. Threads that share one take it each.
+        tile: Height and width of the tiles into which larger images are cut, whatever the memory.
+        overlap: Pixels that those tiles share; None is 64, or a quarter of the shorter side.
+
+    Raises:
+        InputError: For a model that cannot be loaded, a bundle whose files are not those of its manifest, a provider
+            that is not there, and a memory, tile or overlap that cannot be.
     """
 
     session: Session
@@ -127,8 +129,9 @@ class Derainer:
         limits is padded up to them. If `plan` says so it is the padded image that is cut into tiles; `on_tile` is told
         how many of them are done, and of how many.
 
-        Raises InputError for any other array, for an image whose tiles would not fit into the memory, and where the
-        network answers with NaN or infinity.
+        Raises:
+            InputError: For any other array, for an image whose tiles would not fit into the memory, and where the
+                network answers with NaN or infinity.
         """
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
@@ -190,7 +193,7 @@ def open_session(
             else CUDA where it works, or else the CPU. Why "auto" does not take an engine is logged: as a warning, or
             where there is no GPU as information.
         threads: CPU threads, 0 for all cores.
-        public_key: Of the one who has to have signed the bundle (PEM, Ed25519).
+        public_key: Key (PEM, Ed25519) of the one who has to have signed the bundle.
 
     Raises:
         InputError: The model cannot be loaded, a bundle's files are not those of its manifest, or the provider is not

@@ -46,11 +46,13 @@ ALIGNMENT = 16
 class Plan:
     """How an image is cut. The image as a whole is one tile of its own size.
 
-    size:    of the image, already padded to what the network takes.
-    tile:    of every tile; no side is longer than the image's.
-    overlap: pixels that neighbours share at least, no more than half of a side on which there are several tiles.
+    Attributes:
+        size: Size of the image, already padded to what the network takes.
+        tile: Size of every tile; no side is longer than the image's.
+        overlap: Pixels that neighbours share at least, no more than half of a side on which there are several tiles.
 
-    Raises InputError for a tile or an overlap that is none.
+    Raises:
+        InputError: For a tile or an overlap that is none.
     """
 
     size: Size
@@ -92,14 +94,18 @@ def plan(
     """The whole image if it fits, else large tiles. An image that is smaller than the network takes is padded further,
     and no more than it has to be.
 
-    size:     of the image, already padded to `multiple`.
-    limits:   the smallest and the largest size that the network takes, one pair of which is enough; none for any size.
-    pixels:   how many a tile may have.
-    tile:     the size of tiles where it is asked for, whatever `pixels`; a side that is longer than the image is cut.
-    overlap:  of those; None for as much as other tiles have.
+    A tile that is asked for and is within no limits is left to the network to refuse.
 
-    A tile that is asked for and is within no limits is left to the network to refuse. Raises InputError for a tile that
-    is not in multiples, and where tiles would have to be smaller than `LEAST`.
+    Args:
+        size: Size of the image, already padded to `multiple`.
+        limits: The smallest and the largest size that the network takes, one pair of which is enough; none for any
+            size.
+        pixels: How many a tile may have.
+        tile: The size of tiles where it is asked for, whatever `pixels`; a side that is longer than the image is cut.
+        overlap: Pixels that such tiles share; None for as many as others do.
+
+    Raises:
+        InputError: For a tile that is not in multiples, and where tiles would have to be smaller than `LEAST`.
     """
     if tile and any(side < 1 or side % multiple for side in tile):
         raise InputError(f"expected tiles in multiples of {multiple} pixels, found {size_text(tile)}")
@@ -137,8 +143,9 @@ def blend(
 ) -> NDArray[np.float32]:
     """The image of all tiles, float32 (1, 3, H, W).
 
-    restore: answers to the rows and columns of a tile with its float32 (1, 3, h, w). It is called from the top down and
-             from left to right.
+    Args:
+        restore: Answers to the rows and columns of a tile with its float32 (1, 3, h, w). It is called from the top down
+            and from left to right.
     """
     (H, W), (h, w) = plan.size, plan.tile
     tiles = list(itertools.product(split(H, h, plan.overlap), split(W, w, plan.overlap)))

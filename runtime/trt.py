@@ -42,12 +42,13 @@ from .pixels import size_text
 class Library:
     """One of NVIDIA's libraries, and in what it differs from the other.
 
-    modules:      to import in this order; the last one is the API.
-    install:      how to get it.
-    capabilities: GPUs that an engine is built for if none are named; None where only those that are in the machine.
-    options:      of `export.tensorrt`, those that it has.
-    jit:          it compiles kernels at run time: it can keep them in a cache, and captures CUDA graphs by itself,
-                  since only it knows when a kernel is the final one.
+    Attributes:
+        modules: Names of the modules to import, in this order; the last one is the API.
+        install: How to get it.
+        capabilities: GPUs that an engine is built for if none are named; None where only those that are in the machine.
+        options: Options of `export.tensorrt` that it has.
+        jit: It compiles kernels at run time: it can keep them in a cache, and captures CUDA graphs by itself, since
+            only it knows when a kernel is the final one.
     """
 
     title: str
@@ -136,19 +137,20 @@ def gpu() -> str:
 class TrtSession:
     """A `runtime.session.Session` on an engine of a bundle.
 
-    bundle:      from `runtime.bundle.load`.
-    engine:      of it, for the GPU and the library that are here, see `runtime.choice`.
-    sizes:       for how many image sizes the context, and with it the CUDA graph, is kept; the longest unused goes
-                 first.
-    cuda_graphs: replay the launches of a size from its second run on.
-
     The GPU is the current one of the thread that makes the session, whichever threads run it (see `gpu`). The first run
     at a new size sets up, and with TensorRT for RTX compiles kernels, which are kept in a file beside the bundle (see
     `cache_path`). Memory on the GPU: input and output for the largest size of the engine's profiles, and for the rest
     what the largest image so far needs. `close`, not during a run, frees it; so does the end of the session's life.
 
-    Raises InputError where there is no driver, no engine for the GPU, not the library or another version of it, and for
-    files that are not what the manifest says.
+    Args:
+        bundle: From `runtime.bundle.load`.
+        engine: One of its engines, for the GPU and the library that are here, see `runtime.choice`.
+        sizes: For how many image sizes the context, and with it the CUDA graph, is kept; the longest unused goes first.
+        cuda_graphs: Replay the launches of a size from its second run on.
+
+    Raises:
+        InputError: Where there is no driver, no engine for the GPU, not the library or another version of it, and for
+            files that are not what the manifest says.
     """
 
     provider = "tensorrt"

@@ -55,7 +55,7 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 logger = logging.getLogger(__name__)
 
 FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
-"""FFmpeg's format by the suffix of the file to write. Files to read are told by their content."""
+"""FFmpeg's format by the suffix of the file to write. Files to read are recognised by their content."""
 
 READABLE = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,mxf"
 """FFmpeg's formats that hold a video in one file. It knows others, playlists for one, that open any file they name."""
@@ -79,8 +79,9 @@ EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_
 class Result:
     """What became of a video.
 
-    frames:   how many were restored and written.
-    failures: one line for each fault of the source, although a target was written.
+    Attributes:
+        frames: How many were restored and written.
+        failures: One line for each fault of the source, although a target was written.
     """
 
     frames: int
@@ -91,8 +92,9 @@ class Result:
 class Picture:
     """A frame.
 
-    rgb:  uint8 (H, W, 3), upright.
-    time: when it is shown, in units of the video stream's time base.
+    Attributes:
+        rgb: uint8 (H, W, 3), upright.
+        time: When it is shown, in units of the video stream's time base.
     """
 
     rgb: NDArray[np.uint8]
@@ -108,15 +110,17 @@ def restore(
 ) -> Result:
     """Restore a video file into another, whole or not at all.
 
-    derain: uint8 (H, W, 3) RGB -> the same, such as a Derainer.
-    crf:    x264's quality, from 0, the best, to 51.
-
     What is not kept is logged as a warning. Damaged frames are left out and counted; of a file that breaks off, what
     comes before is restored. On ctrl-C the frame at hand is dropped, the frames before it become the target, which is
     playable, and KeyboardInterrupt goes on.
 
-    Raises InputError where the source is no video or one that is refused, where the target's format cannot hold it,
-    and for a frame that `derain` refuses; OSError where the target cannot be written.
+    Args:
+        derain: Function of uint8 (H, W, 3) RGB -> the same, such as a Derainer.
+        crf: x264's quality, from 0, the best, to 51.
+
+    Raises:
+        InputError: Where the source is no video or one that is refused, where the target's format cannot hold it, and
+            for a frame that `derain` refuses; OSError where the target cannot be written.
     """
     source, target = Path(source), Path(target)
     if target.suffix.lower() not in FORMATS:
@@ -198,7 +202,8 @@ def _create(temporary: Path, target: Path) -> Iterator[OutputContainer]:
 class _Converter:
     """Turns the frames of a video into upright RGB and back, by their own colour matrix and range; FFmpeg would guess.
 
-    first: the first frame; all others are taken to be like it, and scaled to its size where they are not.
+    Args:
+        first: The first frame; all others are taken to be like it, and scaled to its size where they are not.
     """
 
     def __init__(self, path: Path, first: VideoFrame) -> None:
@@ -282,13 +287,14 @@ def _orientation(matrix: tuple[int, ...] | None) -> tuple[bool, int, int]:
 class _Reader:
     """The streams of an open video file, and what comes out of them.
 
-    stream:    the video stream.
-    copied:    the streams whose packets are copied.
-    items:     pictures, and packets to copy, in the order of the file, with times from its start.
-    converter: between frames and pictures.
-    first:     the first frame.
-    expected:  how many frames there probably are; None where nothing tells.
-    damaged:   how many packets were so far.
+    Args:
+        stream: The video stream.
+        copied: The streams whose packets are copied.
+        items: Pictures, and packets to copy, in the order of the file, with times from its start.
+        converter: Between frames and pictures.
+        first: The first frame.
+        expected: How many frames there probably are; None where nothing tells.
+        damaged: How many packets were so far.
     """
 
     def __init__(self, path: Path, container: InputContainer) -> None:
@@ -393,9 +399,10 @@ class _Reader:
 class _Writer:
     """Encodes pictures into an open container, and copies packets into it.
 
-    frames:  how many were written.
-    damaged: how many packets could not be copied.
-    remarks: one line for each thing that the format cannot hold.
+    Args:
+        frames: How many were written.
+        damaged: How many packets could not be copied.
+        remarks: One line for each thing that the format cannot hold.
     """
 
     def __init__(self, path: Path, output: OutputContainer, reader: _Reader, crf: int) -> None:
