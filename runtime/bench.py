@@ -197,7 +197,7 @@ def report(result: Result) -> Iterator[Table | str]:
     yield ", ".join(f"{name} {value}" for name, value in result.machine.items())
 
 
-def command(options: Annotated[BenchOptions, tyro.conf.OmitArgPrefixes] = BenchOptions()) -> Result:
+def command(options: Annotated[BenchOptions, tyro.conf.arg(name="")] = BenchOptions()) -> Result:
     """Time one network, or two in turn, and print a table."""
     with progress_shown() as on_progress:
         result = bench(options, on_progress)

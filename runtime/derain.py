@@ -145,7 +145,7 @@ def derain(
 def command(
     input: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="INPUT")],
     output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUTPUT")],
-    options: Annotated[DerainOptions, tyro.conf.OmitArgPrefixes] = DerainOptions(),
+    options: Annotated[DerainOptions, tyro.conf.arg(name="")] = DerainOptions(),
 ) -> Report:
     """Restore INPUT into OUTPUT and print how many images or frames that were.
 

@@ -122,8 +122,11 @@ class Photo:
 
 
 def load(path: str | os.PathLike[str]) -> Photo:
-    """Read a PNG, JPEG, WebP, BMP or TIFF file, recognised by its content. Raises InputError for a file that is missing,
-    broken, or refused (the head of this file says which)."""
+    """Read a PNG, JPEG, WebP, BMP or TIFF file, recognised by its content.
+
+    Raises:
+        InputError: The file is missing, broken, or refused (the head of this file says which).
+    """
     if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for a writer
         raise InputError(f"{path}: expected an image file, found a folder, a pipe or a device")
     try:

@@ -76,7 +76,7 @@ class Model:
         topk: The pattern by which the attention keeps its k largest scores.
         config: Config of the network, see drsformer/config.py.
         weights_sha256: Hash of the checkpoint that it was exported from.
-        provenance: Origin of that checkpoint: what it was trained on, its parent, and the steps taken with their options.
+        provenance: Origin of that checkpoint: its training data, its parent, and the steps taken with their options.
     """
 
     file: str
