@@ -24,6 +24,7 @@ from runtime import Derainer, InputError
 from runtime.bundle import load
 from runtime.manifest import Profile, parse
 from runtime.pixels import size_text
+from runtime.version import __version__
 from tests.support.bundles import ENGINES, flip, make_keys, rewrite, write_bundle
 from tests.support.tensorrt import PROFILES, make_bundle
 
@@ -72,7 +73,8 @@ def build(tmp_path_factory) -> Path:
     )
     said = " ".join((configured.stdout + configured.stderr).decode().split())
     assert configured.returncode == 0, said
-    assert "CUDA 1" in said or "Only the core library is built (bundles, image contract, tiles), no Derainer" in said
+    core = "Only the core (bundles, image contract, tiles) and derainer-info are built, not the library"
+    assert "CUDA 1" in said or core in said
     compile_and_install(folder, folder / "installed")
     return folder
 
@@ -128,19 +130,24 @@ def test_own_tests(build):
     assert b"100% tests passed" in succeed("ctest", "--test-dir", build, "--output-on-failure")
 
 
-def test_installed_package(build, tmp_path):
-    consumer = make_consumer(build / "installed", tmp_path / "consumer")
-    done = run(consumer, write_bundle(tmp_path / "bundle"))
-    assert done.returncode == 0 or b"CUDA finds no NVIDIA GPU" in done.stderr
-    (tmp_path / "bundle" / "manifest.json").unlink()
-    done = run(consumer, tmp_path / "bundle")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[1] == b"path.has_value()"
+def test_version_is_that_of_python(tmp_path):
+    """In a copy of the runtime alone, too, such as a source distribution."""
+    shutil.copytree(SOURCE, tmp_path / "runtime" / "cpp")
+    (tmp_path / "runtime" / "VERSION").write_text("7.8.9\n")
+    succeed("cmake", "-S", tmp_path / "runtime" / "cpp", "-B", tmp_path / "build", "-DDERAINER_TESTS=OFF")
+    assert "CMAKE_PROJECT_VERSION:STATIC=7.8.9" in (tmp_path / "build" / "CMakeCache.txt").read_text().splitlines()
+
+
+def test_installed_program(build, tmp_path):
     info = build / "installed" / "bin" / "derainer-info"
-    assert b"found none at" in run(info, tmp_path / "bundle").stderr
+    bundle = write_bundle(tmp_path / "bundle")
+    assert b"All 4 files are as the manifest says" in succeed(info, bundle)
+    (bundle / "manifest.json").unlink()
+    assert b"found none at" in run(info, bundle).stderr
 
 
-def test_installed_package_finds_the_sdk_it_was_linked_to(on_fakes, tmp_path):
+def test_installed_package(on_fakes, tmp_path):
+    """Also that it finds the SDK it was linked to."""
     consumer = make_consumer(on_fakes, tmp_path / "consumer")
     bundle = make_bundle(tmp_path / "bundle", ENGINE, plan=b"tensor").folder
     succeed(consumer, bundle)
@@ -148,9 +155,31 @@ def test_installed_package_finds_the_sdk_it_was_linked_to(on_fakes, tmp_path):
     done = run(consumer, bundle)
     assert done.returncode == 2
     assert b"expected SHA-256" in done.stderr
+    assert done.stderr.splitlines()[1] == b"sha256 == file.sha256"
     done = run(on_fakes / "bin" / "derain")
     assert done.returncode == 2
     assert done.stderr.startswith(b"usage: derain")
+
+
+def test_installed_package_is_derainer_and_nothing_else(on_fakes):
+    assert sorted(path.name for path in (on_fakes / "include" / "derainer").iterdir()) == [
+        "derainer.hpp",
+        "errors.hpp",
+        "pixels.hpp",
+    ]
+    (library,) = on_fakes.glob(f"lib*/**/libderainer.so.{__version__}")
+    assert not list(on_fakes.rglob("*core*"))
+    symbols = succeed("nm", "--dynamic", "--demangle", "--defined-only", library).decode()
+    without_parameters = re.sub(r"\(.*", "", symbols)
+    assert set(re.findall(r"derainer::\w+|nlohmann", without_parameters)) == {"derainer::Derainer", "derainer::Error"}
+
+
+@pytest.mark.skipif("TENSORRT_ROOT" not in os.environ, reason="the real TensorRT is not installed")
+def test_installed_package_with_the_real_library(build, tmp_path):
+    consumer = make_consumer(build / "installed", tmp_path / "consumer")
+    done = run(consumer, write_bundle(tmp_path / "bundle"))
+    assert done.returncode == 2
+    assert b"CUDA finds no NVIDIA GPU" in done.stderr or b"expected an engine" in done.stderr
 
 
 ENGINE = {"version": "11.4.0.106"}  # of the stand-in
@@ -511,7 +540,7 @@ def test_same_tiles(contract, height, width, multiple, tile, overlap):
     assert restored != whole.tobytes()
 
 
-def test_same_cut(contract):
+def test_same_plan(contract):
     """Of images of any size, by engines of any profiles, in tiles that are asked for or not."""
     random = np.random.default_rng(0)
     cases, expected = [], []
@@ -531,7 +560,7 @@ def test_same_cut(contract):
         taken = any(Profile(least, least, most).takes(*plan.tile) for least, most in session.limits)
         cut = f"{size_text(plan.size)} {size_text(plan.tile)} {plan.overlap}"
         expected.append(cut if taken else "refused")  # in Python by the session
-    found = contract("cut", input="\n".join(cases).encode()).decode().splitlines()
+    found = contract("plan", input="\n".join(cases).encode()).decode().splitlines()
     for case, ours, theirs in zip(cases, found, expected, strict=True):
         assert ours == theirs, case
     assert 100 < found.count("refused") < 500

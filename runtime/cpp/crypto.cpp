@@ -1,12 +1,10 @@
 #include "crypto.hpp"
 
-#include <fstream>
-#include <iterator>
-
 #include <openssl/evp.h>
 #include <openssl/pem.h>
 
-#include "common.hpp"
+#include "errors.hpp"
+#include "files.hpp"
 
 namespace derainer {
 
@@ -69,13 +67,6 @@ bool verify_ed25519(const std::string& message, const std::string& signature, co
                    "OpenSSL has no Ed25519");
     const auto bytes = [](const std::string& text) { return reinterpret_cast<const unsigned char*>(text.data()); };
     return EVP_DigestVerify(context.get(), bytes(signature), signature.size(), bytes(message), message.size()) == 1;
-}
-
-std::string read_file(const std::filesystem::path& path) {
-    std::ifstream stream(path, std::ios::binary);
-    std::string content{std::istreambuf_iterator<char>(stream), {}};
-    DERAINER_CHECK(stream.good() || stream.eof(), path.string() + " cannot be read");
-    return content;
 }
 
 }  // namespace derainer

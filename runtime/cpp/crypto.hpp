@@ -1,4 +1,4 @@
-/// SHA-256 and Ed25519, by OpenSSL.
+/// SHA-256 and Ed25519, by OpenSSL: what hashlib and cryptography are to runtime/bundle.py.
 #pragma once
 
 #include <cstddef>
@@ -28,8 +28,5 @@ std::string sha256(const std::string& content);
 /// Whether `signature` is the raw Ed25519 signature of `message` by the owner of `key`, a public or private key in PEM
 /// without a password. Throws Error where there is no such key in the file.
 bool verify_ed25519(const std::string& message, const std::string& signature, const std::filesystem::path& key);
-
-/// The content of a file. Throws Error where it cannot be read.
-std::string read_file(const std::filesystem::path& path);
 
 }  // namespace derainer

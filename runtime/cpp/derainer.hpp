@@ -14,7 +14,7 @@
 ///         // Several of them, where the host prepares the next one while the GPU works.
 ///         derain.run({{frames[0], height, width, stride, out[0]}, {frames[1], height, width, stride, out[1]}});
 ///
-///         // What is on the GPU already, in the network's own format, without waiting.
+///         // What is on the GPU already, in the network's own format (derain.graph_io()), without waiting.
 ///         derain.enqueue(device_input, device_output, 720, 1280, stream);
 ///     } catch (const derainer::Error& error) {
 ///         std::cerr << error.what() << "\n";               // one line: expected, found, how to mend, what failed
@@ -23,9 +23,11 @@
 ///     find_package(derainer REQUIRED)                      # CMake
 ///     target_link_libraries(app PRIVATE derainer::derainer)
 ///
-/// Everything around the network is as `runtime.Derainer` does it in Python, to the byte; `restore.hpp` has the image
-/// contract. Images larger than the engine takes are cut into overlapping tiles, smaller ones are padded to the
-/// smallest size that it takes. The network looks at the whole of what it is given, so that both change its answer.
+/// Everything around the network is as `Derainer` of the Python package does it, to the byte: divide by 255, pad right
+/// and bottom to the next multiple that the network takes, by reflection without repeating the border (an axis that is
+/// not longer than its padding repeats its border), run, clamp to [0, 1], crop, multiply by 255, round half to even.
+/// Images larger than the engine takes are cut into overlapping tiles, smaller ones are padded to the smallest size
+/// that it takes. The network looks at the whole of what it is given, so that both change its answer.
 ///
 /// Threads may share a Derainer: they take turns, in any order. Only moving and destroying it is not for while another
 /// thread uses it. After an Error it can be used again, unless CUDA itself failed for good.
@@ -40,32 +42,34 @@
 #include <optional>
 #include <vector>
 
-#include "common.hpp"
-#include "restore.hpp"
+#include "errors.hpp"
+#include "pixels.hpp"
 
 extern "C" {
-typedef struct CUstream_st* cudaStream_t;  // as in CUDA's headers, which need not be here
+typedef struct CUstream_st* cudaStream_t;  // as in CUDA's headers, which need not be installed
 }
 
 namespace derainer {
 
+/// Where and how a bundle runs.
 struct Options {
-    /// Of the one who has to have signed the bundle, if anyone: Ed25519 in PEM.
+    /// Public key of the one who has to have signed the bundle, if anyone: Ed25519 in PEM.
     std::optional<std::filesystem::path> public_key;
     /// CUDA's number of the GPU.
     int device = 0;
-    /// Size of the tiles into which larger images are cut, in multiples of `multiple`. 0x0: as large as the engine
-    /// takes, and none where it takes the whole image.
-    Size tile;
+    /// Size of the tiles into which larger images are cut, in multiples of what the network takes; if not given, as
+    /// large as the engine takes, and none where it takes the whole image.
+    std::optional<Size> tile;
     /// Pixels that tiles share, at most half a tile; 64, or a quarter of a small tile, if not given.
     std::optional<std::int64_t> overlap;
-    /// For how many sizes of images or tiles what is set up is kept, at least 1; the longest unused goes first.
+    /// For how many sizes of images or tiles the set-up is kept, at least 1; the longest unused goes first.
     std::size_t sizes = 8;
     /// Replay the launches of a size from its second run on.
     bool cuda_graphs = true;
 };
 
-class Derainer {
+/// The engine of a bundle for a GPU, with all that stands between it and an image.
+class DERAINER_PUBLIC Derainer {
 public:
     /// Memory on the GPU and pinned memory of the host are taken here, for the largest size that the engine takes and
     /// two tiles at a time; memory for what lies between the network's layers grows with the largest size so far.
@@ -77,8 +81,8 @@ public:
     ~Derainer();
 
     /// Restore an image on the host into `out`, which has the same size and stride and may be `rgb`. Throws Error for
-    /// an image that is none, for `Options::tile` and `overlap` that the engine does not take, for want of memory on
-    /// the GPU, and where the network answers with NaN or infinity.
+    /// an image without pixels or with rows that overlap, for `Options::tile` and `overlap` that the engine does not
+    /// take, for want of memory on the GPU, and where the network answers with NaN or infinity.
     void run(const std::uint8_t* rgb, std::int64_t height, std::int64_t width, std::size_t stride, std::uint8_t* out);
 
     /// Restore several images, of equal or different sizes, as `run` does each. None may be written where another is
@@ -86,13 +90,13 @@ public:
     void run(const std::vector<Image>& images);
 
     /// Let `stream` restore what is on the GPU, and come back at once; `cudaStreamSynchronize(stream)` waits for it.
-    /// In the network's own format, float32 (1, 3, height, width) in [0, 1] or uint8 (1, height, width, 3), see `io`; a
-    /// size that a profile takes, in multiples of `multiple`. The output is neither clamped nor rounded. The Derainer
-    /// has to outlive the work. A size that is new waits for the GPU, so `stream` must not be in capture.
+    /// In the network's own format, see `graph_io`: of a size that a profile takes, in multiples. The output is neither
+    /// clamped nor rounded. The Derainer has to outlive the work. A size that is new waits for the GPU, so `stream`
+    /// must not be in capture.
     void enqueue(const void* input, void* output, std::int64_t height, std::int64_t width, cudaStream_t stream);
 
-    Io io() const;
-    std::int64_t multiple() const;
+    /// What `enqueue` takes and gives: format, shape and bytes.
+    GraphIo graph_io() const;
 
 private:
     class Implementation;

@@ -1,12 +1,12 @@
 #include "manifest.hpp"
 
 #include <algorithm>
-#include <fstream>
 #include <map>
+#include <utility>
 
 #include <nlohmann/json.hpp>
 
-#include "crypto.hpp"
+#include "errors.hpp"
 
 namespace derainer {
 
@@ -14,7 +14,6 @@ namespace {
 
 using nlohmann::json;
 
-constexpr const char* kMend = "; fetch or build the bundle again";
 constexpr int kMaxDepth = 64;
 
 /// As JSON, so that nothing in it can steer a terminal; cut where it is long.
@@ -72,7 +71,7 @@ public:
         return {numbers[0], numbers[1]};
     }
 
-    /// Fields that may be null, and are of no use here beyond that.
+    /// Fields that may be null. They are checked and not kept.
     void check_optional(const std::vector<const char*>& names, bool (json::*is)() const noexcept,
                         const std::string& expected) const {
         for (const char* name : names) {
@@ -83,7 +82,7 @@ public:
     const std::string& where() const { return where_; }
 
 private:
-    /// Such as Python's and C++'s readers both can hold.
+    /// Such as the readers in Python and C++ both can hold.
     static bool is_integer(const json& v) {
         return v.is_number_integer() && (!v.is_number_unsigned() || v.get<std::uint64_t>() <= INT64_MAX);
     }
@@ -173,10 +172,10 @@ Model parse_model(const json& value, const std::string& where) {
     object.check_optional({"precision", "topk", "weights_sha256"}, &json::is_string, "a string");
     object.check_optional({"config", "provenance"}, &json::is_object, "an object");
     const Io io = object.choice("io", {"tensor", "image"}) == "image" ? Io::image : Io::tensor;
-    Model model{object.text("file"), io, object.integer("size_multiple")};
-    DERAINER_CHECK(1 <= model.size_multiple && model.size_multiple <= kMaxMultiple,
+    Model model{object.text("file"), {io, object.integer("size_multiple")}};
+    DERAINER_CHECK(1 <= model.graph_io.multiple && model.graph_io.multiple <= kMaxMultiple,
                    where + ": expected a size multiple from 1 to " + std::to_string(kMaxMultiple) + ", found " +
-                       std::to_string(model.size_multiple));
+                       std::to_string(model.graph_io.multiple));
     return model;
 }
 
@@ -221,10 +220,10 @@ std::pair<Engine, std::string> parse_engine(const json& value, const std::string
 
 /// The name of the file that was measured.
 std::string parse_drift(const json& value, const std::string& where) {
-    const Object object(value, where,
-                        {"file", "provider", "reference_sha256", "data", "protocol", "images", "psnr_between",
-                         "max_difference", "reference_psnr", "candidate_psnr", "drop_db", "reference_ssim",
-                         "candidate_ssim"});
+    const Object object(
+        value, where,
+        {"file", "provider", "reference_sha256", "data", "protocol", "images", "psnr_between", "max_difference",
+         "reference_psnr", "candidate_psnr", "drop_db", "reference_ssim", "candidate_ssim"});
     object.text("provider");
     const std::string reference = object.text("reference_sha256");
     DERAINER_CHECK(is_sha256(reference),
@@ -239,7 +238,7 @@ std::string parse_drift(const json& value, const std::string& where) {
     return object.text("file");
 }
 
-/// JSON without fields that are there twice, of which two readers may take different ones.
+/// JSON in which no object has a field twice, since two readers may take different ones.
 json parse_json(const std::string& content) {
     std::vector<std::set<std::string>> seen;
     const auto strict = [&](int depth, json::parse_event_t event, const json& parsed) {
@@ -260,96 +259,17 @@ json parse_json(const std::string& content) {
     }
 }
 
-/// The path of a file in a folder; none where there is none. Throws Error for a link that leads out.
-std::optional<std::filesystem::path> inside(const std::filesystem::path& folder, const std::string& name) {
-    const std::filesystem::path path = folder / name;
-    std::error_code failed;
-    if (!std::filesystem::is_regular_file(path, failed)) {
-        return std::nullopt;
-    }
-    const std::filesystem::path real = std::filesystem::canonical(path, failed);
-    DERAINER_CHECK(!failed && real.parent_path() == std::filesystem::canonical(folder, failed),
-                   path.string() + ": expected a file inside the bundle, found a link to " + real.string());
-    return path;
-}
-
-/// Opens a file of the right size, at its start.
-std::ifstream open(const std::filesystem::path& folder, const File& file) {
-    const auto path = inside(folder, file.name);
-    DERAINER_CHECK(path.has_value(), folder.string() + ": expected " + file.name + " of " + std::to_string(file.size) +
-                                         " bytes, found no such file");
-    std::ifstream stream(*path, std::ios::binary | std::ios::ate);
-    DERAINER_CHECK(stream.good(), path->string() + " cannot be read");
-    const std::int64_t size = stream.tellg();
-    DERAINER_CHECK(size == file.size, path->string() + ": expected " + std::to_string(file.size) + " bytes, found " +
-                                          std::to_string(size) + kMend);
-    stream.seekg(0);
-    return stream;
-}
-
-void compare(const std::filesystem::path& folder, const File& file, const std::string& sha256) {
-    DERAINER_CHECK(sha256 == file.sha256,
-                   (folder / file.name).string() + ": expected SHA-256 " + file.sha256 + ", found " + sha256 + kMend);
-}
-
-void check_signature(const std::filesystem::path& folder, const std::string& content,
-                     const std::filesystem::path& public_key) {
-    const auto signature = inside(folder, kSignature);
-    DERAINER_CHECK(signature.has_value(), folder.string() + ": expected a bundle signed for " + public_key.string() +
-                                              ", found no " + kSignature);
-    DERAINER_CHECK(verify_ed25519(content, read_file(*signature), public_key),
-                   signature->string() + ": expected a signature of " + kManifest + " for " + public_key.string() +
-                       ", found another; the manifest was changed or signed by somebody else");
-}
-
 }  // namespace
 
-bool Profile::takes(Size size) const {
-    return min.height <= size.height && size.height <= max.height && min.width <= size.width && size.width <= max.width;
-}
+bool Profile::takes(Size size) const { return is_between(size, min, max); }
 
-const File& Bundle::file(const std::string& name) const {
+std::optional<std::size_t> Engine::profile_for(Size size) const {
     const auto found =
-        std::find_if(manifest.files.begin(), manifest.files.end(), [&](const File& file) { return file.name == name; });
-    DERAINER_CHECK(found != manifest.files.end(), folder.string() + ": expected a file of the bundle, found " + name);
-    return *found;
-}
-
-std::string Bundle::read(const std::string& name) const {
-    const File& entry = file(name);
-    std::ifstream stream = open(folder, entry);
-    std::string content(static_cast<std::size_t>(entry.size), '\0');
-    DERAINER_CHECK(stream.read(content.data(), entry.size), (folder / name).string() + " cannot be read");
-    compare(folder, entry, sha256(content));
-    return content;
-}
-
-void Bundle::verify() const {
-    std::vector<char> block(1 << 20);
-    for (const File& entry : manifest.files) {
-        std::ifstream stream = open(folder, entry);
-        Sha256 hash;
-        do {
-            stream.read(block.data(), static_cast<std::streamsize>(block.size()));
-            hash.add(block.data(), static_cast<std::size_t>(stream.gcount()));
-        } while (stream);
-        compare(folder, entry, hash.hex());
+        std::find_if(profiles.begin(), profiles.end(), [&](const Profile& profile) { return profile.takes(size); });
+    if (found == profiles.end()) {
+        return std::nullopt;
     }
-}
-
-Bundle load(const std::filesystem::path& folder, const std::optional<std::filesystem::path>& public_key) {
-    const auto path = inside(folder, kManifest);
-    DERAINER_CHECK(path.has_value(), "expected a bundle, which is a folder with a " + std::string(kManifest) +
-                                         ", found none at " + folder.string());
-    const std::string content = read_file(*path);
-    if (public_key) {
-        check_signature(folder, content, *public_key);
-    }
-    try {
-        return {folder, parse(content)};
-    } catch (const Error& error) {
-        throw Error(path->string() + ": " + error.message(), error.expression());
-    }
+    return static_cast<std::size_t>(found - profiles.begin());
 }
 
 Manifest parse(const std::string& content) {
@@ -393,7 +313,7 @@ Manifest parse(const std::string& content) {
         DERAINER_CHECK(built_from == onnx_sha256, engine.file + " was built from another model: expected SHA-256 " +
                                                       onnx_sha256 + ", found " + quote(built_from) +
                                                       "; build it again");
-        const std::int64_t multiple = manifest.model.size_multiple;
+        const std::int64_t multiple = manifest.model.graph_io.multiple;
         for (const Profile& profile : engine.profiles) {
             DERAINER_CHECK(is_multiple(profile.min, multiple) && is_multiple(profile.max, multiple),
                            engine.file + ": expected profiles in multiples of " + std::to_string(multiple) +

@@ -1,5 +1,5 @@
-# Finds CUDA and the library that DERAINER_FLAVOR names. Sets DERAINER_ENGINE to whether both are here, and then
-# DERAINER_LIBRARY_SOURCE, and makes the target derainer_tensorrt.
+# Finds CUDA and the library that DERAINER_FLAVOR names. Sets DERAINER_ENGINE to whether both are installed, and then
+# makes the target derainer_tensorrt.
 #
 # The SDK is looked for where TENSORRT_ROOT or TENSORRT_RTX_ROOT says, where the vendor's CMake package is, and in the
 # system's folders. TENSORRT_INCLUDE_DIR and TENSORRT_LIBRARY, or those of TENSORRT_RTX, may be given instead, since the
@@ -11,13 +11,11 @@ if(DERAINER_FLAVOR STREQUAL "tensorrt")
   set(vendor TensorRT-Enterprise)
   set(prefix TENSORRT)
   set(name nvinfer)
-  set(DERAINER_LIBRARY_SOURCE tensorrt.cpp)
 elseif(DERAINER_FLAVOR STREQUAL "rtx")
   set(title "TensorRT for RTX")
   set(vendor TensorRT-RTX)
   set(prefix TENSORRT_RTX)
   set(name tensorrt_rtx)
-  set(DERAINER_LIBRARY_SOURCE tensorrt_rtx.cpp)
 else()
   message(FATAL_ERROR "DERAINER_FLAVOR: expected tensorrt or rtx, found ${DERAINER_FLAVOR}")
 endif()
@@ -42,7 +40,8 @@ if(NOT ${prefix}_LIBRARY)
   string(APPEND missing "\n  lib${name}.so: install the SDK of ${title} and set ${prefix}_ROOT, or ${prefix}_LIBRARY")
 endif()
 if(missing)
-  message(WARNING "Only the core library is built (bundles, image contract, tiles), no Derainer. Missing:${missing}")
+  message(WARNING "Only the core (bundles, image contract, tiles) and derainer-info are built, not the library. "
+                  "Missing:${missing}")
   return()
 endif()
 

@@ -9,7 +9,7 @@
 #include <iostream>
 #include <optional>
 
-#include "manifest.hpp"
+#include "bundle.hpp"
 
 int main(int count, char** arguments) {
     if (count != 2 && count != 3) {

@@ -3,8 +3,8 @@
 ///     contract tensor H W PADDED_H PADDED_W        # uint8 (H, W, 3) -> padded float32 (3, PADDED_H, PADDED_W)
 ///     contract levels H W H W                      # float32 (3, H, W) -> uint8 (H, W, 3)
 ///     contract restore H W PADDED_H PADDED_W TILE_H TILE_W OVERLAP    # uint8 (H, W, 3) -> the same, by the stand-in
-///     contract cut        # lines H W MULTIPLE TILE_H TILE_W OVERLAP, and of each profile its smallest and largest
-///                         # height and width; tile 0 0 and overlap -1 for none -> how that image is cut, if it can be
+///     contract plan       # lines H W MULTIPLE TILE_H TILE_W OVERLAP, and pairs of the smallest and the largest height
+///                         # and width; tile 0 0 and overlap -1 for none -> how that image is cut, if it can be
 ///     contract parse FOLDER    # for each manifest in it, by name, one line: nothing, or why it is refused
 #include <algorithm>
 #include <filesystem>
@@ -14,11 +14,13 @@
 #include <sstream>
 #include <string>
 
-#include "choice.hpp"
-#include "crypto.hpp"
-#include "host_network.hpp"
+#include "files.hpp"
+#include "host_session.hpp"
+#include "manifest.hpp"
 #include "network.hpp"
 #include "refusal.hpp"
+#include "session.hpp"
+#include "tiling.hpp"
 
 using namespace derainer;
 
@@ -33,23 +35,24 @@ void parse_all(const std::filesystem::path& folder) {
     }
 }
 
-std::string cut(const std::string& line) {
+std::string plan_text(const std::string& line) {
     std::istringstream numbers(line);
     Size image;
     Size tile;
     std::int64_t multiple = 0;
     std::int64_t overlap = 0;
     numbers >> image.height >> image.width >> multiple >> tile.height >> tile.width >> overlap;
-    Engine engine;
-    for (Profile p; numbers >> p.min.height >> p.min.width >> p.max.height >> p.max.width;) {
-        engine.profiles.push_back(p);
+    std::vector<Limits> limits;
+    for (Limits l; numbers >> l.min.height >> l.min.width >> l.max.height >> l.max.width;) {
+        limits.push_back(l);
     }
-    Cut cut{};
+    Plan found{};
     const std::string refused = refusal([&] {
-        cut = choose_tiles(engine, {padded(image.height, multiple), padded(image.width, multiple)}, multiple, tile,
-                           overlap < 0 ? std::nullopt : std::make_optional(overlap));
+        found = plan(GraphIo{Io::tensor, multiple}.padded(image), multiple, limits,
+                     tile == Size{} ? std::nullopt : std::make_optional(tile),
+                     overlap < 0 ? std::nullopt : std::make_optional(overlap));
     });
-    return refused.empty() ? to_string(cut.size) + " " + to_string(cut.tile) + " " + std::to_string(cut.overlap)
+    return refused.empty() ? to_string(found.size) + " " + to_string(found.tile) + " " + std::to_string(found.overlap)
                            : "refused";
 }
 
@@ -62,9 +65,9 @@ int main(int count, char** arguments) {
             parse_all(arguments[2]);
             return 0;
         }
-        if (verb == "cut") {
+        if (verb == "plan") {
             for (std::string line; std::getline(std::cin, line);) {
-                std::cout << cut(line) << "\n";
+                std::cout << plan_text(line) << "\n";
             }
             return 0;
         }
@@ -86,10 +89,10 @@ int main(int count, char** arguments) {
         if (verb != "levels") {
             std::copy_n(given.begin(), image.size(), image.begin());
         }
-        HostNetwork network(verb == "levels" ? HostNetwork::Function(answer) : HostNetwork::Function(keep));
+        HostSession session(verb == "levels" ? HostSession::Function(answer) : HostSession::Function(keep));
         const Size tile = verb == "restore" ? Size{number(6), number(7)} : size;
         const Image whole{image.data(), height, width, static_cast<std::size_t>(3 * width), image.data()};
-        restore(network, {{whole, {size, tile, number(8)}}});
+        restore(session, {{whole, {size, tile, number(8)}}});
         std::cout << (verb == "tensor" ? tensor : std::string(image.begin(), image.end()));
     } catch (const std::exception& error) {
         std::cerr << error.what() << "\n";

@@ -2,7 +2,7 @@
 
 #include <string>
 
-#include "common.hpp"
+#include "errors.hpp"
 
 /// The message of the Error that an action throws; empty where it throws none.
 template <class Action>

@@ -8,8 +8,10 @@
 #include "catch.hpp"
 #include "choice.hpp"
 #include "crypto.hpp"
-#include "host_network.hpp"
+#include "host_session.hpp"
+#include "manifest.hpp"
 #include "network.hpp"
+#include "session.hpp"
 #include "tiling.hpp"
 
 using namespace derainer;
@@ -21,15 +23,16 @@ const nlohmann::json& golden() {
     return vectors;
 }
 
-Bundle bundle_of(const std::vector<Engine>& engines) { return {"bundle", {"", {"", Io::tensor, 8}, {}, engines}}; }
+Bundle bundle_of(const std::vector<Engine>& engines) { return {"bundle", {"", {"", {Io::tensor, 8}}, {}, engines}}; }
 
 const std::vector<Profile> profiles = {{{64, 64}, {128, 128}, {256, 512}}, {{64, 64}, {512, 512}, {1088, 696}}};
+const std::vector<Limits> limits = {{{64, 64}, {256, 512}}, {{64, 64}, {1088, 696}}};
 
 }  // namespace
 
 TEST_CASE("tiles and weights are the golden ones") {
     for (const auto& axis : golden()["axes"]) {
-        const std::vector<Tile> tiles = cut(axis["length"], axis["tile"], axis["overlap"]);
+        const std::vector<Tile> tiles = split(axis["length"], axis["tile"], axis["overlap"]);
         REQUIRE(tiles.size() == axis["starts"].size());
         for (std::size_t i = 0; i < tiles.size(); ++i) {
             CHECK(tiles[i].start == axis["starts"][i].get<std::int64_t>());
@@ -43,8 +46,8 @@ TEST_CASE("tiles and weights are the golden ones") {
 
 TEST_CASE("padding is the golden one") {
     for (const auto& axis : golden()["padding"]) {
-        const std::int64_t size = padded(axis["length"], axis["multiple"]);
-        CHECK(padded_index(axis["length"], size) == axis["index"].get<std::vector<std::int64_t>>());
+        const Size size = GraphIo{Io::tensor, axis["multiple"]}.padded({axis["length"], 1});
+        CHECK(padded_index(axis["length"], size.height) == axis["index"].get<std::vector<std::int64_t>>());
     }
     CHECK(padded_index(4, 7) == std::vector<std::int64_t>{0, 1, 2, 3, 2, 1, 0});
     CHECK(padded_index(4, 8) == std::vector<std::int64_t>{0, 1, 2, 3, 3, 3, 3, 3});
@@ -56,32 +59,32 @@ TEST_CASE("restored images are the golden ones, in any number of lanes") {
         const std::size_t height = image["height"];
         const std::size_t width = image["width"];
         for (const std::size_t lanes : {1, 2, 3}) {
-            HostNetwork network(stand_in, lanes);
-            const Size size{padded(image["height"], image["multiple"]), padded(image["width"], image["multiple"])};
+            HostSession session(stand_in, lanes);
+            const Size size = GraphIo{Io::tensor, image["multiple"]}.padded({image["height"], image["width"]});
             Size tile = size;
             if (!image["tile"].is_null()) {
                 tile = {image["tile"][0], image["tile"][1]};
             }
             std::vector<std::uint8_t> pixels = golden_image(height, width, 3 * width);
             const Image task{pixels.data(), image["height"], image["width"], 3 * width, pixels.data()};
-            restore(network, {{task, {size, tile, image["overlap"]}}});
+            restore(session, {{task, {size, tile, image["overlap"]}}});
             CHECK(sha256({pixels.begin(), pixels.end()}) == image["sha256"].get<std::string>());
         }
     }
 }
 
 TEST_CASE("several images come out as each of them, and nothing between rows is touched") {
-    HostNetwork network(stand_in);
-    const Cut cut{{40, 48}, {16, 24}, 4};
+    HostSession session(stand_in);
+    const Plan plan{{40, 48}, {16, 24}, 4};
     const std::vector<std::uint8_t> original = golden_image(33, 47, 150);
     std::vector<std::uint8_t> single(original.size(), 7);
-    restore(network, {{{original.data(), 33, 47, 150, single.data()}, cut}});
+    restore(session, {{{original.data(), 33, 47, 150, single.data()}, plan}});
     std::vector<std::uint8_t> first(original.size(), 7);
     std::vector<std::uint8_t> second(original.size(), 7);
     std::vector<std::uint8_t> third = original;
-    restore(network, {{{original.data(), 33, 47, 150, first.data()}, cut},
+    restore(session, {{{original.data(), 33, 47, 150, first.data()}, plan},
                       {{original.data(), 11, 5, 150, second.data()}, {{16, 8}, {16, 8}, 0}},
-                      {{third.data(), 33, 47, 150, third.data()}, cut}});
+                      {{third.data(), 33, 47, 150, third.data()}, plan}});
     CHECK(first == single);
     for (std::size_t y = 0; y < 33; ++y) {
         for (std::size_t i = 0; i < 150; ++i) {
@@ -92,10 +95,10 @@ TEST_CASE("several images come out as each of them, and nothing between rows is 
 }
 
 TEST_CASE("what is no image is refused") {
-    HostNetwork network(stand_in);
+    HostSession session(stand_in);
     std::uint8_t pixel[3] = {};
-    const Cut whole{{8, 8}, {8, 8}, 0};
-    const auto run = [&](Image image) { return refusal([&] { restore(network, {{image, whole}}); }); };
+    const Plan whole{{8, 8}, {8, 8}, 0};
+    const auto run = [&](Image image) { return refusal([&] { restore(session, {{image, whole}}); }); };
     CHECK(run({pixel, 1, 1, 3, pixel}).empty());
     CHECK(contains(run({pixel, 0, 5, 15, pixel}), "at least one pixel, found 0x5 [image.height >= 1"));
     CHECK(contains(run({pixel, 1, -1, 3, pixel}), "at least one pixel"));
@@ -109,7 +112,7 @@ TEST_CASE("NaN and infinity are an error, unless they are cropped") {
     for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
                             -std::numeric_limits<float>::infinity()}) {
         std::size_t place = 0;
-        HostNetwork network([&](const float* input, float* output, std::size_t height, std::size_t width) {
+        HostSession session([&](const float* input, float* output, std::size_t height, std::size_t width) {
             stand_in(input, output, height, width);
             output[place] = bad;
         });
@@ -117,9 +120,9 @@ TEST_CASE("NaN and infinity are an error, unless they are cropped") {
         const Image task{image.data(), 5, 12, 36, image.data()};
         for (const Size tile : {Size{8, 16}, Size{8, 8}}) {
             place = 0;
-            CHECK(contains(refusal([&] { restore(network, {{task, {{8, 16}, tile, 2}}}); }), "NaN or infinity"));
+            CHECK(contains(refusal([&] { restore(session, {{task, {{8, 16}, tile, 2}}}); }), "NaN or infinity"));
             place = static_cast<std::size_t>(tile.width) * 7;
-            CHECK(refusal([&] { restore(network, {{task, {{8, 16}, tile, 2}}}); }).empty());
+            CHECK(refusal([&] { restore(session, {{task, {{8, 16}, tile, 2}}}); }).empty());
         }
     }
 }
@@ -129,20 +132,20 @@ TEST_CASE("levels are clamped and rounded half to even") {
                                                         {1.5F / 255, 2}, {2.5F / 255, 2}, {0.999F, 255},
                                                         {1.0F, 255},     {7.0F, 255}};
     for (const auto& [answer, level] : answers) {
-        HostNetwork network([&, answer = answer](const float*, float* output, std::size_t, std::size_t) {
+        HostSession session([&, answer = answer](const float*, float* output, std::size_t, std::size_t) {
             std::fill_n(output, 3, answer);
         });
         std::uint8_t pixel[3] = {9, 9, 9};
-        restore(network, {{{pixel, 1, 1, 3, pixel}, {{1, 1}, {1, 1}, 0}}});
+        restore(session, {{{pixel, 1, 1, 3, pixel}, {{1, 1}, {1, 1}, 0}}});
         CHECK(int{pixel[0]} == level);
     }
 }
 
 TEST_CASE("tiles that are none") {
-    CHECK(contains(refusal([] { cut(100, 8, 5); }), "at most half of them"));
-    CHECK(contains(refusal([] { cut(100, 8, -1); }), "at most half of them"));
-    CHECK(contains(refusal([] { cut(0, 8, 0); }), "expected tiles"));
-    CHECK(cut(8, 8, 5).size() == 1);
+    CHECK(contains(refusal([] { split(100, 8, 5); }), "at most half of them"));
+    CHECK(contains(refusal([] { split(100, 8, -1); }), "at most half of them"));
+    CHECK(contains(refusal([] { split(0, 8, 0); }), "expected tiles"));
+    CHECK(split(8, 8, 5).size() == 1);
 }
 
 TEST_CASE("the newest engine that fits is taken") {
@@ -151,10 +154,10 @@ TEST_CASE("the newest engine that fits is taken") {
     second.file = "second";
     Bundle bundle = bundle_of({first, second, {"other", "rtx", "1.7.1.116", {"8.6", "8.9"}, profiles, {}}});
     const auto choose = [&](const char* version, const char* capability) {
-        return choose_engine(bundle, "tensorrt", version, capability).file;
+        return choose_engine(bundle, capability, "tensorrt", version).file;
     };
     CHECK(choose("11.4.0.106", "8.6") == "second");
-    CHECK(choose_engine(bundle, "rtx", "1.7.1.116", "8.9").file == "other");
+    CHECK(choose_engine(bundle, "8.9", "rtx", "1.7.1.116").file == "other");
     CHECK(contains(refusal([&] { choose("11.4.0.106", "8.9"); }),
                    "for this GPU of compute capability 8.9, found tensorrt"));
     CHECK(contains(refusal([&] { choose("11.5.0.1", "8.6"); }), "bundle/second: expected version 11.4.0.106"));
@@ -170,44 +173,47 @@ TEST_CASE("the newest engine that fits is taken") {
     CHECK(choose("11.4.0.106", "8.6") == "first");
     bundle.manifest.engines[0].flags = {"strip_weights"};
     CHECK(contains(refusal([&] { choose("11.4.0.106", "8.6"); }), "without --strip-weights"));
-    CHECK(contains(refusal([&] { choose_engine(bundle_of({}), "rtx", "1", "8.6"); }), "found no engine"));
+    CHECK(contains(refusal([&] { choose_engine(bundle_of({}), "8.6", "rtx", "1"); }), "found no engine"));
 }
 
-TEST_CASE("an image is whole where a profile takes it, else in the fewest tiles") {
+TEST_CASE("the first profile that takes a size") {
     const Engine engine{"plan", "rtx", "1", {"8.6"}, profiles, {}};
-    const auto tiles = [&](Size size, Size tile = {}, std::optional<std::int64_t> overlap = {}) {
-        return choose_tiles(engine, size, 8, tile, overlap);
+    CHECK(engine.profile_for({64, 512}) == 0);
+    CHECK(engine.profile_for({257, 512}) == 1);
+    CHECK(engine.profile_for({8, 64}) == std::nullopt);
+}
+
+TEST_CASE("an image is whole where the network takes it, else in the fewest tiles") {
+    const auto tiles = [](Size size, std::optional<Size> tile = {}, std::optional<std::int64_t> overlap = {}) {
+        return plan(size, 8, limits, tile, overlap);
     };
-    CHECK(choose_profile(engine, {64, 512}) == 0);
-    CHECK(choose_profile(engine, {257, 512}) == 1);
-    CHECK(contains(refusal([&] { choose_profile(engine, {8, 64}); }),
-                   "plan takes images of height x width 64x64 to 256x512 or"));
     CHECK(tiles({256, 512}).tile == Size{256, 512});
     CHECK(tiles({1088, 696}).tile == Size{1088, 696});
     CHECK(tiles({256, 2000}).tile == Size{256, 696});
     CHECK(tiles({2000, 3000}).tile == Size{1088, 696});
     CHECK(tiles({2000, 3000}).overlap == 64);
-    CHECK(tiles({2000, 3000}, {128, 128}).tile == Size{128, 128});
-    CHECK(tiles({2000, 3000}, {128, 128}).overlap == 32);
-    CHECK(tiles({2000, 3000}, {128, 128}, 0).overlap == 0);
-    CHECK(tiles({2000, 512}, {}, 200).tile == Size{1088, 512});  // too much for the first profile
-    CHECK(contains(refusal([&] { tiles({2000, 3000}, {}, 400); }), "found 2000x3000 with an overlap of 400"));
+    CHECK(tiles({2000, 3000}, Size{128, 128}).tile == Size{128, 128});
+    CHECK(tiles({2000, 3000}, Size{128, 128}).overlap == 32);
+    CHECK(tiles({2000, 3000}, Size{128, 128}, 0).overlap == 0);
+    CHECK(tiles({2000, 512}, {}, 200).tile == Size{1088, 512});  // too much for the first limits
+    CHECK(contains(refusal([&] { tiles({2000, 3000}, {}, 400); }),
+                   "height x width 64x64 to 256x512 or 64x64 to 1088x696, found 2000x3000 with an overlap of 400"));
     CHECK(contains(refusal([&] { tiles({2000, 3000}, {}, -1); }), "with an overlap of -1"));
     CHECK(contains(refusal([&] { tiles({2000, 3000}, {}, INT64_MAX); }), "with an overlap of"));
-    CHECK(tiles({72, 72}, {128, 128}).tile == Size{72, 72});
-    CHECK(contains(refusal([&] { tiles({512, 512}, {8, 8}); }), "in tiles of 8x8"));
-    CHECK(contains(refusal([&] { tiles({2000, 3000}, {1096, 512}); }), "in tiles of 1096x512"));
-    CHECK(contains(refusal([&] { tiles({512, 512}, {128, 0}); }), "found 128x0"));
-    CHECK(contains(refusal([&] { tiles({512, 512}, {130, 128}); }), "multiples of 8 pixels, found 130x128"));
+    CHECK(tiles({72, 72}, Size{128, 128}).tile == Size{72, 72});
+    CHECK(contains(refusal([&] { tiles({512, 512}, Size{8, 8}); }), "in tiles of 8x8"));
+    CHECK(contains(refusal([&] { tiles({2000, 3000}, Size{1096, 512}); }), "in tiles of 1096x512"));
+    CHECK(contains(refusal([&] { tiles({512, 512}, Size{128, 0}); }), "found 128x0"));
+    CHECK(contains(refusal([&] { tiles({512, 512}, Size{130, 128}); }), "multiples of 8 pixels, found 130x128"));
 }
 
-TEST_CASE("an image grows to the smallest size of a profile, to that for which it has to grow least") {
-    const auto cut = [](Size size, const std::vector<Profile>& profiles, Size tile = {}) {
-        const Cut cut = choose_tiles({"plan", "rtx", "1", {"8.6"}, profiles, {}}, size, 8, tile, {});
-        return std::vector<Size>{cut.size, cut.tile};
+TEST_CASE("an image grows to the smallest size that the network takes, to that for which it has to grow least") {
+    const auto cut = [](Size size, const std::vector<Limits>& limits, std::optional<Size> tile = {}) {
+        const Plan found = plan(size, 8, limits, tile);
+        return std::vector<Size>{found.size, found.tile};
     };
-    const Profile large{{64, 64}, {64, 64}, {256, 512}};
-    const Profile wide{{32, 128}, {32, 128}, {64, 1024}};
+    const Limits large{{64, 64}, {256, 512}};
+    const Limits wide{{32, 128}, {64, 1024}};
     CHECK(cut({8, 8}, {large}) == std::vector<Size>{{64, 64}, {64, 64}});
     CHECK(cut({48, 200}, {large}) == std::vector<Size>{{64, 200}, {64, 200}});
     CHECK(cut({8, 3000}, {large}) == std::vector<Size>{{64, 3000}, {64, 512}});
@@ -218,14 +224,14 @@ TEST_CASE("an image grows to the smallest size of a profile, to that for which i
     CHECK(cut({64, 600}, {large, wide}) == std::vector<Size>{{64, 600}, {64, 600}});  // fewer tiles
     CHECK(cut({72, 600}, {large, wide}) == std::vector<Size>{{72, 600}, {72, 512}});
     CHECK(cut({24, 600}, {large, wide}) == std::vector<Size>{{32, 600}, {32, 600}});
-    const Profile low{{8, 96}, {8, 96}, {40, 256}};
-    const Profile high{{24, 16}, {24, 16}, {48, 64}};
+    const Limits low{{8, 96}, {40, 256}};
+    const Limits high{{24, 16}, {48, 64}};
     CHECK(cut({40, 72}, {low, high}) == std::vector<Size>{{40, 72}, {40, 64}});  // in tiles rather than grown
-    const Profile larger{{64, 64}, {64, 64}, {320, 512}};
+    const Limits larger{{64, 64}, {320, 512}};
     CHECK(cut({400, 64}, {large, larger}) == std::vector<Size>{{400, 64}, {256, 64}});  // the first of equal ones
     CHECK(cut({400, 64}, {larger, large}) == std::vector<Size>{{400, 64}, {320, 64}});
-    CHECK(cut({128, 104}, {wide, large}, {64, 64}) == std::vector<Size>{{128, 104}, {64, 64}});
-    CHECK(contains(refusal([&] { cut({8, 8}, {large}, {32, 64}); }), "found 8x8 in tiles of 32x64"));
+    CHECK(cut({128, 104}, {wide, large}, Size{64, 64}) == std::vector<Size>{{128, 104}, {64, 64}});
+    CHECK(contains(refusal([&] { cut({8, 8}, {large}, Size{32, 64}); }), "found 8x8 in tiles of 32x64"));
     CHECK(cut({INT64_MAX / 16, 8}, {large, wide})[0] == Size{INT64_MAX / 16, 64});
 }
 

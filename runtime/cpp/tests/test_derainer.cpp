@@ -11,8 +11,9 @@
 #include "crypto.hpp"
 #include "derainer.hpp"
 #include "fake.hpp"
-#include "library.hpp"
+#include "files.hpp"
 #include "network.hpp"
+#include "trt.hpp"
 
 using namespace derainer;
 
@@ -101,8 +102,8 @@ Pixels run(Derainer& derain, std::size_t height, std::size_t width) {
 TEST_CASE("images come out restored, again and again, at several sizes") {
     const TestBundle bundle;
     Derainer derain(bundle.folder);
-    CHECK(derain.io() == Io::tensor);
-    CHECK(derain.multiple() == 8);
+    CHECK(derain.graph_io().io == Io::tensor);
+    CHECK(derain.graph_io().multiple == 8);
     for (int i = 0; i < 3; ++i) {
         CHECK(run(derain, 16, 128) == expected(16, 128));
         CHECK(run(derain, 16, 24) == expected(16, 24));
@@ -110,9 +111,9 @@ TEST_CASE("images come out restored, again and again, at several sizes") {
     }
     CHECK(fake.count("malloc host") == 4);
     CHECK(fake.contexts == 3);
-    CHECK(fake.count("capture") == (Library::captures ? 0 : 3));  // in the second run of each size
-    CHECK(fake.count("launch") == (Library::captures ? 0 : 6));
-    CHECK(fake.cuda_graphs == Library::captures);
+    CHECK(fake.count("capture") == (Library::jit ? 0 : 3));  // in the second run of each size
+    CHECK(fake.count("launch") == (Library::jit ? 0 : 6));
+    CHECK(fake.cuda_graphs == Library::jit);
 }
 
 TEST_CASE("larger images are cut into the golden tiles") {
@@ -348,7 +349,7 @@ TEST_CASE("only an engine that says so may bring code") {
 }
 
 TEST_CASE("kernels are kept beside the bundle, in a file that is our own") {
-    if (!Library::captures) {
+    if (!Library::jit) {
         SUCCEED("TensorRT compiles no kernels at run time");
         return;
     }

@@ -1,4 +1,4 @@
-/// The part of CUDA's runtime that derainer.cpp uses, on the host. fake.cpp says how it behaves.
+/// The part of CUDA's runtime that trt.cpp uses, on the host. fake.cpp says how it behaves.
 #pragma once
 
 #include <cstddef>

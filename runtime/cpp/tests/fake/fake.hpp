@@ -1,4 +1,4 @@
-/// What a test tells the stand-ins for CUDA and TensorRT, and what they saw.
+/// What a test sets in the stand-ins for CUDA and TensorRT, and what they saw.
 #pragma once
 
 #include <cstddef>

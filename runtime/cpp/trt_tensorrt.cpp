@@ -1,9 +1,9 @@
-#include "library.hpp"
+#include "trt.hpp"
 
 namespace derainer {
 
 const char* const Library::flavor = "tensorrt";
-const bool Library::captures = false;
+const bool Library::jit = false;
 
 class Library::State {
 public:

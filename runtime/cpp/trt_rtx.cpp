@@ -4,19 +4,18 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "common.hpp"
-#include "library.hpp"
+#include "errors.hpp"
+#include "trt.hpp"
 
 namespace derainer {
 
 namespace {
 
-using Stream = std::unique_ptr<std::FILE, int (*)(std::FILE*)>;
+using OpenFile = std::unique_ptr<std::FILE, int (*)(std::FILE*)>;
 
-/// The content of a file that nobody but this user could write, since kernels are code; nothing, where it is not there
-/// or not so.
+/// The content of a file that nobody but this user could write, since kernels are code; empty without such a file.
 std::string read_own(const std::filesystem::path& path) {
-    const Stream stream(std::fopen(path.c_str(), "rb"), std::fclose);
+    const OpenFile stream(std::fopen(path.c_str(), "rb"), std::fclose);
     struct stat status = {};
     if (!stream || ::fstat(::fileno(stream.get()), &status) != 0 || status.st_uid != ::getuid() ||
         (status.st_mode & 022) != 0) {
@@ -33,7 +32,7 @@ void write_own(const std::filesystem::path& path, const std::string& content) {
     if (file < 0) {
         return;
     }
-    Stream stream(::fdopen(file, "wb"), std::fclose);
+    OpenFile stream(::fdopen(file, "wb"), std::fclose);
     const bool written = std::fwrite(content.data(), 1, content.size(), stream.get()) == content.size();
     if (std::fclose(stream.release()) != 0 || !written || std::rename(temporary.c_str(), path.c_str()) != 0) {
         std::remove(temporary.c_str());
@@ -43,7 +42,7 @@ void write_own(const std::filesystem::path& path, const std::string& content) {
 }  // namespace
 
 const char* const Library::flavor = "rtx";
-const bool Library::captures = true;  // only it knows when a kernel is the final one
+const bool Library::jit = true;
 
 class Library::State {
 public:

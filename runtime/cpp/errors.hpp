@@ -1,16 +1,18 @@
-/// What every part of the library shares: the one exception, and sizes.
+/// What goes wrong, as one exception with one line for its reader: expected, found, how to mend it.
 #pragma once
 
-#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
+/// Marks what the shared library shows to programs that link to it.
+#define DERAINER_PUBLIC __attribute__((visibility("default")))
+
 namespace derainer {
 
-/// The only exception that this library throws by itself. `what` is one line: expected, found, how to mend, and in
-/// brackets the expression that failed; `message` and `expression` are the two alone.
-class Error : public std::runtime_error {
+/// The only exception that this library throws by itself. `what` is one line: the message, and in brackets the
+/// expression that failed; `message` and `expression` are the two alone.
+class DERAINER_PUBLIC Error : public std::runtime_error {
 public:
     Error(const std::string& message, std::string expression)
         : std::runtime_error(message + " [" + expression + "]"),
@@ -24,19 +26,6 @@ private:
     std::string message_;
     std::string expression_;
 };
-
-/// In pixels.
-struct Size {
-    std::int64_t height = 0;
-    std::int64_t width = 0;
-};
-
-inline bool operator==(Size a, Size b) { return a.height == b.height && a.width == b.width; }
-inline bool operator!=(Size a, Size b) { return !(a == b); }
-
-inline bool is_multiple(Size size, std::int64_t of) { return size.height % of == 0 && size.width % of == 0; }
-
-inline std::string to_string(Size size) { return std::to_string(size.height) + "x" + std::to_string(size.width); }
 
 }  // namespace derainer
 

@@ -1,9 +1,11 @@
-#include "restore.hpp"
+#include "session.hpp"
 
 #include <algorithm>
 #include <cmath>
 #include <deque>
 #include <memory>
+
+#include "errors.hpp"
 
 namespace derainer {
 
@@ -22,13 +24,13 @@ std::uint8_t to_level(float value) {
 /// What is known of an image while its tiles are on their way.
 class Restoration {
 public:
-    Restoration(const Task& task, const Network& network)
+    Restoration(const Task& task, GraphIo graph_io)
         : image_(task.image),
-          io_(network.io()),
-          rows_(padded_index(image_.height, task.cut.size.height)),
-          columns_(padded_index(image_.width, task.cut.size.width)),
-          down_(cut(task.cut.size.height, task.cut.tile.height, task.cut.overlap)),
-          across_(cut(task.cut.size.width, task.cut.tile.width, task.cut.overlap)),
+          graph_io_(graph_io),
+          rows_(padded_index(image_.height, task.plan.size.height)),
+          columns_(padded_index(image_.width, task.plan.size.width)),
+          down_(split(task.plan.size.height, task.plan.tile.height, task.plan.overlap)),
+          across_(split(task.plan.size.width, task.plan.tile.width, task.plan.overlap)),
           missing_(tiles()) {
         if (tiles() > 1) {
             sum_.resize(3 * rows_.size() * columns_.size());
@@ -41,36 +43,35 @@ public:
         return {static_cast<std::int64_t>(down(i).weights.size()), static_cast<std::int64_t>(across(i).weights.size())};
     }
 
-    /// Tile i of the padded image, as the network takes it.
-    void fill(std::size_t i, void* input) const {
-        const std::size_t height = down(i).weights.size();
-        const std::size_t width = across(i).weights.size();
-        for (std::size_t y = 0; y < height; ++y) {
+    /// Tile i of the padded image, as the graph's input.
+    void feed(std::size_t i, void* input) const {
+        const Size size = this->size(i);
+        for (std::size_t y = 0; y < index(size.height); ++y) {
             const std::uint8_t* row = image_.rgb + index(rows_[index(down(i).start) + y]) * image_.stride;
-            for (std::size_t x = 0; x < width; ++x) {
+            for (std::size_t x = 0; x < index(size.width); ++x) {
                 const std::uint8_t* pixel = row + 3 * index(columns_[index(across(i).start) + x]);
                 for (std::size_t c = 0; c < 3; ++c) {
-                    if (io_ == Io::image) {
-                        static_cast<std::uint8_t*>(input)[(y * width + x) * 3 + c] = pixel[c];
+                    const std::size_t place = graph_io_.index(size, c, y, x);
+                    if (graph_io_.io == Io::image) {
+                        static_cast<std::uint8_t*>(input)[place] = pixel[c];
                     } else {
-                        static_cast<float*>(input)[(c * height + y) * width + x] = to_float(pixel[c]);
+                        static_cast<float*>(input)[place] = to_float(pixel[c]);
                     }
                 }
             }
         }
     }
 
-    /// The network's answer to tile i. After that to the last one, the image is written.
+    /// Take the graph's output for tile i. After that for the last one, the image is written.
     void take(std::size_t i, const void* output) {
         if (tiles() == 1) {
-            write([&](std::size_t c, std::size_t y, std::size_t x) { return value(i, output, c, y, x); });
+            const Size size = this->size(i);
+            write([&](std::size_t c, std::size_t y, std::size_t x) { return answer(output, size, c, y, x); });
             return;
         }
-        add(i, output);
+        blend(i, output);
         if (--missing_ == 0) {
-            const std::size_t height = rows_.size();
-            const std::size_t width = columns_.size();
-            write([&](std::size_t c, std::size_t y, std::size_t x) { return sum_[(c * height + y) * width + x]; });
+            write([&](std::size_t c, std::size_t y, std::size_t x) { return sum(c, y, x); });
         }
     }
 
@@ -78,25 +79,30 @@ private:
     const Tile& down(std::size_t i) const { return down_[i / across_.size()]; }
     const Tile& across(std::size_t i) const { return across_[i % across_.size()]; }
 
-    float value(std::size_t i, const void* output, std::size_t c, std::size_t y, std::size_t x) const {
-        const std::size_t height = down(i).weights.size();
-        const std::size_t width = across(i).weights.size();
-        return io_ == Io::image ? to_float(static_cast<const std::uint8_t*>(output)[(y * width + x) * 3 + c])
-                                : static_cast<const float*>(output)[(c * height + y) * width + x];
+    /// A value of the graph's output; of an image in steps of 1/255.
+    float answer(const void* output, Size size, std::size_t c, std::size_t y, std::size_t x) const {
+        const std::size_t place = graph_io_.index(size, c, y, x);
+        return graph_io_.io == Io::image ? to_float(static_cast<const std::uint8_t*>(output)[place])
+                                         : static_cast<const float*>(output)[place];
     }
 
-    void add(std::size_t i, const void* output) {
+    void blend(std::size_t i, const void* output) {
         const Tile& down = this->down(i);
         const Tile& across = this->across(i);
+        const Size size = this->size(i);
         for (std::size_t c = 0; c < 3; ++c) {
             for (std::size_t y = 0; y < down.weights.size(); ++y) {
                 float* row = &sum_[(c * rows_.size() + index(down.start) + y) * columns_.size() + index(across.start)];
                 for (std::size_t x = 0; x < across.weights.size(); ++x) {
                     const float weight = down.weights[y] * across.weights[x];
-                    row[x] += weight * value(i, output, c, y, x);
+                    row[x] += weight * answer(output, size, c, y, x);
                 }
             }
         }
+    }
+
+    float sum(std::size_t c, std::size_t y, std::size_t x) const {
+        return sum_[(c * rows_.size() + y) * columns_.size() + x];
     }
 
     template <class Value>
@@ -112,7 +118,7 @@ private:
     }
 
     const Image image_;
-    const Io io_;
+    const GraphIo graph_io_;
     const std::vector<std::int64_t> rows_;
     const std::vector<std::int64_t> columns_;
     const std::vector<Tile> down_;
@@ -141,35 +147,31 @@ void check(const Image& image) {
                    "expected an image that memory can hold, found " + to_string(Size{image.height, image.width}));
 }
 
-void restore(Network& network, const std::vector<Task>& tasks) {
+void restore(Session& session, const std::vector<Task>& tasks) {
     std::deque<Job> pending;
     const auto finish_first = [&] {
         const Job& job = pending.front();
-        job.restoration->take(job.tile, network.finish(job.lane));
+        job.restoration->take(job.tile, session.finish(job.lane));
         pending.pop_front();
     };
     std::size_t lane = 0;
     for (const Task& task : tasks) {
         check(task.image);
-        const auto restoration = std::make_shared<Restoration>(task, network);
+        const auto restoration = std::make_shared<Restoration>(task, session.graph_io());
         for (std::size_t i = 0; i < restoration->tiles(); ++i) {
-            if (pending.size() == network.lanes()) {
+            if (pending.size() == session.lanes()) {
                 finish_first();
             }
             const Size size = restoration->size(i);
-            restoration->fill(i, network.input(lane, size));
-            network.start(lane, size);
+            restoration->feed(i, session.input(lane, size));
+            session.start(lane, size);
             pending.push_back({restoration, i, lane});
-            lane = (lane + 1) % network.lanes();
+            lane = (lane + 1) % session.lanes();
         }
     }
     while (!pending.empty()) {
         finish_first();
     }
-}
-
-std::int64_t padded(std::int64_t length, std::int64_t multiple) {
-    return (length + multiple - 1) / multiple * multiple;
 }
 
 std::vector<std::int64_t> padded_index(std::int64_t length, std::int64_t size) {

@@ -1,18 +1,18 @@
-/// A network on the host for tests: answers `function` in any number of lanes, as late as it may.
+/// A session on the host for tests: answers `function` in any number of lanes, as late as it may.
 #pragma once
 
 #include <functional>
 #include <vector>
 
-#include "restore.hpp"
+#include "session.hpp"
 
-class HostNetwork final : public derainer::Network {
+class HostSession final : public derainer::Session {
 public:
     using Function = std::function<void(const float*, float*, std::size_t height, std::size_t width)>;
 
-    explicit HostNetwork(Function function, std::size_t lanes = 2) : function_(std::move(function)), lanes_(lanes) {}
+    explicit HostSession(Function function, std::size_t lanes = 2) : function_(std::move(function)), lanes_(lanes) {}
 
-    derainer::Io io() const override { return derainer::Io::tensor; }
+    derainer::GraphIo graph_io() const override { return {derainer::Io::tensor, 1}; }
     std::size_t lanes() const override { return lanes_.size(); }
 
     void* input(std::size_t lane, derainer::Size size) override {

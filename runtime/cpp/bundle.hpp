@@ -1,0 +1,37 @@
+/// A bundle on disk: a folder whose `manifest.json` says what every file in it is.
+///
+///     const derainer::Bundle bundle = derainer::load("bundle", "public.pem");   // or load("bundle"), unsigned
+///     const std::string plan = bundle.read(bundle.manifest.engines[0].file);    // verified bytes, or Error
+///
+/// What runtime/bundle.py refuses, this does too; that says why. The signature is Ed25519 over the exact bytes of
+/// `manifest.json`, detached and raw in `manifest.json.sig`.
+#pragma once
+
+#include <filesystem>
+#include <optional>
+#include <string>
+
+#include "manifest.hpp"
+
+namespace derainer {
+
+/// A folder and its manifest. Files are named as in the manifest; every method throws Error where one is missing or
+/// another than it says.
+struct Bundle {
+    std::filesystem::path folder;
+    Manifest manifest;
+
+    /// The content of a file: the very bytes that were verified, whatever happens to the file meanwhile.
+    std::string read(const std::string& name) const;
+    /// Verify every file.
+    void verify() const;
+    /// The manifest's entry for a file.
+    const File& file(const std::string& name) const;
+};
+
+/// Open a bundle; its files are verified as they are read. `public_key`: of the one who has to have signed it (PEM,
+/// Ed25519), if anyone. Throws Error for a folder that is no bundle, an unknown schema, a manifest with an unknown,
+/// missing or wrong field, and with a public key, for a missing or wrong signature.
+Bundle load(const std::filesystem::path& folder, const std::optional<std::filesystem::path>& public_key = std::nullopt);
+
+}  // namespace derainer

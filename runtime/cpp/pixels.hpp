@@ -1,0 +1,74 @@
+/// Pixels as people store them and as networks take them: sizes, images, and what a graph eats.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace derainer {
+
+/// In pixels.
+struct Size {
+    std::int64_t height = 0;
+    std::int64_t width = 0;
+};
+
+inline bool operator==(Size a, Size b) { return a.height == b.height && a.width == b.width; }
+inline bool operator!=(Size a, Size b) { return !(a == b); }
+
+inline bool is_multiple(Size size, std::int64_t of) { return size.height % of == 0 && size.width % of == 0; }
+
+/// Whether height and width both are from the smallest to the largest.
+inline bool is_between(Size size, Size min, Size max) {
+    return min.height <= size.height && size.height <= max.height && min.width <= size.width && size.width <= max.width;
+}
+
+inline std::string to_string(Size size) { return std::to_string(size.height) + "x" + std::to_string(size.width); }
+
+/// An image to restore. `rgb`: `height` rows of `width` pixels of 3 bytes each, red first, rows `stride` bytes apart;
+/// `out`: where the restored image goes, with the same stride. Both may be the same.
+struct Image {
+    const std::uint8_t* rgb;
+    std::int64_t height;
+    std::int64_t width;
+    std::size_t stride;
+    std::uint8_t* out;
+};
+
+/// What a graph takes and gives: float32 (1, 3, H, W) RGB in [0, 1], or uint8 (1, H, W, 3) RGB.
+enum class Io { tensor, image };
+
+/// What a graph eats: tensors or images, whose height and width have to be multiples of `multiple`, which is 1 where
+/// any size will do.
+struct GraphIo {
+    Io io;
+    std::int64_t multiple;
+
+    /// The smallest size that the graph takes and that an image of this size fits into.
+    Size padded(Size size) const {
+        const auto rounded_up = [&](std::int64_t length) { return (length + multiple - 1) / multiple * multiple; };
+        return {rounded_up(size.height), rounded_up(size.width)};
+    }
+
+    /// The shape of input and output for a height and width.
+    std::array<std::int64_t, 4> shape(Size size) const {
+        return io == Io::image ? std::array<std::int64_t, 4>{1, size.height, size.width, 3}
+                               : std::array<std::int64_t, 4>{1, 3, size.height, size.width};
+    }
+
+    /// How much memory the input takes, and the output.
+    std::size_t bytes(Size size) const {
+        return 3 * static_cast<std::size_t>(size.height) * static_cast<std::size_t>(size.width) *
+               (io == Io::image ? sizeof(std::uint8_t) : sizeof(float));
+    }
+
+    /// Which of the numbers of input and output is that of a channel (0 to 2) of the pixel in row `y` and column `x`.
+    std::size_t index(Size size, std::size_t channel, std::size_t y, std::size_t x) const {
+        const auto height = static_cast<std::size_t>(size.height);
+        const auto width = static_cast<std::size_t>(size.width);
+        return io == Io::image ? (y * width + x) * 3 + channel : (channel * height + y) * width + x;
+    }
+};
+
+}  // namespace derainer

@@ -1,0 +1,50 @@
+/// One contract for every engine, and the image contract on top of it, to the bit that of runtime/session.py: divide by
+/// 255, pad right and bottom, run whole or in tiles, clamp to [0, 1], crop, multiply by 255, round half to even.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "pixels.hpp"
+#include "tiling.hpp"
+
+namespace derainer {
+
+/// A network in one engine, ready to run. It can work on a tile in one lane while the host fills or empties another.
+class Session {
+public:
+    Session() = default;
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+    virtual ~Session() = default;
+
+    virtual GraphIo graph_io() const = 0;
+    virtual std::size_t lanes() const = 0;
+
+    /// Where the input of that size belongs.
+    virtual void* input(std::size_t lane, Size size) = 0;
+    /// Begin to work on that input.
+    virtual void start(std::size_t lane, Size size) = 0;
+    /// Wait for the answer, which stays until the next `start`.
+    virtual const void* finish(std::size_t lane) = 0;
+};
+
+/// An image, to which size it is padded, and the tiles in which it is run.
+struct Task {
+    Image image;
+    Plan plan;
+};
+
+/// Throws Error for an image without pixels, with rows that overlap, or larger than any memory.
+void check(const Image& image);
+
+/// Restore images, one after another, tiles left to right and top to bottom. Throws Error as `check` does, and where
+/// the network answers with NaN or infinity.
+void restore(Session& session, const std::vector<Task>& tasks);
+
+/// Which pixel stands at each place of an axis that is padded to `size`: a reflection without repeating the border, or
+/// the border where the axis is not longer than its padding. Throws Error where `size` is less than `length`.
+std::vector<std::int64_t> padded_index(std::int64_t length, std::int64_t size);
+
+}  // namespace derainer

@@ -1,0 +1,263 @@
+#include "trt.hpp"
+
+#include <algorithm>
+#include <iterator>
+#include <optional>
+
+#include "errors.hpp"
+
+/// Throws Error with CUDA's reason for a call that fails.
+#define CUDA_CHECK(call) check_cuda((call), #call)
+
+/// Throws Error with TensorRT's reason for a call that does not give what is true. Inside TrtSession.
+#define TENSORRT_CHECK(call) DERAINER_CHECK(call, path_ + " failed: " + log_.reason())
+
+namespace derainer {
+
+namespace {
+
+constexpr const char* kInput = "input";
+constexpr const char* kOutput = "output";
+
+using Graph = std::unique_ptr<CUgraph_st, Free<cudaGraphDestroy>>;
+
+void check_cuda(cudaError_t code, const char* expression) {
+    if (code != cudaSuccess) {
+        static_cast<void>(cudaGetLastError());  // or TensorRT finds it there, and takes it for its own
+        const char* mend = code == cudaErrorMemoryAllocation ? "; use smaller tiles or a network of fp16" : "";
+        throw Error(std::string("CUDA failed with ") + cudaGetErrorName(code) + mend, expression);
+    }
+}
+
+DeviceMemory allocate(std::size_t bytes) {
+    void* pointer = nullptr;
+    CUDA_CHECK(cudaMalloc(&pointer, bytes));
+    return DeviceMemory(pointer);
+}
+
+PinnedMemory allocate_pinned(std::size_t bytes) {
+    void* pointer = nullptr;
+    CUDA_CHECK(cudaMallocHost(&pointer, bytes));
+    return PinnedMemory(pointer);
+}
+
+/// Where kernels are kept: beside the bundle and not in it, as nothing verifies them. The same file as in Python.
+std::filesystem::path cache_path(const Bundle& bundle, const Engine& engine) {
+    const std::filesystem::path folder = std::filesystem::canonical(bundle.folder);
+    return folder.string() + "." + bundle.file(engine.file).sha256.substr(0, 12) + ".cache";
+}
+
+bool same(const nvinfer1::Dims& a, const nvinfer1::Dims& b) {
+    return a.nbDims == b.nbDims && std::equal(a.d, a.d + a.nbDims, b.d);
+}
+
+}  // namespace
+
+std::string library_version() {
+    return std::to_string(getInferLibMajorVersion()) + "." + std::to_string(getInferLibMinorVersion()) + "." +
+           std::to_string(getInferLibPatchVersion()) + "." + std::to_string(getInferLibBuildVersion());
+}
+
+std::string gpu(int device) {
+    int devices = 0;
+    const cudaError_t code = cudaGetDeviceCount(&devices);
+    DERAINER_CHECK(code == cudaSuccess && devices > 0, std::string("CUDA finds no NVIDIA GPU with a driver (") +
+                                                           cudaGetErrorName(code) +
+                                                           "); expected one: see that nvidia-smi shows it");
+    DERAINER_CHECK(device >= 0 && device < devices,
+                   "expected a GPU from 0 to " + std::to_string(devices - 1) + ", found " + std::to_string(device));
+    int major = 0;
+    int minor = 0;
+    CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    return std::to_string(major) + "." + std::to_string(minor);
+}
+
+OnDevice::OnDevice(int device) noexcept {
+    static_cast<void>(cudaGetDevice(&former_));
+    static_cast<void>(cudaSetDevice(device));  // if that fails, so does what comes next
+}
+
+OnDevice::~OnDevice() { static_cast<void>(cudaSetDevice(former_)); }
+
+void Log::log(Severity severity, const char* message) noexcept {
+    if (severity <= Severity::kERROR) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        error_ = message;
+        std::replace(error_.begin(), error_.end(), '\n', ' ');
+    }
+}
+
+std::string Log::reason() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return error_.empty() ? "it gives no reason" : error_;
+}
+
+TrtSession::TrtSession(const Bundle& bundle, const Engine& engine, std::size_t sizes, bool cuda_graphs)
+    : engine_(engine),
+      path_((bundle.folder / engine.file).string()),
+      graph_io_(bundle.manifest.model.graph_io),
+      sizes_(sizes),
+      cuda_graphs_(cuda_graphs),
+      runtime_(nvinfer1::createInferRuntime(log_)),
+      cuda_engine_(deserialize(bundle)),
+      library_(*cuda_engine_, cache_path(bundle, engine), cuda_graphs) {
+    DERAINER_CHECK(sizes > 0, "expected to keep at least one size, found 0");
+    const nvinfer1::DataType type = graph_io_.io == Io::image ? nvinfer1::DataType::kUINT8 : nvinfer1::DataType::kFLOAT;
+    TENSORRT_CHECK(cuda_engine_->getTensorDataType(kInput) == type && cuda_engine_->getTensorDataType(kOutput) == type);
+    TENSORRT_CHECK(cuda_engine_->getNbOptimizationProfiles() == static_cast<int>(engine_.profiles.size()));
+    std::size_t largest = 0;
+    for (const Profile& profile : engine_.profiles) {
+        DERAINER_CHECK(profile.max.height <= PTRDIFF_MAX / 12 / profile.max.width,
+                       path_ + ": expected sizes that memory can hold, found " + to_string(profile.max));
+        largest = std::max(largest, graph_io_.bytes(profile.max));
+        limits_.push_back({profile.min, profile.max});
+    }
+    for (Lane& lane : lanes_) {
+        cudaStream_t stream = nullptr;
+        CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+        lane.stream.reset(stream);
+        lane.input = allocate(largest);
+        lane.output = allocate(largest);
+        lane.host_input = allocate_pinned(largest);
+        lane.host_output = allocate_pinned(largest);
+    }
+    cudaEvent_t event = nullptr;
+    CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    done_.reset(event);
+}
+
+TrtSession::~TrtSession() {
+    for (const Lane& lane : lanes_) {
+        static_cast<void>(cudaStreamSynchronize(lane.stream.get()));
+    }
+    static_cast<void>(cudaEventSynchronize(done_.get()));
+}
+
+void* TrtSession::input(std::size_t lane, Size) { return lanes_[lane].host_input.get(); }
+
+void TrtSession::start(std::size_t i, Size size) {
+    Lane& lane = lanes_[i];
+    cudaStream_t stream = lane.stream.get();
+    const std::size_t bytes = graph_io_.bytes(size);
+    Context& context = prepare(size, i);
+    CUDA_CHECK(cudaMemcpyAsync(lane.input.get(), lane.host_input.get(), bytes, cudaMemcpyHostToDevice, stream));
+    launch(context, stream);
+    CUDA_CHECK(cudaMemcpyAsync(lane.host_output.get(), lane.output.get(), bytes, cudaMemcpyDeviceToHost, stream));
+}
+
+const void* TrtSession::finish(std::size_t lane) {
+    CUDA_CHECK(cudaStreamSynchronize(lanes_[lane].stream.get()));
+    return lanes_[lane].host_output.get();
+}
+
+void TrtSession::enqueue(const void* input, void* output, Size size, cudaStream_t stream) {
+    DERAINER_CHECK(is_multiple(size, graph_io_.multiple), "expected height and width in multiples of " +
+                                                              std::to_string(graph_io_.multiple) + ", found " +
+                                                              to_string(size));
+    Context& context = prepare(size, kCallers);
+    set_addresses(context, input, output);
+    launch(context, stream);
+}
+
+std::unique_ptr<nvinfer1::ICudaEngine> TrtSession::deserialize(const Bundle& bundle) {
+    TENSORRT_CHECK(runtime_ != nullptr);
+    // An engine for later versions, too, brings the code that runs it.
+    runtime_->setEngineHostCodeAllowed(engine_.flags.count("version_compatible") > 0);
+    const std::string plan = bundle.read(engine_.file);
+    std::unique_ptr<nvinfer1::ICudaEngine> engine(runtime_->deserializeCudaEngine(plan.data(), plan.size()));
+    DERAINER_CHECK(engine != nullptr,
+                   path_ + " is refused: " + log_.reason() + "; build it again on or for this machine");
+    return engine;
+}
+
+/// The context for a size in a lane, ready to run.
+TrtSession::Context& TrtSession::prepare(Size size, std::size_t lane) {
+    const auto known = std::find_if(contexts_.begin(), contexts_.end(),
+                                    [&](const Context& c) { return c.size == size && c.lane == lane; });
+    if (known != contexts_.end()) {
+        contexts_.splice(contexts_.begin(), contexts_, known);
+        return contexts_.front();
+    }
+    const std::optional<std::size_t> profile = engine_.profile_for(size);
+    DERAINER_CHECK(profile.has_value(), path_ + " takes images of height x width " + to_string(limits_) + ", found " +
+                                            to_string(size) + "; build it with another --min and --max");
+    Context context{size, lane, library_.create_context(), false, nullptr};
+    TENSORRT_CHECK(context.execution != nullptr);
+    cudaStream_t stream = lanes_[0].stream.get();
+    TENSORRT_CHECK(context.execution->setOptimizationProfileAsync(static_cast<int>(*profile), stream));
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    TENSORRT_CHECK(context.execution->setInputShape(kInput, dims(size)));
+    TENSORRT_CHECK(same(context.execution->getTensorShape(kOutput), dims(size)));
+    if (lane != kCallers) {
+        set_addresses(context, lanes_[lane].input.get(), lanes_[lane].output.get());
+    }
+    const std::size_t needed = context.execution->updateDeviceMemorySizeForShapes();
+    TENSORRT_CHECK(needed > 0);
+    if (needed > memory_bytes_) {
+        wait();
+        contexts_.clear();  // as the address is in their graphs
+        memory_.reset();
+        memory_bytes_ = 0;
+        memory_ = allocate(needed);
+        memory_bytes_ = needed;
+    }
+    context.execution->setDeviceMemoryV2(memory_.get(), static_cast<std::int64_t>(memory_bytes_));
+    const auto in_lane = [&](const Context& c) { return c.lane == lane; };
+    if (std::count_if(contexts_.begin(), contexts_.end(), in_lane) >= static_cast<std::ptrdiff_t>(sizes_)) {
+        wait();
+        contexts_.erase(std::prev(std::find_if(contexts_.rbegin(), contexts_.rend(), in_lane).base()));
+    }
+    contexts_.push_front(std::move(context));
+    return contexts_.front();
+}
+
+void TrtSession::set_addresses(Context& context, const void* input, void* output) {
+    TENSORRT_CHECK(context.execution->setInputTensorAddress(kInput, input));
+    TENSORRT_CHECK(context.execution->setTensorAddress(kOutput, output));
+}
+
+/// Let a stream run a context. Graphs are captured in the second run: the first one completes the set-up, which must
+/// not be captured, and is the only one for many an image.
+void TrtSession::launch(Context& context, cudaStream_t stream) {
+    CUDA_CHECK(cudaStreamWaitEvent(stream, done_.get(), 0));
+    const bool capturing = cuda_graphs_ && !Library::jit && context.lane != kCallers;
+    if (capturing && context.warm && context.graph == nullptr) {
+        context.graph = capture(context, stream);
+    }
+    bool enqueued = true;
+    if (context.graph != nullptr) {
+        CUDA_CHECK(cudaGraphLaunch(context.graph.get(), stream));
+    } else {
+        enqueued = context.execution->enqueueV3(stream);
+        context.warm = enqueued;
+    }
+    const cudaError_t recorded = cudaEventRecord(done_.get(), stream);  // behind what failed halfway, too
+    TENSORRT_CHECK(enqueued);
+    CUDA_CHECK(recorded);
+}
+
+GraphExec TrtSession::capture(Context& context, cudaStream_t stream) {
+    CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    const bool enqueued = context.execution->enqueueV3(stream);
+    cudaGraph_t captured = nullptr;
+    const cudaError_t ended = cudaStreamEndCapture(stream, &captured);
+    const Graph graph(captured);
+    static_cast<void>(cudaGetLastError());
+    DERAINER_CHECK(enqueued && ended == cudaSuccess, path_ + " cannot be captured in a CUDA graph: " +
+                                                         (enqueued ? cudaGetErrorName(ended) : log_.reason()) +
+                                                         "; set Options::cuda_graphs to false");
+    cudaGraphExec_t instance = nullptr;
+    CUDA_CHECK(cudaGraphInstantiateWithFlags(&instance, captured, 0));
+    return GraphExec(instance);
+}
+
+/// Until no context is at work any more.
+void TrtSession::wait() const { CUDA_CHECK(cudaEventSynchronize(done_.get())); }
+
+nvinfer1::Dims TrtSession::dims(Size size) const {
+    const auto [a, b, c, d] = graph_io_.shape(size);
+    return nvinfer1::Dims4{a, b, c, d};
+}
+
+}  // namespace derainer
