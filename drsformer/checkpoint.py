@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialised
 from torch import Tensor
 
-from drsformer.config import EXPERTS, RELEASED_TOPK, BlockConfig, DRSformerConfig, LevelConfig, MEFCConfig
+from drsformer.config import EXPERTS, LEVELS, RELEASED_TOPK, BlockConfig, DRSformerConfig, LevelConfig, MEFCConfig
 from drsformer.model import DRSformer
 from runtime.errors import InputError
 from runtime.files import writing
@@ -53,10 +54,10 @@ RENAMES = [
 class Checkpoint:
     """A network read from a file.
 
-    model:      in evaluation mode, float32, on the CPU.
-    provenance: JSON-able; for our files `trained_on`, `steps` (commands with their options, oldest first), `parent`
-                (SHA-256 of the file it was made from) and `scores`, where they are known; for others only `source`.
-    sha256:     of the file, in hexadecimal.
+    Attributes:
+        model: The network in evaluation mode, float32, on the CPU.
+        provenance: What `provenance_after` made, as far as it is known; of a file of the authors only its `source`.
+        sha256: SHA-256 of the file, in hexadecimal.
     """
 
     model: DRSformer
@@ -65,8 +66,15 @@ class Checkpoint:
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a `.safetensors` of ours or a `.pth` in the authors' format. Raises InputError with one line where the file
-    is missing, damaged, of another kind, would have to execute code, or does not hold exactly one DRSformer."""
+    """Read a network.
+
+    Args:
+        path: A `.safetensors` of ours, or a `.pth` or `.pt` in the authors' format.
+
+    Raises:
+        InputError: The file is missing, damaged, of another kind, would have to execute code, or does not hold exactly
+            one DRSformer.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; expected a .safetensors or .pth file")
@@ -86,8 +94,18 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 def save(
     path: str | os.PathLike[str], model: DRSformer, provenance: dict[str, Any], dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write `model` with its config and `provenance` (JSON-able) as `.safetensors`, whole or not at all. With a shorter
-    `dtype` the file is smaller and the weights are rounded; they are read back as float32."""
+    """Write a network with its config, whole or not at all.
+
+    Args:
+        path: A name ending in `.safetensors`.
+        model: The network, on any device.
+        provenance: Where it comes from, ready for JSON, see `provenance_after`.
+        dtype: Type of the weights in the file. With a shorter one than float32 the file is smaller and the weights are
+            rounded; they are read back as float32.
+
+    Raises:
+        InputError: The name ends otherwise.
+    """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: expected a name ending in .safetensors")
@@ -97,7 +115,37 @@ def save(
         temporary.write_bytes(serialised(state, {METADATA_KEY: json.dumps(description)}))
 
 
+def provenance_after(
+    parent: Checkpoint | None,
+    command: str,
+    options: dict[str, Any],
+    trained_on: Sequence[str] | None = None,
+    scores: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The provenance of a network that a command has made.
+
+    Args:
+        parent: What the command started from, or None for a network with random weights.
+        command: The command's dotted name.
+        options: What its result depends on, ready for JSON.
+        trained_on: Names of the data sets that the network was trained on; those of the parent if not given.
+        scores: What was measured of it, if anything was.
+
+    Returns:
+        Ready for JSON: `trained_on`, None where nobody knows; `parent`, the SHA-256 of its file or None; `steps`, the
+        commands with their options, oldest first; and `scores`, where they are given.
+    """
+    earlier = parent.provenance if parent else {}
+    return {
+        "trained_on": earlier.get("trained_on") if trained_on is None else list(trained_on),
+        "parent": parent.sha256 if parent else None,
+        "steps": [*earlier.get("steps", []), {"command": command, "options": options}],
+        **({} if scores is None else {"scores": scores}),
+    }
+
+
 def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -158,7 +206,13 @@ def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> DRSformerConfig:
     """The config of the network whose parameters, under our names, have these shapes.
 
     Shapes say everything but the top-k fractions (four masks are taken for the released ones) and which experts
-    an MEFC of fewer than eight has (the first ones). Raises KeyError or ValueError where they fit no DRSformer.
+    an MEFC of fewer than eight has (the first ones).
+
+    Args:
+        shapes: Shapes of the parameters by their names.
+
+    Raises:
+        KeyError, IndexError, ValueError, ArithmeticError: They fit no DRSformer.
     """
 
     def block(prefix: str) -> BlockConfig:
@@ -195,10 +249,9 @@ def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> DRSformerConfig:
     w2, w3, w4 = (4 * shapes[f"down{i}.conv.weight"][0] for i in ("1_2", "2_3", "3_4"))
     u3, u2, u1 = (shapes[f"up{i}.conv.weight"][0] // 4 for i in ("4_3", "3_2", "2_1"))
     d3, d2, d1 = shapes["reduce_chan_level3.weight"][0], shapes["reduce_chan_level2.weight"][0], w1 + u1
-    return DRSformerConfig(
-        encoder=(level("encoder_level1", w1), level("encoder_level2", w2), level("encoder_level3", w3)),
-        latent=level("latent", w4),
-        decoder=(level("decoder_level3", d3), level("decoder_level2", d2), level("decoder_level1", d1)),
+    widths = dict(zip(LEVELS, (w1, w2, w3, w4, d3, d2, d1), strict=True))
+    return DRSformerConfig.regular().with_levels(  # all of which is replaced
+        {module: level(module, width) for module, width in widths.items()},
         up=(u3, u2, u1),
         topk=RELEASED_TOPK if masks else (),
         feed_forward=kind,

@@ -63,6 +63,26 @@ def test_round_trip_of_odd_networks(tmp_path, seed):
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]  # nothing temporary is left
 
 
+def test_provenance_goes_on_from_that_of_the_parent():
+    model = DRSformer(preset("drsformer-tiny"))
+    first = checkpoint.provenance_after(None, "a.b", {"x": 1}, trained_on=["d/e"], scores={"psnr": 30.0})
+    assert first == {
+        "trained_on": ["d/e"],
+        "parent": None,
+        "steps": [{"command": "a.b", "options": {"x": 1}}],
+        "scores": {"psnr": 30.0},
+    }
+    second = checkpoint.provenance_after(checkpoint.Checkpoint(model, first, "0f"), "a.c", {})
+    assert second == {
+        "trained_on": ["d/e"],
+        "parent": "0f",
+        "steps": [*first["steps"], {"command": "a.c", "options": {}}],
+    }
+    authors = checkpoint.Checkpoint(model, {"source": "net.pth"}, "f0")
+    steps = [{"command": "a.c", "options": {}}]
+    assert checkpoint.provenance_after(authors, "a.c", {}) == {"trained_on": None, "parent": "f0", "steps": steps}
+
+
 def test_same_content_gives_the_same_file(tmp_path):
     model = DRSformer(preset("drsformer-tiny"))
     for name in "ab":
