@@ -22,9 +22,9 @@ from benchmarks.harness import Row, Sheet
 from benchmarks.training import pair_folders
 from compress.distill import Level, Terms, distill, heads
 from drsformer import checkpoint
-from drsformer.data import find_pairs
-from drsformer.evaluate import evaluate_model
-from drsformer.train import DataOptions, Hardware, Recipe, Schedule, short
+from drsformer.data import dataset_name, find_pairs
+from drsformer.evaluation import evaluate_model
+from drsformer.recipe import DataOptions, Hardware, Recipe, Schedule
 from runtime.cli import main
 
 VARIANTS = {
@@ -73,7 +73,7 @@ def distillation(
         row: Row = {}
         for place in pair_folders(data, "val"):
             scores = evaluate_model(checkpoint.load(weights).model.to(device), find_pairs(place))
-            row |= {f"{short(place)} PSNR": scores.psnr, f"{short(place)} SSIM": scores.ssim}
+            row |= {f"{dataset_name(place)} PSNR": scores.psnr, f"{dataset_name(place)} SSIM": scores.ssim}
         return row
 
     configs = [checkpoint.load(path).model.config for path in (teacher, student)]

@@ -56,9 +56,8 @@ from benchmarks.harness import (
     synchronize,
 )
 from benchmarks.training import Train, pair_folders
-from drsformer.data import find_pairs
-from drsformer.evaluate import evaluate_model
-from drsformer.train import short
+from drsformer.data import dataset_name, find_pairs
+from drsformer.evaluation import evaluate_model
 from export.folding import DTYPES, Precision, fold
 from export.topk import PATTERNS, count_flips, masks, scores_of, with_pattern
 from runtime.cli import console, main
@@ -154,7 +153,7 @@ class Correct(Stage):
         for subject in (subject for subject in subjects if subject.trained):
             for place in pair_folders(self.data, "val") if self.data else []:
                 for form, precision in SCORED:
-                    key = f"{subject.name} {form} {precision} {short(place)}"
+                    key = f"{subject.name} {form} {precision} {dataset_name(place)}"
                     sheet.measure(key, functools.partial(self.scored, sheet, subject, form, precision, place))
         for size in sizes:
             for form, precision in WEIGHED:
@@ -205,7 +204,7 @@ class Correct(Stage):
         """Scores on all pairs of a folder, with TF32 as PyTorch has it by default, and the drift."""
         network = copy.deepcopy(formed(subject, form, precision)).to(sheet.device)
         scores = evaluate_model(network, find_pairs(place))
-        reference = sheet.rows.get(f"{subject.name} readable fp32 {short(place)}", {}).get("PSNR on Y")
+        reference = sheet.rows.get(f"{subject.name} readable fp32 {dataset_name(place)}", {}).get("PSNR on Y")
         row: Row = {"PSNR on Y": scores.psnr, "SSIM on Y": scores.ssim, "images": scores.images}
         return row | ({"drift dB": scores.psnr - reference} if reference is not None else {})
 

@@ -29,8 +29,8 @@ import tyro
 from numpy.typing import NDArray
 from PIL import Image
 
-from drsformer.data import Pair, find_pairs
-from drsformer.rain import add_rain, images_in, rain_of_pair
+from drsformer.data import Pair, find_pairs, images_in
+from drsformer.rendering import add_rain, rain_of_pair
 from runtime import images
 from runtime.cli import main, progress
 from runtime.errors import InputError

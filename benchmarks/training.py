@@ -21,10 +21,14 @@ from torch import nn
 from benchmarks import parts
 from benchmarks.harness import Row, Sheet, Stage, milliseconds, peak_memory, protected, synchronize
 from compress import distill
-from drsformer import checkpoint, train
+from drsformer import checkpoint
 from drsformer.data import find_pairs
-from drsformer.evaluate import evaluate_model
+from drsformer.evaluation import evaluate_model
+from drsformer.loop import compile_blocks, l1_loss, unchanged, untrained
 from drsformer.model import DRSformer
+from drsformer.patches import Patches
+from drsformer.recipe import DataOptions, Hardware, Recipe, Schedule
+from drsformer.train import TrainOptions, train, training_shown
 from export.folding import DTYPES, trainable
 from runtime.errors import InputError
 
@@ -36,13 +40,13 @@ class Plan:
     network: by its name in `PRESETS`.
     start:   the plan whose network it goes on from, or None to start afresh.
     teacher: the plan whose network it learns from, or None.
-    recipe:  see `drsformer.train`.
+    recipe:  see `drsformer.recipe`.
     rendered, dry: fractions of the patches.
     dtype:   that its weights are kept in.
     """
 
     network: str
-    recipe: train.Recipe
+    recipe: Recipe
     start: str | None = None
     teacher: str | None = None
     rendered: float = 0.6
@@ -50,9 +54,9 @@ class Plan:
     dtype: Literal["fp16", "bf16"] = "fp16"
 
 
-def _recipe(**changes: Any) -> train.Recipe:
+def _recipe(**changes: Any) -> Recipe:
     common: dict[str, Any] = dict(constant=0, warmup=200, lr=4e-4, batch=8, patch=128, clip=0.1, ema=0.999)
-    return train.Recipe(**common | changes)
+    return Recipe(**common | changes)
 
 
 PLANS = {
@@ -149,23 +153,23 @@ class Train(Stage):
             sheet.measure(key, functools.partial(self.probe_form, sheet.device, plan, form, compiled, last))
 
     def probe_form(self, device: torch.device, plan: Plan, form: str, compiled: bool, last: bool) -> Row:
-        """Steps as `drsformer.train.fit` makes them, on random patches, in bf16."""
+        """Steps as `drsformer.loop.fit` makes them, on random patches, in bf16."""
         torch.compiler.reset()
         torch.backends.cudnn.benchmark = True
         row: Row = {}
         layout = torch.channels_last if last else torch.contiguous_format
-        made = trainable if form == "trainable" else train.itself
+        made = trainable if form == "trainable" else unchanged
 
         def place(network: DRSformer) -> DRSformer:
             network = made(network.to(device).to(memory_format=layout)).to(device)  # pyright: ignore[reportCallIssue]
             if compiled:
-                train.compile_blocks(network)
+                compile_blocks(network)
             return network
 
-        network = train.fresh(plan.network).to(device)
-        stepped, loss = place(network), train.l1_loss
+        network = untrained(plan.network).to(device)
+        stepped, loss = place(network), l1_loss
         if plan.teacher:
-            loss = distill.Distillation(place(train.fresh(PLANS[plan.teacher].network)), network, distill.Terms())
+            loss = distill.Distillation(place(untrained(PLANS[plan.teacher].network)), network, distill.Terms())
         optimizer = torch.optim.AdamW(network.parameters(), 1e-5, fused=device.type == "cuda")
         shape = plan.recipe.batch, 3, plan.recipe.patch, plan.recipe.patch
         rainy, clean = (torch.rand(shape, device=device).contiguous(memory_format=layout) for _ in range(2))
@@ -189,8 +193,8 @@ class Train(Stage):
 
     def probe_loader(self, plan: Plan, folder: Path) -> Row:
         """Batches that no network waits for, over some seconds after the first."""
-        patches = train.Patches(*self.sources(plan, folder))
-        patches.warm_up(False)
+        patches = Patches(*self.sources(plan, folder))
+        patches.warm_up()
         size = plan.recipe.batch
         numbers = [list(range(i * size, (i + 1) * size)) for i in range(10_000)]
         loader = torch.utils.data.DataLoader(patches, batch_sampler=numbers, num_workers=self.workers)
@@ -213,9 +217,9 @@ class Train(Stage):
         folders = [find_pairs(place) for place in pair_folders(folder, "train")]
         return folders, plan.recipe, data_options.clean, data_options.streaks, data_options.rendered, data_options.dry
 
-    def data_options(self, plan: Plan, folder: Path) -> train.DataOptions:
+    def data_options(self, plan: Plan, folder: Path) -> DataOptions:
         clean, streaks = ((folder / name) if (folder / name).is_dir() else None for name in ("clean", "streaks"))
-        return train.DataOptions(
+        return DataOptions(
             validate=pair_folders(folder, "val"),
             validate_limit=4,
             clean=clean,
@@ -237,7 +241,7 @@ class Train(Stage):
             "data": pair_folders(folder, "train"),
             "data_options": self.data_options(plan, folder),
             "recipe": plan.recipe,
-            "hardware": train.Hardware(
+            "hardware": Hardware(
                 accelerator=cast("Any", sheet.device.type),
                 devices="1",
                 workers=self.workers,
@@ -246,7 +250,7 @@ class Train(Stage):
                 compile=self.compile,
                 cuda_graph=self.cuda_graph and sheet.device.type == "cuda",
             ),
-            "schedule": train.Schedule(
+            "schedule": Schedule(
                 validate_every=max(1, plan.recipe.iterations // 4),
                 log_every=max(1, plan.recipe.iterations // 200),
                 save_minutes=2,
@@ -260,12 +264,13 @@ class Train(Stage):
                 teacher = self.teacher or self.run_dir / plan.teacher / "last.safetensors"
                 result = distill.distill(teacher=teacher, student=str(init or plan.network), **options)
             else:
-                result = train.train(
-                    network=None if init else plan.network,
-                    init=init,
-                    form=train.itself if self.readable else trainable,
-                    **options,
-                )
+                network = None if init else plan.network
+                with training_shown() as on_progress:
+                    result = train(
+                        TrainOptions(network=network, init=init, **options),
+                        form=unchanged if self.readable else trainable,
+                        on_progress=on_progress,
+                    )
             return {"finished": result["finished"], **self.send(sheet.device, run, name, plan, folder)}
 
         row = protected(sheet.device, work)

@@ -30,24 +30,12 @@ from torch import Tensor, nn
 
 from drsformer import checkpoint
 from drsformer.config import PRESETS, DRSformerConfig
-from drsformer.data import Pair, find_pairs
+from drsformer.data import Pair, dataset_name, find_pairs, images_in
+from drsformer.loop import Run, compile_blocks, fit, network_files, untrained
 from drsformer.model import DRSformer, conv1x1
-from drsformer.rain import images_in
-from drsformer.train import (
-    DataOptions,
-    Hardware,
-    Patches,
-    Recipe,
-    Run,
-    Schedule,
-    compile_blocks,
-    first_process_only,
-    fit,
-    fresh,
-    networks_of,
-    short,
-    to_tensor,
-)
+from drsformer.patches import Patches, to_tensor
+from drsformer.recipe import DataOptions, Hardware, Recipe, Schedule
+from drsformer.train import first_process_summary, training_shown
 from export.folding import trainable
 from runtime.cli import console, main
 from runtime.errors import InputError, expect_between
@@ -205,7 +193,7 @@ def distill(
     hardware: Annotated[Hardware, tyro.conf.OmitArgPrefixes] = Hardware(),
     schedule: Annotated[Schedule, tyro.conf.OmitArgPrefixes] = Schedule(),
 ) -> dict[str, Any]:
-    """Train a student to answer like a teacher, or continue to; returns what `drsformer.train.fit` does.
+    """Train a student to answer like a teacher, or continue to; returns what `drsformer.loop.fit` does.
 
     Args:
         output: Folder of the run.
@@ -216,13 +204,13 @@ def distill(
         rainy: Folder of rainy photographs without clean counterparts.
         unlabelled: Fraction of the patches that come from --rainy, if it is given.
         terms: What the student is compared with.
-        material: What else to learn from, and what to validate on.
+        data_options: What else to learn from, and what to validate on.
         recipe: How to train.
         hardware: What to train on.
-        cadence: How often to validate, log and save, and when to stop.
+        schedule: How often to validate, log and save, and when to stop.
     """
     expect_between("unlabelled", unlabelled, 0, 1)
-    expect_other_files(*networks_of(output), teacher=teacher, student=student)
+    expect_other_files(*network_files(output), teacher=teacher, student=student)
     folders = [find_pairs(folder) for folder in data or []]
     validation = data_options.validation()
     patches = PatchesOfPhotographs(
@@ -233,46 +221,44 @@ def distill(
     torch.manual_seed(recipe.seed)
     trained_teacher = checkpoint.load(teacher)
     start = None if student in PRESETS else _start(student)
-    model = start.model.train() if start else fresh(student)
+    model = start.model.train() if start else untrained(student)
     options = {
         "teacher": trained_teacher.sha256,
         "student": None if start else student,
         "parent": start.sha256 if start else None,
         "data": data_options.sources(*(data or [])),
-        "rainy": short(rainy) if rainy else None,
+        "rainy": dataset_name(rainy) if rainy else None,
         "unlabelled": patches.unlabelled,
         **dataclasses.asdict(terms),
         **data_options.options(),
         **dataclasses.asdict(recipe),
         "precision": hardware.precision,
     }
-    earlier = start.provenance.get("steps", []) if start else []
-    provenance = {
-        "trained_on": [*options["data"], *([options["rainy"]] if rainy else [])],
-        "parent": options["parent"],
-        "steps": [*earlier, {"command": "compress.distill", "options": options}],
-    }
+    trained_on = [*options["data"], *([options["rainy"]] if rainy else [])]
+    provenance = checkpoint.provenance_after(start, "compress.distill", options, trained_on)
     fabric = hardware.fabric(output)
     frozen = trainable(trained_teacher.model.to(fabric.device)).to(fabric.device)
     loss = Distillation(frozen, model, terms)
     if hardware.compile:
         compile_blocks(frozen)
     if fabric.is_global_zero:
-        counts = [sum(p.numel() for p in network.parameters()) / 1e6 for network in (model, trained_teacher.model)]
-        console.print("{:.2f} M parameters, teacher {:.2f} M, on {}".format(*counts, fabric.device))
-    return fit(
-        fabric,
-        model,
-        patches,
-        recipe,
-        Run(output, options, provenance),
-        loss=loss,
-        form=trainable,
-        validate=validation,
-        protocol=data_options.protocol,
-        hardware=hardware,
-        schedule=schedule,
-    )
+        parameters = sum(p.numel() for p in trained_teacher.model.parameters()) / 1e6
+        console.print(f"Teacher of {parameters:.2f} M parameters")
+    with training_shown() as on_progress:
+        return fit(
+            fabric,
+            model,
+            patches,
+            recipe,
+            Run(output, options, provenance),
+            loss=loss,
+            form=trainable,
+            validate=validation,
+            protocol=data_options.protocol,
+            hardware=hardware,
+            schedule=schedule,
+            on_progress=on_progress,
+        )
 
 
 def _start(student: str) -> checkpoint.Checkpoint:
@@ -282,4 +268,4 @@ def _start(student: str) -> checkpoint.Checkpoint:
 
 
 if __name__ == "__main__":
-    main(distill, __doc__, summary=first_process_only)
+    main(distill, __doc__, summary=first_process_summary)

@@ -20,7 +20,7 @@ from compress.cost import macs, params
 from drsformer import checkpoint
 from drsformer.config import EXPERTS, LEVELS, BlockConfig, LevelConfig, MEFCConfig
 from drsformer.model import DRSformer
-from drsformer.train import LARGEST_SEED
+from drsformer.recipe import LARGEST_SEED
 from runtime.cli import console, main
 from runtime.errors import InputError, expect_between
 from runtime.files import expect_other_files
@@ -161,9 +161,7 @@ def grow_checkpoint(
     small = checkpoint.load(weights)
     larger = grow(small.model, depths, hidden, seed=seed)
     options = {"depths": depths, "hidden": hidden, "seed": seed}
-    steps = [*small.provenance.get("steps", []), {"command": "compress.grow", "options": options}]
-    provenance = {"trained_on": small.provenance.get("trained_on"), "parent": small.sha256, "steps": steps}
-    checkpoint.save(output, larger, provenance)
+    checkpoint.save(output, larger, checkpoint.provenance_after(small, "compress.grow", options))
     summary = {}
     for name, config in (("before", small.model.config), ("after", larger.config)):
         summary |= {f"gmacs_{name}": macs(config) / 1e9, f"params_{name}": params(config)}

@@ -53,11 +53,12 @@ from compress.groups import (
 from compress.step_cache import NO_CACHE, StepCache
 from drsformer import checkpoint
 from drsformer.config import LEVELS, NO_EXPERT, SIZE_MULTIPLE, BlockConfig, DRSformerConfig
-from drsformer.data import Pair, find_pairs
-from drsformer.evaluate import evaluate_model
+from drsformer.data import Pair, dataset_name, find_pairs
+from drsformer.evaluation import evaluate_model
 from drsformer.metrics import Protocol
 from drsformer.model import DRSformer, LayerNorm
-from drsformer.train import Patches, Recipe, short
+from drsformer.patches import Patches
+from drsformer.recipe import Recipe
 from runtime.cli import console, main, parse_size, progress
 from runtime.errors import GateError, InputError
 from runtime.files import expect_other_files, writing
@@ -585,7 +586,7 @@ def prune(
     patches = [cut[number] for number in range(samples)]
     how: dict[str, Any] = dict(importance=importance, round_to=round_to)
     options = {
-        "data": [short(folder) for folder in data],
+        "data": [dataset_name(folder) for folder in data],
         **fractions,
         **how,
         "rounds": rounds,
@@ -623,12 +624,8 @@ def prune(
         measured.remove()
         raise
     psnr = tuple(evaluate_model(each, images, protocol).psnr for each in (trained.model, network))
-    provenance = {
-        "trained_on": trained.provenance.get("trained_on"),
-        "parent": trained.sha256,
-        "steps": [*trained.provenance.get("steps", []), {"command": "compress.prune", "options": options}],
-        "scores": {"psnr": round(psnr[1], 4), "images": len(images), "protocol": protocol},
-    }
+    scores = {"psnr": round(psnr[1], 4), "images": len(images), "protocol": protocol}
+    provenance = checkpoint.provenance_after(trained, "compress.prune", options, scores=scores)
     checkpoint.save(output, network, provenance)
     steps.remove()
     measured.remove()

@@ -47,11 +47,12 @@ from compress.prune import LATENCY_TOLERANCE, measure_sensitivity, prune
 from compress.step_cache import OPTIONS, StepCache
 from drsformer import checkpoint
 from drsformer.config import SIZE_MULTIPLE
-from drsformer.data import Pair, find_pairs
-from drsformer.evaluate import evaluate_model
+from drsformer.data import Pair, dataset_name, find_pairs
+from drsformer.evaluation import evaluate_model
 from drsformer.metrics import Protocol
 from drsformer.model import DRSformer
-from drsformer.train import DataOptions, Hardware, Patches, Recipe, short
+from drsformer.patches import Patches
+from drsformer.recipe import DataOptions, Hardware, Recipe
 from export import tensorrt
 from export.onnx import export
 from export.validate import validate as compare
@@ -163,7 +164,7 @@ class Candidates:
             make(self.work / file)
             before, after = time_sessions([OrtSession(path, "cpu") for path in (model, self.work / file)], self.size)
             psnr = {
-                short(folder): compare(
+                dataset_name(folder): compare(
                     self.weights, self.work / file, folder, protocol=self.protocol, limit=len(pairs)
                 ).totals["candidate_psnr"]
                 for folder, pairs in self.folders.items()
@@ -187,7 +188,7 @@ class Candidates:
             "params": cost.params(network.config),
             "macs": cost.macs(network.config) / cost.macs(self.network.config),
             "psnr": {
-                short(folder): evaluate_model(network, pairs, self.protocol).psnr
+                dataset_name(folder): evaluate_model(network, pairs, self.protocol).psnr
                 for folder, pairs in self.folders.items()
             },
         }
@@ -310,8 +311,8 @@ def search(
         work,
         {
             "weights": checkpoint.load(weights).sha256,
-            "data": [short(folder) for folder in data],
-            "validate": [short(folder) for folder in sources],
+            "data": [dataset_name(folder) for folder in data],
+            "validate": [dataset_name(folder) for folder in sources],
             "limit": limit,
             "protocol": protocol,
             "max_drop_db": max_drop_db,

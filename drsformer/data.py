@@ -5,8 +5,8 @@
 
 `LAYOUTS` is the list of what is known, `NAMES` how the name of a rainy image becomes that of its clean one, so that a
 download needs no renaming. Both follow what the data sets' own pages and the loaders published for them say; they were
-tried on trees made after that, not on the downloads. A layout is told by the names of folders and files alone: nothing
-looks into an image to guess what it is.
+tried on trees made after that, not on the downloads. A layout is recognised by the names of folders and files alone:
+nothing looks into an image to guess what it is.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ the same one: of those whose pattern is in every name, the one that finds most p
 class Pair:
     """A rainy image and the same without rain.
 
-    input, target: their files.
-    name:          unique in its data set: the path of the input below its folder, without the suffix.
-    side_by_side:  whether `input` and `target` are the same file, which holds both, the rainy one on the left.
+    Attributes:
+        input: File of the rainy image.
+        target: File of the clean image.
+        name: Unique in its data set: the path of the input below its folder, without the suffix.
+        side_by_side: Whether `input` and `target` are the same file, which holds both, the rainy one on the left.
     """
 
     input: Path
@@ -51,8 +53,14 @@ class Pair:
     side_by_side: bool = False
 
     def load(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Rainy and clean image, uint8 (H, W, 3) RGB of one size. Raises InputError where they are not, or cannot be
-        read."""
+        """Read both images.
+
+        Returns:
+            Rainy and clean image, uint8 (H, W, 3) RGB of one size.
+
+        Raises:
+            InputError: They are of different sizes, or cannot be read.
+        """
         rainy = images.read_rgb(self.input)
         if self.side_by_side:
             W = rainy.shape[1]
@@ -69,8 +77,10 @@ class Pair:
 def pair_folders(inputs: Path, targets: Path) -> list[Pair]:
     """Every image of `inputs` with its partner in `targets`, in natural order.
 
-    Several inputs may share a target, and targets may be left over. Raises InputError where a folder has no images,
-    and for an input without a target.
+    Several inputs may share a target, and targets may be left over.
+
+    Raises:
+        InputError: A folder has no images, or an input has no target.
     """
     rainy, clean = _images(inputs), _images(targets)
     renamings = [
@@ -125,8 +135,9 @@ def _side_by_side(folder: Path) -> list[Pair]:
 class Layout(NamedTuple):
     """A way in which pairs lie in a folder.
 
-    looks: what it looks like, for messages.
-    find:  its pairs; none where the folder is not laid out so.
+    Attributes:
+        looks: What it looks like, for messages.
+        find: Finds the pairs of a folder; none where it is not laid out so.
     """
 
     looks: str
@@ -157,8 +168,9 @@ class LayoutError(InputError):
 def find_pairs(folder: str | os.PathLike[str]) -> list[Pair]:
     """All pairs of a folder in one of `LAYOUTS`, in natural order or that of its list file.
 
-    Raises InputError, in one line, for a folder that is missing or without images and for an image without its
-    counterpart, and of that LayoutError for a folder in no known layout.
+    Raises:
+        InputError: The folder is missing or has no images, or an image has no counterpart.
+        LayoutError: The folder is in no known layout; an InputError too.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -170,6 +182,23 @@ def find_pairs(folder: str | os.PathLike[str]) -> list[Pair]:
     names = sorted((path.name + "/" * path.is_dir() for path in folder.iterdir()), key=_natural)
     found = ", ".join(names[:5] + ["..."] * (len(names) > 5)) or "nothing"
     raise LayoutError(f"{folder}: expected {'; or '.join(layout.looks for layout in LAYOUTS)}; found {found}")
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files in a folder itself, sorted by name.
+
+    Raises:
+        InputError: There is no such folder, or it has no images.
+    """
+    paths = images.list_images(folder)
+    if not paths:
+        raise InputError(f"{folder}: expected images, found none")
+    return paths
+
+
+def dataset_name(folder: Path) -> str:
+    """The last two parts of a path, links as they are: they name a data set without saying where it lies."""
+    return "/".join(Path(os.path.abspath(folder)).parts[1:][-2:])
 
 
 def _images(folder: Path) -> dict[str, Path]:

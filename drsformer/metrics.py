@@ -14,15 +14,18 @@ missing, and those libraries have other windows, borders and peaks by default.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 Protocol = Literal["rain200", "did"]
+"""Protocol of the paper; see above."""
 
-PEAK = 255
+PEAK_LEVEL = 255
+"""Largest value of a pixel, the peak of PSNR and SSIM."""
 
 WINDOW = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
 WINDOW /= WINDOW.sum()
@@ -30,36 +33,63 @@ WINDOW /= WINDOW.sum()
 
 
 def psnr(restored: NDArray[np.uint8], target: NDArray[np.uint8], protocol: Protocol = "rain200") -> float:
-    """Peak signal-to-noise ratio on luma in dB; inf where the luma is equal.
+    """Peak signal-to-noise ratio on luma.
 
-    Both images are uint8 (H, W, 3) RGB. Raises ValueError for anything else, and where their shapes differ.
+    Args:
+        restored: uint8 (H, W, 3) RGB.
+        target: The same.
+        protocol: How luma is rounded.
+
+    Returns:
+        dB; inf where the luma is equal.
+
+    Raises:
+        ValueError: An image is of another type, or their shapes differ.
     """
     _check(restored, target)
     return _psnr(luma(restored, protocol), luma(target, protocol))
 
 
 def psnr_rgb(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio over all three channels in dB; inf where the images are equal.
+    """Peak signal-to-noise ratio over all three channels.
 
     How far two outputs are apart, such as those of a network and of its exported form; no protocol of the paper.
-    Images as in `psnr`.
+
+    Args:
+        first: uint8 (H, W, 3) RGB.
+        second: The same.
+
+    Returns:
+        dB; inf where the images are equal.
+
+    Raises:
+        ValueError: An image is of another type, or their shapes differ.
     """
     _check(first, second)
     return _psnr(first.astype(np.float64), second.astype(np.float64))
 
 
 def ssim(restored: NDArray[np.uint8], target: NDArray[np.uint8], protocol: Protocol = "rain200") -> float:
-    """Structural similarity on luma (Wang et al., IEEE TIP 2004), at most 1.
+    """Structural similarity on luma (Wang et al., IEEE TIP 2004).
 
-    Images as in `psnr`, and at least 11x11 pixels: SSIM is the mean over all places of an 11x11 window inside
-    the image, so for less it is not defined. Raises ValueError.
+    Args:
+        restored: uint8 (H, W, 3) RGB of at least 11x11 pixels: SSIM is the mean over all places of an 11x11 window
+            inside the image, so for less it is not defined.
+        target: The same.
+        protocol: How luma is rounded.
+
+    Returns:
+        At most 1, which equal images have.
+
+    Raises:
+        ValueError: An image is of another type or too small, or their shapes differ.
     """
     _check(restored, target)
     if min(target.shape[:2]) < len(WINDOW):
         raise ValueError(
             f"SSIM needs at least {len(WINDOW)}x{len(WINDOW)} pixels, found {target.shape[1]}x{target.shape[0]}"
         )
-    c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
+    c1, c2 = (0.01 * PEAK_LEVEL) ** 2, (0.03 * PEAK_LEVEL) ** 2
     a, b = luma(restored, protocol), luma(target, protocol)
     mean_a, mean_b, mean_aa, mean_bb, mean_ab = _filter(np.stack([a, b, a * a, b * b, a * b]))
     variances = mean_aa - mean_a**2 + mean_bb - mean_b**2
@@ -70,9 +100,19 @@ def ssim(restored: NDArray[np.uint8], target: NDArray[np.uint8], protocol: Proto
 
 
 def luma(image: NDArray[np.uint8], protocol: Protocol = "rain200") -> NDArray[np.float64]:
-    """Y of BT.601 in its studio range, 16 to 235, as MATLAB's rgb2ycbcr computes it. (H, W, 3) uint8 -> (H, W).
+    """Y of BT.601 in its studio range, as MATLAB's rgb2ycbcr computes it.
 
     The weights have three decimals, so the sum is exact in whole numbers, and so are the halves that get rounded up.
+
+    Args:
+        image: uint8 (H, W, 3) RGB.
+        protocol: Whether to round to whole numbers: rain200 does, did does not.
+
+    Returns:
+        float64 (H, W), 16 to 235.
+
+    Raises:
+        ValueError: There is no such protocol.
     """
     if protocol not in get_args(Protocol):
         raise ValueError(f"unknown protocol {protocol!r}; known: {', '.join(get_args(Protocol))}")
@@ -80,9 +120,57 @@ def luma(image: NDArray[np.uint8], protocol: Protocol = "rain200") -> NDArray[np
     return 16 + ((weighted + 127_500) // 255_000 if protocol == "rain200" else weighted / 255_000).astype(np.float64)
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What was measured on some images.
+
+    Attributes:
+        rows: For each image, by its name, its metrics by their names: PSNR in dB, SSIM at most 1.
+        protocol: Protocol of its PSNR and SSIM, if it has them.
+    """
+
+    rows: dict[str, dict[str, float]]
+    protocol: Protocol | None = None
+
+    @property
+    def psnr(self) -> float:
+        """Mean PSNR in dB."""
+        return self.mean("psnr")
+
+    @property
+    def ssim(self) -> float:
+        """Mean SSIM."""
+        return self.mean("ssim")
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self.rows)
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the metrics."""
+        return list(next(iter(self.rows.values())))
+
+    def mean(self, metric: str) -> float:
+        """Mean over the images for which a metric is not infinite; inf where there is none."""
+        finite = [row[metric] for row in self.rows.values() if row[metric] != math.inf]
+        return float(np.mean(finite)) if finite else math.inf
+
+    def summary(self) -> dict[str, Any]:
+        """The means and the number of images, for JSON: a mean that is not finite is None."""
+        means = {metric: self.mean(metric) for metric in self.columns}
+        summary: dict[str, Any] = {k: round(mean, 6) if math.isfinite(mean) else None for k, mean in means.items()}
+        summary["images"] = self.images
+        if self.protocol:
+            summary["identical"] = sum(row["psnr"] == math.inf for row in self.rows.values())
+            summary["protocol"] = self.protocol
+        return summary
+
+
 def _psnr(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     error = float(np.mean((a - b) ** 2))
-    return 10 * math.log10(PEAK**2 / error) if error else math.inf
+    return 10 * math.log10(PEAK_LEVEL**2 / error) if error else math.inf
 
 
 def _filter(images: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -3,128 +3,22 @@
     python -m drsformer.rain photographs/ rainy/ --strength 0.2
     python -m drsformer.rain photographs/ rainy/ --strength 1.0 --streaks streaks/ --seed 7
 
-The output folder gets `input/` (rainy) and `target/` (clean), ready for training and evaluation.
-
-Rain is added as the Rain200L and Rain200H sets have it: one grey layer of streaks on all three channels, cut off at
-white. That model knows no fog, no lens drops and no occlusion, which heavy real rain has; it is what the benchmarks
-contain, and it lets the rain of one pair be put on another photograph, since input minus target is the layer itself.
-Layers come from photographed or simulated streaks on black, or, for those who have none, from `draw_streaks`.
+The output folder gets `input/` (rainy) and `target/` (clean), ready for training and evaluation. What kind of rain it
+is, and what it lacks, is said in `drsformer.rendering`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import tyro
-from numpy.typing import NDArray
-from PIL import Image
 
-from runtime import cli, images
-from runtime.errors import InputError
-from runtime.files import writing
-
-Layer = NDArray[np.float32]
-"""(H, W) brightness that rain adds, 0 to 255."""
-
-LayerSource = Callable[[np.random.Generator, int, int], Layer]
-"""Makes a layer of the given height and width."""
-
-BRIGHTEST = 90.0
-"""Largest mean of a rendered layer; the heaviest layer found in Rain200H pairs has a mean of 87."""
+from drsformer.rendering import render_folder
+from runtime.cli import main, progress_shown
 
 
-def draw_streaks(rng: np.random.Generator, height: int, width: int) -> Layer:
-    """A layer of streaks of one random direction, length, thickness, density and brightness.
-
-    Random points are smeared along a line: a convolution with one soft-edged segment, done by FFT, so that the layer
-    wraps around at its borders.
-    """
-    angle = rng.normal(0, np.pi / 9)  # from the vertical
-    length, thickness = rng.uniform(10, 45), rng.uniform(0.35, 0.9)
-    coverage = rng.uniform(0.02, 0.2)
-    points = rng.random((height, width), np.float32)
-    starts = points < coverage / (3 * length * thickness)
-    points[:] = 0
-    points[starts] = rng.uniform(0.2, 1, np.count_nonzero(starts))
-    y, x = (np.fft.fftfreq(n, 1 / n).astype(np.float32) for n in (height, width))  # distances, wrapped around
-    along = y[:, None] * math.cos(angle) + x * math.sin(angle)
-    across = x * math.cos(angle) - y[:, None] * math.sin(angle)
-    segment = np.exp(-0.5 * np.square(across / thickness) - np.square(np.square(2 * along / length)))
-    layer = np.fft.irfft2(np.fft.rfft2(points) * np.fft.rfft2(segment), s=(height, width))
-    return np.float32(rng.uniform(80, 220)) * layer.clip(0, 1)
-
-
-def cut_streaks(layers: list[NDArray[np.uint8]], rng: np.random.Generator, height: int, width: int) -> Layer:
-    """A layer cut at a random place out of one of `layers`, (H, W) uint8, flipped at random. A layer that is too small
-    is repeated."""
-    layer = layers[int(rng.integers(len(layers)))]
-    repeats = -(-height // layer.shape[0]), -(-width // layer.shape[1])
-    layer = crop(rng, np.tile(layer, repeats) if max(repeats) > 1 else layer, height, width)
-    return flip(rng, layer).astype(np.float32)
-
-
-def read_streaks(folder: Path) -> LayerSource:
-    """The grey images of a folder as layers. Raises InputError where it has none."""
-    return partial(cut_streaks, [images.read_rgb(path)[..., 0] for path in images_in(folder)])
-
-
-def rain_of_pair(rainy: NDArray[np.uint8], clean: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The layer that was added to `clean`: (H, W, 3) uint8 twice -> (H, W) uint8. Exact wherever a channel of the
-    rainy image is not cut off at white; elsewhere as bright as can be known."""
-    return (rainy.astype(np.int16) - clean).max(-1).clip(0, 255).astype(np.uint8)
-
-
-def add_rain(clean: NDArray[np.uint8], layer: Layer) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 and (H, W) -> (H, W, 3) uint8."""
-    return np.rint(clean + layer[..., None]).clip(0, 255).astype(np.uint8)
-
-
-def make_layer(
-    rng: np.random.Generator,
-    height: int,
-    width: int,
-    sources: list[LayerSource],
-    strength: float | None = None,
-    turned: float = 0.0,
-) -> Layer:
-    """The sum of layers from one of `sources`: light rain of one layer at strength 0 to heavy rain of four brighter
-    ones, mostly crossing, at strength 1; a random strength, more often light, where it is None. A fraction `turned` of
-    the layers is turned by up to 60 degrees. However much rain there is, it brightens the image by `BRIGHTEST` on
-    average at the most, so that something remains to be seen."""
-    strength = rng.random() ** 2 if strength is None else strength
-    source = sources[int(rng.integers(len(sources)))]
-    layers = [
-        turn(rng, source, height, width) if turned and rng.random() < turned else source(rng, height, width)
-        for _ in range(1 + round(3 * strength))
-    ]
-    layer = sum(layers, np.zeros((height, width), np.float32)) * rng.uniform(0.7, 1.1 + 0.4 * strength)
-    return (layer * min(1, BRIGHTEST / max(layer.mean(), 1))).astype(np.float32)
-
-
-def turn(rng: np.random.Generator, source: LayerSource, height: int, width: int) -> Layer:
-    """A layer turned by a random angle of up to 60 degrees, cut out of one that is large enough for any angle."""
-    extent = math.ceil(math.hypot(height, width)) + 2
-    layer = Image.fromarray(source(rng, extent, extent)).rotate(rng.uniform(-60, 60), Image.Resampling.BILINEAR)
-    top, left = (extent - height) // 2, (extent - width) // 2
-    return np.asarray(layer)[top : top + height, left : left + width]
-
-
-def crop(rng: np.random.Generator, image: np.ndarray, height: int, width: int) -> np.ndarray:
-    y, x = rng.integers(image.shape[0] - height + 1), rng.integers(image.shape[1] - width + 1)
-    return image[y : y + height, x : x + width]
-
-
-def flip(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    vertical, horizontal = rng.integers(2, size=2) * 2 - 1
-    return image[::vertical, ::horizontal]
-
-
-def rain(
+def command(
     clean: Annotated[Path, tyro.conf.Positional],
     output: Annotated[Path, tyro.conf.Positional],
     strength: float | None = None,
@@ -133,48 +27,16 @@ def rain(
 ) -> int:
     """Render rain on every photograph of a folder; returns their number. The same seed gives the same rain.
 
-    Raises InputError for arguments or files that cannot be used, and where the photographs are themselves in input/ or
-    target/ of the output folder, whose pairs would be lost.
-
     Args:
         clean: Folder of clean photographs.
         output: Folder that gets input/ and target/, as PNG.
-        strength: From 0, light, to 1, heavy; random for each photograph where it is not given.
+        strength: Strength from 0, light, to 1, heavy; random for each photograph if not given.
         streaks: Folder of streak images on black to use instead of drawn streaks.
         seed: Number that the rain depends on.
     """
-    if strength is not None and not 0 <= strength <= 1:
-        raise InputError(f"`strength`: expected a number from 0 to 1, found {strength}")
-    sources = [read_streaks(streaks) if streaks else draw_streaks]
-    paths = images_in(clean)
-    if len({path.stem for path in paths}) < len(paths):
-        raise InputError(f"{clean}: expected names that differ in more than their suffix")
-    if seed < 0:
-        raise InputError(f"`seed`: expected at least 0, found {seed}")
-    for place in (output / "input", output / "target"):
-        if place.exists() and place.samefile(clean):
-            raise InputError(
-                f"{output}: expected another folder than that of the photographs, found them in "
-                f"{place}; name a new folder"
-            )
-    with cli.progress() as bar:
-        for i, path in enumerate(bar.track(paths, description="Rendering rain")):
-            photograph = images.read_rgb(path)
-            height, width, _ = photograph.shape
-            layer = make_layer(np.random.default_rng((seed, i)), height, width, sources, strength)
-            for kind, image in (("input", add_rain(photograph, layer)), ("target", photograph)):
-                with writing(output / kind / f"{path.stem}.png") as temporary:
-                    Image.fromarray(image).save(temporary)
-    return len(paths)
-
-
-def images_in(folder: Path) -> list[Path]:
-    """The image files of a folder. Raises InputError where it has none."""
-    paths = images.list_images(folder)
-    if not paths:
-        raise InputError(f"{folder}: expected images, found none")
-    return paths
+    with progress_shown() as on_progress:
+        return render_folder(clean, output, strength, streaks, seed, on_progress)
 
 
 if __name__ == "__main__":
-    cli.main(rain, __doc__, summary=lambda count: {"images": count})
+    main(command, __doc__, summary=lambda count: {"images": count})

@@ -48,7 +48,7 @@ from torch import Tensor, nn
 
 from drsformer import checkpoint
 from drsformer.config import SIZE_MULTIPLE, DRSformerConfig
-from drsformer.evaluate import TorchSession
+from drsformer.session import TorchSession
 from export import folding
 from export.folding import Precision
 from export.topk import Pattern, count_flips, masks, scores_of, with_pattern

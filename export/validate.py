@@ -48,7 +48,7 @@ from torch import Tensor
 
 from drsformer import checkpoint, metrics
 from drsformer.data import LayoutError, Pair, find_pairs
-from drsformer.evaluate import TorchSession
+from drsformer.session import TorchSession
 from export.onnx import ScoreProbe
 from export.report import Comparison, Crop, Validation, render
 from export.topk import count_flips, masks, scores_of

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 
+import drsformer
+from drsformer import checkpoint
 from drsformer.config import BlockConfig, DRSformerConfig, MEFCConfig, preset
 
 
@@ -78,3 +82,19 @@ def test_damaged_dictionaries_are_refused(damage):
         DRSformerConfig.from_dict({**preset("drsformer-tiny").to_dict(), **damage})
     with pytest.raises(ValueError, match="config"):
         DRSformerConfig.from_dict({})
+
+
+@pytest.mark.parametrize("module", ["drsformer", "drsformer.train", "drsformer.evaluate", "drsformer.rain"])
+def test_pytorch_waits_until_it_is_needed(module):
+    """So that --help answers at once, and a missing package is one line."""
+    code = f"import sys, {module}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "drsformer.config" in loaded
+    assert not {"torch", "safetensors", "lightning_fabric"} & set(loaded)
+
+
+def test_public_names():
+    public = {name: getattr(drsformer, name) for name in drsformer.__all__}
+    assert (public["load"], public["preset"]) == (checkpoint.load, preset)
+    with pytest.raises(AttributeError, match="no attribute 'unload'"):
+        drsformer.unload  # noqa: B018

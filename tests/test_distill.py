@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from compress.distill import Distillation, PatchesOfPhotographs, Terms, distill
 from drsformer import checkpoint
 from drsformer.config import DRSformerConfig
-from drsformer.data import find_pairs
-from drsformer.evaluate import evaluate_model
+from drsformer.data import dataset_name, find_pairs
+from drsformer.evaluation import evaluate_model
+from drsformer.loop import compile_blocks
 from drsformer.model import DRSformer
-from drsformer.train import DataOptions, Hardware, Recipe, Schedule, compile_blocks, short
+from drsformer.recipe import DataOptions, Hardware, Recipe, Schedule
 from export.folding import trainable
 from runtime.cli import main
 from runtime.errors import InputError
@@ -166,7 +167,7 @@ def test_student_comes_closer_and_says_where_it_comes_from(data, shallow, tmp_pa
     student = checkpoint.load(tmp_path / "run" / "last.safetensors")
     assert {**student.provenance["scores"], "iteration": 30, "finished": True} == scores
     psnr, other = (evaluate_model(student.model, find_pairs(data), protocol).psnr for protocol in ("did", "rain200"))
-    assert scores[f"{short(data)} psnr"] == pytest.approx(psnr, abs=1e-6)
+    assert scores[f"{dataset_name(data)} psnr"] == pytest.approx(psnr, abs=1e-6)
     assert abs(psnr - other) > 1e-4
     _, step = student.provenance["steps"]
     assert step["command"] == "compress.distill"

@@ -7,6 +7,7 @@ import math
 import runpy
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,11 @@ from torch import nn
 from drsformer import checkpoint, metrics
 from drsformer.config import preset
 from drsformer.data import find_pairs
-from drsformer.evaluate import ROWS_SHOWN, Scores, TorchSession, evaluate, evaluate_model
+from drsformer.evaluate import ROWS_SHOWN, EvaluateOptions, command, table
+from drsformer.evaluation import evaluate_model, evaluate_restored, evaluate_without_reference
+from drsformer.metrics import Scores
 from drsformer.model import DRSformer
+from drsformer.session import TorchSession
 from runtime.errors import InputError
 from runtime.images import read_rgb
 from runtime.session import Derainer
@@ -124,11 +128,22 @@ def test_image_equal_to_its_target(data):
 
 
 def test_all_images_equal_to_their_targets(data):
-    scores = evaluate(restored=data / "target", target=data / "target")
+    scores = evaluate_restored(data / "target", data / "target")
     assert scores.psnr == math.inf
     summary = json.loads(json.dumps(scores.summary(), allow_nan=False))
     assert summary["psnr"] is None
     assert summary["identical"] == summary["images"] == 3
+
+
+def test_evaluation_says_how_far_it_is_and_prints_nothing(data, network, capfd):
+    told = []
+    for evaluate in (
+        partial(evaluate_model, network, find_pairs(data)),
+        partial(evaluate_restored, data / "input", data / "target"),
+    ):
+        evaluate(on_progress=lambda *progress: told.append(progress))
+    assert told == [(stage, done, 3) for stage in ("Restoring", "Measuring") for done in range(4)]
+    assert not any(capfd.readouterr())
 
 
 def test_network_that_answers_nan(data):
@@ -144,66 +159,67 @@ def test_image_too_small_for_ssim(tmp_path, network):
 
 
 def test_restored_images_score_as_the_network_that_made_them(data, weights, tmp_path):
-    direct = evaluate(weights=weights, data=data, save=tmp_path / "restored", protocol="did")
-    again = evaluate(restored=tmp_path / "restored", target=data / "target", protocol="did")
+    model = checkpoint.load(weights).model
+    direct = evaluate_model(model, find_pairs(data), "did", save=tmp_path / "restored")
+    again = evaluate_restored(tmp_path / "restored", data / "target", "did")
     for name, row in again.rows.items():
         assert row == {metric: direct.rows[name][metric] for metric in ("psnr", "ssim")}
     assert again.summary().keys() == {"psnr", "ssim", "images", "identical", "protocol"}
 
 
-def test_missing_restored_images_are_told(data, weights, tmp_path):
-    evaluate(weights, data, save=tmp_path / "restored")
+def test_missing_restored_images_are_told(data, network, tmp_path):
+    evaluate_model(network, find_pairs(data), save=tmp_path / "restored")
     next((tmp_path / "restored").iterdir()).unlink()
     with pytest.raises(InputError, match="found none for 1 of them"):
-        evaluate(restored=tmp_path / "restored", target=data / "target")
+        evaluate_restored(tmp_path / "restored", data / "target")
 
 
-def test_save_keeps_names_below_folders(weights, tmp_path):
+def test_save_keeps_names_below_folders(network, tmp_path):
     rng = np.random.default_rng(0)
     for density in ("Heavy", "Light"):
         folder = tmp_path / "training" / f"Rain_{density}" / "train2018new"
         write(folder / "0.png", rng.integers(0, 256, (16, 32, 3), dtype=np.uint8))
-    scores = evaluate(weights=weights, data=tmp_path / "training", save=tmp_path / "out")
+    scores = evaluate_model(network, find_pairs(tmp_path / "training"), save=tmp_path / "out")
     assert list(scores.rows) == ["Rain_Heavy/0", "Rain_Light/0"]
     assert all(read_rgb(tmp_path / "out" / f"{name}.png").shape == (16, 16, 3) for name in scores.rows)
 
 
 @pytest.mark.parametrize("folder", ["input", "target"])
-def test_save_does_not_overwrite_the_data(data, weights, folder):
+def test_save_does_not_overwrite_the_data(data, network, folder):
     before = (data / folder / "1.png").read_bytes()
     with pytest.raises(InputError, match="would overwrite"):
-        evaluate(weights=weights, data=data, save=data / folder)
+        evaluate_model(network, find_pairs(data), save=data / folder)
     assert (data / folder / "1.png").read_bytes() == before
 
 
 def test_limit_takes_the_first_in_natural_order(data, weights):
-    assert list(evaluate(weights=weights, data=data, limit=2).rows) == ["1", "2"]
-    assert list(evaluate(restored=data / "input", target=data / "target", limit=2).rows) == ["1", "2"]
+    assert list(command(EvaluateOptions(weights, data, limit=2)).rows) == ["1", "2"]
+    assert list(evaluate_restored(data / "input", data / "target", limit=2).rows) == ["1", "2"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "expected --weights and --data, or"),
-        ({"weights": Path("w")}, "expected --weights and --data, or"),
-        ({"restored": Path("r")}, "expected --weights and --data, or"),
-        ({"weights": Path("w"), "data": Path("d"), "target": Path("t")}, "expected --weights and --data, or"),
-        ({"restored": Path("r"), "target": Path("t"), "no_reference": True}, "expected --weights and --data, or"),
-        ({"restored": Path("r"), "target": Path("t"), "save": Path("s")}, "--save"),
-        ({"restored": Path("r"), "target": Path("t"), "limit": 0}, "--limit: expected at least 1, found 0"),
+        ({}, "expected `weights` and `data`, or"),
+        ({"weights": Path("w")}, "expected `weights` and `data`, or"),
+        ({"restored": Path("r")}, "expected `weights` and `data`, or"),
+        ({"weights": Path("w"), "data": Path("d"), "target": Path("t")}, "expected `weights` and `data`, or"),
+        ({"restored": Path("r"), "target": Path("t"), "no_reference": True}, "expected `weights` and `data`, or"),
+        ({"restored": Path("r"), "target": Path("t"), "save": Path("s")}, "`save`"),
+        ({"restored": Path("r"), "target": Path("t"), "limit": 0}, "`limit`: expected at least 1, found 0"),
         ({"weights": Path("w"), "data": Path("nowhere")}, "nowhere: expected a folder"),
     ],
 )
 def test_options_that_do_not_go_together(options, message):
     with pytest.raises(InputError, match=message):
-        evaluate(**options)
+        command(EvaluateOptions(**options))
 
 
 def test_long_table_is_cut_and_names_are_not_markup():
     scores = Scores({f"[b]{i}[/b]": {"psnr": float(i), "ssim": 0.5} for i in range(ROWS_SHOWN + 7)}, "rain200")
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(scores.table())
+        console.print(table(scores))
     text = capture.get()
     assert f"[b]{ROWS_SHOWN - 1}[/b]" in text
     assert f"[b]{ROWS_SHOWN}[/b]" not in text
@@ -217,14 +233,14 @@ def run(monkeypatch, *arguments: object) -> object:
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
     monkeypatch.delitem(sys.modules, "drsformer.evaluate", raising=False)
     with pytest.raises(SystemExit) as exit:
-        runpy.run_module("drsformer.evaluate", run_name="__main__")
+        runpy.run_module("drsformer.evaluate", run_name="__main__", alter_sys=True)
     return exit.value.code
 
 
 def test_command(monkeypatch, capsys, data, weights):
     assert run(monkeypatch, "--weights", weights, "--data", data, "--device", "cpu") == 0
     output = capsys.readouterr().out
-    assert "trained on Rain200L/train" in output
+    assert output.splitlines()[0] == f"{weights} (trained on Rain200L/train) on {data}, protocol rain200"
     summary = json.loads(output.splitlines()[-1])
     assert summary["images"] == 3
     assert summary["protocol"] == "rain200"
@@ -258,7 +274,7 @@ def pyiqa(monkeypatch) -> list[tuple]:
 def test_no_reference(tmp_path, pyiqa):
     write(tmp_path / "a.png", np.full((96, 192, 3), 51, np.uint8))
     write(tmp_path / "b.jpg", np.full((200, 100, 3), 255, np.uint8))
-    scores = evaluate(restored=tmp_path, no_reference=True, device="cpu")
+    scores = evaluate_without_reference(tmp_path, "cpu")
     assert scores.rows["a.png"] == {"niqe": pytest.approx(0.2), "brisque": 96}
     assert scores.rows["b.jpg"] == {"niqe": pytest.approx(1.0), "brisque": 200}
     assert scores.summary() == {"niqe": pytest.approx(0.6), "brisque": 148, "images": 2}
@@ -272,16 +288,16 @@ def test_no_reference(tmp_path, pyiqa):
 def test_image_too_small_for_niqe(tmp_path, pyiqa, size):
     write(tmp_path / "a.png", np.zeros((*size, 3), np.uint8))
     with pytest.raises(InputError, match=rf"a\.png: NIQE needs at least 192x96 pixels, found {size[1]}x{size[0]}"):
-        evaluate(restored=tmp_path, no_reference=True)
+        evaluate_without_reference(tmp_path)
 
 
 def test_no_reference_without_images(tmp_path, pyiqa):
     with pytest.raises(InputError, match="expected images, found none"):
-        evaluate(restored=tmp_path, no_reference=True)
+        evaluate_without_reference(tmp_path)
 
 
 def test_no_reference_without_pyiqa(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyiqa", None)
     write(tmp_path / "a.png", np.zeros((96, 192, 3), np.uint8))
     with pytest.raises(InputError, match=r"pip install -c constraints\.txt -e '\.\[export,iqa\]'"):
-        evaluate(restored=tmp_path, no_reference=True)
+        evaluate_without_reference(tmp_path)

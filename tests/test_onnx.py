@@ -17,8 +17,8 @@ import torch
 
 from drsformer import checkpoint
 from drsformer.config import BlockConfig, DRSformerConfig, LevelConfig, MEFCConfig
-from drsformer.evaluate import TorchSession
 from drsformer.model import DRSformer, GatedFeedForward
+from drsformer.session import TorchSession
 from export import onnx as export_onnx
 from export.onnx import SIZES, TOLERANCE, Exported, ScoreProbe, export, verify
 from export.topk import PATTERNS, masks, scores_of, with_pattern

@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks.pack import FORMAT, LAYER_STEP, MANIFEST, pack, unpack
 from benchmarks.parts import join, split
 from drsformer.data import find_pairs
-from drsformer.rain import add_rain
+from drsformer.rendering import add_rain
 from runtime.errors import InputError
 from tests.support.images import noise, save
 

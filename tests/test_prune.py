@@ -23,10 +23,11 @@ from compress.prune import Target, choose, importances, latency_model, prune, pr
 from drsformer import checkpoint
 from drsformer.config import LEVELS, DRSformerConfig, MEFCConfig, preset
 from drsformer.data import find_pairs
-from drsformer.evaluate import TorchSession, evaluate_model
+from drsformer.evaluation import evaluate_model
 from drsformer.metrics import psnr
 from drsformer.model import DRSformer
-from drsformer.rain import add_rain, draw_streaks
+from drsformer.rendering import add_rain, draw_streaks
+from drsformer.session import TorchSession
 from runtime.cli import main
 from runtime.errors import GateError, InputError
 from runtime.images import read_rgb

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from functools import partial
 
 import numpy as np
@@ -9,7 +11,16 @@ import pytest
 from PIL import Image
 
 from drsformer.data import find_pairs
-from drsformer.rain import BRIGHTEST, add_rain, cut_streaks, draw_streaks, make_layer, rain, rain_of_pair, turn
+from drsformer.rendering import (
+    BRIGHTEST_LEVEL,
+    add_rain,
+    cut_streaks,
+    draw_streaks,
+    make_layer,
+    rain_of_pair,
+    render_folder,
+    turn,
+)
 from runtime.errors import InputError
 
 
@@ -71,7 +82,7 @@ def test_strength_goes_from_light_to_heavy_and_leaves_something_to_see():
     ]
     assert means[0] * 1.5 < means[1] < means[2] / 1.3
     flood = partial(cut_streaks, [np.full((9, 9), 255, np.uint8)])
-    assert make_layer(generator(), 20, 20, [flood], 1.0).mean() == pytest.approx(BRIGHTEST, rel=1e-4)
+    assert make_layer(generator(), 20, 20, [flood], 1.0).mean() == pytest.approx(BRIGHTEST_LEVEL, rel=1e-4)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 33), (64, 64)])
@@ -116,7 +127,7 @@ def test_folder_is_rendered_into_a_data_set(tmp_path):
     for i in range(3):
         Image.fromarray(np.full((20, 30 + i, 3), 60, np.uint8)).save(tmp_path / "clean" / f"{i}.png")
     for name in ("a", "b"):
-        assert rain(tmp_path / "clean", tmp_path / name, strength=0.7, seed=4) == 3
+        assert render_folder(tmp_path / "clean", tmp_path / name, strength=0.7, seed=4) == 3
     pairs = find_pairs(tmp_path / "a")
     assert [pair.name for pair in pairs] == ["0", "1", "2"]
     rainy, clean = pairs[1].load()
@@ -127,16 +138,33 @@ def test_folder_is_rendered_into_a_data_set(tmp_path):
     again = find_pairs(tmp_path / "b")[1].load()[0]
     assert np.array_equal(rainy, again)
     with pytest.raises(InputError, match="0 to 1"):
-        rain(tmp_path / "clean", tmp_path / "c", strength=1.5)
-    with pytest.raises(InputError, match="--seed: expected at least 0, found -1"):
-        rain(tmp_path / "clean", tmp_path / "c", seed=-1)
+        render_folder(tmp_path / "clean", tmp_path / "c", strength=1.5)
+    with pytest.raises(InputError, match="`seed`: expected at least 0, found -1"):
+        render_folder(tmp_path / "clean", tmp_path / "c", seed=-1)
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "clean" / "0.jpg")
     with pytest.raises(InputError, match="suffix"):
-        rain(tmp_path / "clean", tmp_path / "c")
+        render_folder(tmp_path / "clean", tmp_path / "c")
     (tmp_path / "empty").mkdir()
     for folders in ({"clean": tmp_path / "empty"}, {"clean": tmp_path / "clean", "streaks": tmp_path / "empty"}):
         with pytest.raises(InputError, match="found none"):
-            rain(output=tmp_path / "c", **folders)
+            render_folder(output=tmp_path / "c", **folders)
+
+
+def test_command_renders_as_the_function_does(tmp_path, monkeypatch, capsys):
+    (tmp_path / "clean").mkdir()
+    Image.fromarray(np.full((20, 30, 3), 60, np.uint8)).save(tmp_path / "clean" / "0.png")
+    told = []
+    render_folder(tmp_path / "clean", tmp_path / "a", 0.7, seed=4, on_progress=lambda *progress: told.append(progress))
+    assert told == [("Rendering rain", 0, 1), ("Rendering rain", 1, 1)]
+    assert not any(capsys.readouterr())
+    options = [str(tmp_path / "clean"), str(tmp_path / "b"), "--strength", "0.7", "--seed", "4"]
+    monkeypatch.setattr(sys, "argv", ["rain", *options])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("drsformer.rain", run_name="__main__", alter_sys=True)
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == '{"images": 1}\n'
+    one, two = ((tmp_path / name / "input" / "0.png").read_bytes() for name in ("a", "b"))
+    assert one == two
 
 
 @pytest.mark.parametrize("kind", ["input", "target"])
@@ -147,7 +175,7 @@ def test_pairs_that_the_photographs_belong_to_are_left_alone(tmp_path, kind):
     (tmp_path / "link").symlink_to(tmp_path / "train" / kind)
     for clean in (tmp_path / "train" / kind, tmp_path / "link"):
         with pytest.raises(InputError, match=f"train: expected another folder .* found them in .*{kind}"):
-            rain(clean, tmp_path / "train")
+            render_folder(clean, tmp_path / "train")
     for i, folder in enumerate(("input", "target")):
         assert (np.asarray(Image.open(tmp_path / "train" / folder / "0.png")) == 60 + i).all()
 

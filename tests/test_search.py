@@ -23,7 +23,7 @@ from compress.search import search
 from drsformer import checkpoint
 from drsformer.config import DRSformerConfig
 from drsformer.model import DRSformer
-from drsformer.train import Hardware, Recipe
+from drsformer.recipe import Hardware, Recipe
 from export.onnx import export
 from runtime.bundle import load
 from runtime.errors import GateError, InputError

@@ -10,7 +10,7 @@ import pytest
 from drsformer import checkpoint
 from drsformer.data import find_pairs
 from drsformer.metrics import psnr, psnr_rgb
-from drsformer.rain import add_rain, draw_streaks
+from drsformer.rendering import add_rain, draw_streaks
 from runtime import Derainer
 from runtime.images import list_images, read_rgb
 from runtime.ort import OrtSession

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
@@ -21,13 +23,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from drsformer import checkpoint
-from drsformer import train as training
+from drsformer import checkpoint, loop
 from drsformer.config import DRSformerConfig, preset
-from drsformer.data import find_pairs
-from drsformer.evaluate import evaluate_model
+from drsformer.data import dataset_name, find_pairs
+from drsformer.evaluation import evaluate_model
+from drsformer.loop import Run, fit, l1_loss
 from drsformer.model import DRSformer
-from drsformer.train import DataOptions, Hardware, Patches, Recipe, Run, Schedule, fit, l1_loss, short, train
+from drsformer.patches import Patches
+from drsformer.recipe import DataOptions, Hardware, Recipe, Schedule
+from drsformer.train import TrainOptions, train
 from runtime.errors import InputError
 
 CPU = Hardware(accelerator="cpu", devices="1")
@@ -104,13 +108,15 @@ def run(data: Path, output: Path, **changes) -> dict[str, float]:
     recipe = Recipe(**{"iterations": 4, **QUICK, **changes})
     every = recipe.iterations // 2
     return train(
-        output,
-        [data],
-        "drsformer-tiny",
-        data_options=DataOptions([data]),
-        recipe=recipe,
-        hardware=CPU,
-        schedule=Schedule(every, every // 2, 0),
+        TrainOptions(
+            output,
+            [data],
+            "drsformer-tiny",
+            data_options=DataOptions([data]),
+            recipe=recipe,
+            hardware=CPU,
+            schedule=Schedule(every, every // 2, 0),
+        )
     )
 
 
@@ -169,12 +175,14 @@ def test_killed_run_continues_exactly(data, tmp_path):
     recipe = Recipe(iterations=40, **QUICK)
     for name in ("killed", "whole"):
         train(
-            tmp_path / name,
-            [data],
-            "drsformer-tiny",
-            recipe=recipe,
-            hardware=CPU,
-            schedule=Schedule(log_every=1, save_minutes=1e9),
+            TrainOptions(
+                tmp_path / name,
+                [data],
+                "drsformer-tiny",
+                recipe=recipe,
+                hardware=CPU,
+                schedule=Schedule(log_every=1, save_minutes=1e9),
+            )
         )
     killed, whole = (
         checkpoint.load(tmp_path / name / "last.safetensors").model.state_dict() for name in ("killed", "whole")
@@ -183,6 +191,32 @@ def test_killed_run_continues_exactly(data, tmp_path):
         assert torch.equal(killed[name], tensor), name
     iterations = [json.loads(line)["iteration"] for line in log.read_text().splitlines()]
     assert iterations == list(range(1, 41))
+
+
+def test_training_says_how_far_it_is_and_prints_nothing(data, tmp_path, capfd, caplog):
+    told, recipe = [], Recipe(iterations=4, **QUICK)
+    options = TrainOptions(
+        tmp_path / "run", [data], "drsformer-tiny", recipe=recipe, hardware=CPU, schedule=Schedule(log_every=2)
+    )
+    with caplog.at_level(logging.DEBUG, "drsformer.loop"):
+        train(options, on_progress=lambda stage, done, total, remark="": told.append((stage, done, total, remark)))
+    assert [entry[:3] for entry in told] == [("Training", done, 4) for done in range(5)]
+    assert [bool(re.fullmatch(r"loss \d\.\d{4}, \d+\.\d patches/s", entry[3])) for entry in told] == [0, 0, 1, 1, 1]
+    begin, *lines, end = [record.message for record in caplog.records if record.name == "drsformer.loop"]
+    assert begin == "0.25 M parameters, 4 backgrounds, on cpu"
+    assert lines == (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert end == f"Finished after 4 iterations: {tmp_path / 'run' / 'last.safetensors'}"
+    assert not capfd.readouterr().out
+
+
+def test_command_shows_its_log_where_there_is_no_terminal(data, tmp_path):
+    words = command(data, tmp_path / "run", "--iterations", "3")
+    result = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert json.loads(result.stdout) == {"iteration": 3, "finished": True}
+    shown = result.stderr.splitlines()
+    assert shown[0] == "0.25 M parameters, 4 backgrounds, on cpu"
+    assert [line for line in shown if line.startswith("{")] == (tmp_path / "run/log.jsonl").read_text().splitlines()
+    assert shown[-1].startswith("Finished after 3 iterations: ")
 
 
 def test_full_disk_leaves_the_last_state(tmp_path):
@@ -211,7 +245,7 @@ def test_run_killed_between_its_state_and_its_network_leaves_both_after_all(data
 def test_two_processes_train_on_what_one_would(data, tmp_path, launcher):
     """Two gloo processes see the patches of one and take the same steps; one of them reports."""
     recipe = Recipe(iterations=3, **{**QUICK, "batch": 4})
-    train(tmp_path / "one", [data], "drsformer-tiny", recipe=recipe, hardware=CPU)
+    train(TrainOptions(tmp_path / "one", [data], "drsformer-tiny", recipe=recipe, hardware=CPU))
     words = command(data, tmp_path / "two", "--batch", "4", "--iterations", "3", "--validate", str(data))
     if launcher == "torchrun":
         words[1:2] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
@@ -240,12 +274,14 @@ def test_workers_cut_the_same_patches(data, tmp_path):
     for workers in (0, 2):
         hardware = Hardware(accelerator="cpu", devices="1", workers=workers)
         train(
-            tmp_path / str(workers),
-            [data],
-            "drsformer-tiny",
-            data_options=DataOptions(rendered=0.5),
-            recipe=Recipe(iterations=2, **QUICK),
-            hardware=hardware,
+            TrainOptions(
+                tmp_path / str(workers),
+                [data],
+                "drsformer-tiny",
+                data_options=DataOptions(rendered=0.5),
+                recipe=Recipe(iterations=2, **QUICK),
+                hardware=hardware,
+            )
         )
     assert (tmp_path / "0/last.safetensors").read_bytes() == (tmp_path / "2/last.safetensors").read_bytes()
     pickle.dumps(Patches([find_pairs(data)], Recipe()))  # for systems that do not fork
@@ -256,7 +292,11 @@ def test_bfloat16_and_channels_last_train_the_same_network_but_for_rounding(data
     states = {}
     for name, options in variants.items():
         hardware = Hardware(accelerator="cpu", devices="1", **options)
-        train(tmp_path / name, [data], "drsformer-tiny", recipe=Recipe(iterations=2, **QUICK), hardware=hardware)
+        train(
+            TrainOptions(
+                tmp_path / name, [data], "drsformer-tiny", recipe=Recipe(iterations=2, **QUICK), hardware=hardware
+            )
+        )
         model = checkpoint.load(tmp_path / name / "last.safetensors").model
         states[name] = torch.cat([tensor.flatten() for tensor in model.parameters()])
     assert states["plain"].dtype == states["bf16"].dtype == torch.float32
@@ -278,16 +318,18 @@ def test_best_network_is_the_averaged_one_with_the_highest_score(data, tmp_path,
     def go():
         recipe = Recipe(iterations=4, **{**QUICK, "ema": 0.9})
         return train(
-            tmp_path / "run",
-            [data],
-            "drsformer-tiny",
-            data_options=DataOptions([data], 3),
-            recipe=recipe,
-            hardware=CPU,
-            schedule=Schedule(1, 1, 0),
+            TrainOptions(
+                tmp_path / "run",
+                [data],
+                "drsformer-tiny",
+                data_options=DataOptions([data], 3),
+                recipe=recipe,
+                hardware=CPU,
+                schedule=Schedule(1, 1, 0),
+            )
         )
 
-    monkeypatch.setattr(training, "evaluate_model", evaluate)
+    monkeypatch.setattr(loop, "evaluate_model", evaluate)
     with pytest.raises(KeyboardInterrupt):
         go()
     scores = go()
@@ -315,18 +357,20 @@ def test_validation_follows_the_protocol_and_a_run_is_continued_with_the_same(da
 
     def go(**changes):
         return train(
-            tmp_path / "run",
-            [data],
-            "drsformer-tiny",
-            data_options=DataOptions([data], **changes),
-            recipe=recipe,
-            hardware=CPU,
+            TrainOptions(
+                tmp_path / "run",
+                [data],
+                "drsformer-tiny",
+                data_options=DataOptions([data], **changes),
+                recipe=recipe,
+                hardware=CPU,
+            )
         )
 
     scores = go(protocol="did")
     made = checkpoint.load(tmp_path / "run" / "last.safetensors")
     expected = [evaluate_model(made.model, pairs, protocol).psnr for protocol in ("did", "rain200")]
-    assert scores[f"{short(data)} psnr"] == pytest.approx(expected[0], abs=1e-6)
+    assert scores[f"{dataset_name(data)} psnr"] == pytest.approx(expected[0], abs=1e-6)
     assert abs(expected[0] - expected[1]) > 1e-4
     assert made.provenance["steps"][0]["options"]["protocol"] == "did"
     with pytest.raises(InputError, match="protocol=did, not rain200"):
@@ -335,31 +379,33 @@ def test_validation_follows_the_protocol_and_a_run_is_continued_with_the_same(da
 
 def test_validation_folders_that_cannot_be_told_apart_are_refused(data, tmp_path):
     twin = tmp_path / "more" / data.parent.name / "data"
-    with pytest.raises(InputError, match="--validate: expected folders whose last two names differ, found"):
+    with pytest.raises(InputError, match="`validate`: expected folders whose last two names differ, found"):
         DataOptions([data, twin]).validation()
 
 
 def test_folders_have_two_names_however_they_are_given(tmp_path, monkeypatch):
     (tmp_path / "rain" / "train").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "rain" / "train")
-    names = {short(Path(given)) for given in (".", "../train", "../../rain/train", "input/..", Path.cwd())}
+    names = {dataset_name(Path(given)) for given in (".", "../train", "../../rain/train", "input/..", Path.cwd())}
     assert names == {"rain/train"}
-    assert short(Path("..")) == f"{tmp_path.name}/rain"
-    assert short(Path("light")) == "train/light"
+    assert dataset_name(Path("..")) == f"{tmp_path.name}/rain"
+    assert dataset_name(Path("light")) == "train/light"
 
 
 def test_network_that_a_run_starts_from_is_not_overwritten(data, tmp_path):
     init = tmp_path / "mine" / "best.safetensors"
     checkpoint.save(init, DRSformer(preset("drsformer-tiny")), {})
     content = init.read_bytes()
-    with pytest.raises(InputError, match=r"--output: expected another file than --init, found .*best\.safetensors"):
+    with pytest.raises(InputError, match=r"`output`: expected another file than `init`, found .*best\.safetensors"):
         train(
-            tmp_path / "mine",
-            [data],
-            init=init,
-            data_options=DataOptions([data]),
-            recipe=Recipe(iterations=1, **QUICK),
-            hardware=CPU,
+            TrainOptions(
+                tmp_path / "mine",
+                [data],
+                init=init,
+                data_options=DataOptions([data]),
+                recipe=Recipe(iterations=1, **QUICK),
+                hardware=CPU,
+            )
         )
     assert [path.name for path in (tmp_path / "mine").iterdir()] == [init.name]
     assert init.read_bytes() == content
@@ -399,7 +445,7 @@ def test_weights_that_are_not_numbers_stop_the_run_and_are_not_saved(data, tmp_p
 def test_training_continues_from_a_checkpoint(data, tmp_path):
     run(data, tmp_path / "first")
     parent = tmp_path / "first" / "last.safetensors"
-    train(tmp_path / "second", [data], init=parent, recipe=Recipe(iterations=2, **QUICK), hardware=CPU)
+    train(TrainOptions(tmp_path / "second", [data], init=parent, recipe=Recipe(iterations=2, **QUICK), hardware=CPU))
     child = checkpoint.load(tmp_path / "second" / "last.safetensors")
     assert child.provenance["parent"] == checkpoint.file_sha256(parent)
     assert len(child.provenance["steps"]) == 2
@@ -409,12 +455,12 @@ def test_training_continues_from_a_checkpoint(data, tmp_path):
     ("options", "message"),
     [
         ({"network": "drsformer-xxl"}, "drsformer-tiny"),
-        ({"network": "drsformer-tiny", "init": "absent.safetensors"}, "leave --network out"),
-        ({"rendered": 0.8, "dry": 0.8}, r"--rendered and --dry: expected at most 1 together, found 1\.6"),
-        ({"dry": -0.1}, r"--dry: expected 0 to 1, found -0\.1"),
-        ({"clean": "data/target"}, "--clean"),
-        ({"streaks": "data/target"}, "--streaks"),
-        ({"validate_limit": 0}, "--validate-limit"),
+        ({"network": "drsformer-tiny", "init": "absent.safetensors"}, "leave `network` out"),
+        ({"rendered": 0.8, "dry": 0.8}, r"`rendered` and `dry`: expected at most 1 together, found 1\.6"),
+        ({"dry": -0.1}, r"`dry`: expected 0 to 1, found -0\.1"),
+        ({"clean": "data/target"}, "`clean`"),
+        ({"streaks": "data/target"}, "`streaks`"),
+        ({"validate_limit": 0}, "`validate_limit`"),
         ({"data": []}, "nothing to train on"),
         ({"data": ["nowhere"]}, "nowhere"),
         ({"init": "absent.safetensors"}, "no such checkpoint"),
@@ -429,30 +475,34 @@ def test_mistakes_are_told_in_one_line(data, tmp_path, options, message):
     }
     with pytest.raises(InputError, match=message) as error:
         train(
-            tmp_path / "run",
-            folders,
-            data_options=DataOptions(**data_options),
-            recipe=Recipe(iterations=1, **QUICK),
-            hardware=CPU,
-            **options,
+            TrainOptions(
+                tmp_path / "run",
+                folders,
+                data_options=DataOptions(**data_options),
+                recipe=Recipe(iterations=1, **QUICK),
+                hardware=CPU,
+                **options,
+            )
         )
     assert "\n" not in str(error.value)
 
 
 def test_cuda_graph_needs_cuda(data, tmp_path):
-    with pytest.raises(InputError, match=r"--cuda-graph: expected one CUDA device, found 1 x cpu"):
+    with pytest.raises(InputError, match=r"`cuda_graph`: expected one CUDA device, found 1 x cpu"):
         train(
-            tmp_path / "run",
-            [data],
-            "drsformer-tiny",
-            recipe=Recipe(iterations=1, batch=1, patch=16),
-            hardware=Hardware(accelerator="cpu", devices="1", cuda_graph=True),
+            TrainOptions(
+                tmp_path / "run",
+                [data],
+                "drsformer-tiny",
+                recipe=Recipe(iterations=1, batch=1, patch=16),
+                hardware=Hardware(accelerator="cpu", devices="1", cuda_graph=True),
+            )
         )
 
 
 def test_several_machines_need_a_launcher(monkeypatch, tmp_path):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(InputError, match=r"--num-nodes: .*torchrun --nnodes 2"):
+    with pytest.raises(InputError, match=r"`num_nodes`: .*torchrun --nnodes 2"):
         Hardware(accelerator="cpu", num_nodes=2).fabric(tmp_path)
 
 
@@ -460,15 +510,15 @@ def test_several_machines_need_a_launcher(monkeypatch, tmp_path):
     ("part", "options", "message"),
     [
         (Recipe, {"patch": 20}, "multiple of 8, found 20"),
-        (Recipe, {"seed": -1}, "--seed: expected 0 to 18446744073709551615, found -1"),
-        (Recipe, {"seed": 2**64}, "--seed"),
-        (Recipe, {"ema": 1.0}, "--ema: expected at least 0 and less than 1, found 1"),
-        (Recipe, {"clip": 0.0}, "--clip: expected more than 0, found 0"),
-        (Recipe, {"lr": float("nan")}, "--lr"),
-        (Recipe, {"iterations": 10, "constant": 10}, "--constant: expected 0 to 9, found 10"),
-        (Schedule, {"log_every": 0}, "--log-every"),
-        (Hardware, {"workers": -1}, "--workers"),
-        (Hardware, {"devices": "0"}, "--devices"),
+        (Recipe, {"seed": -1}, "`seed`: expected 0 to 18446744073709551615, found -1"),
+        (Recipe, {"seed": 2**64}, "`seed`"),
+        (Recipe, {"ema": 1.0}, "`ema`: expected at least 0 and less than 1, found 1"),
+        (Recipe, {"clip": 0.0}, "`clip`: expected more than 0, found 0"),
+        (Recipe, {"lr": float("nan")}, "`lr`"),
+        (Recipe, {"iterations": 10, "constant": 10}, "`constant`: expected 0 to 9, found 10"),
+        (Schedule, {"log_every": 0}, "`log_every`"),
+        (Hardware, {"workers": -1}, "`workers`"),
+        (Hardware, {"devices": "0"}, "`devices`"),
     ],
 )
 def test_numbers_out_of_range_are_refused(part, options, message):
@@ -496,15 +546,17 @@ def test_l1_loss_is_the_mean_absolute_error():
 
 def test_run_that_stops_by_the_clock_goes_on_as_if_it_had_not(data, tmp_path):
     recipe = Recipe(iterations=6, **QUICK)
-    train(tmp_path / "whole", [data], "drsformer-tiny", recipe=recipe, hardware=CPU)
+    train(TrainOptions(tmp_path / "whole", [data], "drsformer-tiny", recipe=recipe, hardware=CPU))
     stopped = [
         train(
-            tmp_path / "parts",
-            [data],
-            "drsformer-tiny",
-            recipe=recipe,
-            hardware=CPU,
-            schedule=Schedule(log_every=2, minutes=minutes),
+            TrainOptions(
+                tmp_path / "parts",
+                [data],
+                "drsformer-tiny",
+                recipe=recipe,
+                hardware=CPU,
+                schedule=Schedule(log_every=2, minutes=minutes),
+            )
         )
         for minutes in (0, 0, 60)
     ]
@@ -591,7 +643,9 @@ def test_equal_blocks_are_compiled_once_and_validation_never(data, tmp_path, mon
 def test_images_are_read_before_there_are_workers_until_the_cache_is_full(data):
     pairs = find_pairs(data)
     patches = Patches([pairs], Recipe(patch=16))
-    patches.warm_up()
+    told = []
+    patches.warm_up(lambda *progress: told.append(progress))
+    assert told == [("Reading images", done, 4) for done in range(5)]
     assert set(patches.cache) == set(pairs)
     room = 2 * 40 * 30 * 6
     small = Patches([pairs], Recipe(patch=16), cache_bytes=room)

@@ -18,9 +18,9 @@ import torch
 
 from drsformer import checkpoint
 from drsformer.config import BlockConfig, DRSformerConfig, LevelConfig
-from drsformer.evaluate import TorchSession
 from drsformer.metrics import psnr, psnr_rgb, ssim
 from drsformer.model import DRSformer
+from drsformer.session import TorchSession
 from export.onnx import export
 from export.report import Comparison, Crop, Validation, render
 from export.validate import _crop, open_candidate, validate

@@ -1,0 +1,145 @@
+"""Scores of networks and of restored images on data sets.
+
+A network restores whole images into uint8, as its users get them; PSNR and SSIM are the paper's (`drsformer.metrics`),
+beside those of the rainy input. NIQE and BRISQUE (the paper's Table 2; less is better) come from pyiqa, as in the
+authors' script, and need no target. That part follows pyiqa's source, and has been tested only against a stand-in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from drsformer.data import Pair, images_in, pair_folders
+from drsformer.metrics import Protocol, Scores, psnr, ssim
+from drsformer.session import TorchSession, torch_device
+from runtime.errors import InputError
+from runtime.images import Photo, list_images, read_rgb
+from runtime.pixels import to_batch
+from runtime.progress import OnProgress, silent, track
+from runtime.session import Derainer
+
+NIQE_BLOCK_PIXELS = 96
+"""Height and width of the blocks over which NIQE takes its statistics; it needs two of them for a covariance."""
+
+
+def evaluate_model(
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    protocol: Protocol = "rain200",
+    save: Path | None = None,
+    on_progress: OnProgress = silent,
+) -> Scores:
+    """Score a network, on the device where it is.
+
+    Args:
+        model: Takes and returns float32 (1, 3, H, W), H and W multiples of 8.
+        pairs: What to restore, and the targets.
+        protocol: Protocol of PSNR and SSIM.
+        save: Folder for the restored images, as PNG.
+        on_progress: See `runtime.progress`.
+
+    Returns:
+        PSNR and SSIM of what the network restores, and of the rainy input.
+
+    Raises:
+        InputError: An image cannot be used, the network answers with NaN, or `save` holds the pairs themselves.
+    """
+    derain = Derainer(TorchSession(model, str(next(model.parameters()).device)))
+    rows = _score_pairs(pairs, protocol, derain, save)
+    return Scores(dict(track(rows, len(pairs), "Restoring", on_progress)), protocol)
+
+
+def evaluate_restored(
+    restored: Path,
+    target: Path,
+    protocol: Protocol = "rain200",
+    limit: int | None = None,
+    on_progress: OnProgress = silent,
+) -> Scores:
+    """Score images that some program has restored.
+
+    Args:
+        restored: Folder of restored images.
+        target: Folder of their clean counterparts, with the same names up to the suffix.
+        protocol: Protocol of PSNR and SSIM.
+        limit: Number of images to use, the first ones; all if not given.
+        on_progress: See `runtime.progress`.
+
+    Raises:
+        InputError: An image cannot be used, or a target has no restored image.
+    """
+    pairs = pair_folders(restored, target)
+    left = len(list_images(target)) - len({pair.target for pair in pairs})
+    if left:
+        raise InputError(f"{restored}: expected an image for each of {target}, found none for {left} of them")
+    pairs = pairs[:limit]
+    return Scores(dict(track(_score_pairs(pairs, protocol), len(pairs), "Measuring", on_progress)), protocol)
+
+
+def evaluate_without_reference(
+    restored: Path, device: str = "auto", limit: int | None = None, on_progress: OnProgress = silent
+) -> Scores:
+    """NIQE and BRISQUE of images, which need no clean counterparts.
+
+    Args:
+        restored: Folder of images.
+        device: Where to measure, see `drsformer.session.torch_device`.
+        limit: Number of images to use, the first ones; all if not given.
+        on_progress: See `runtime.progress`.
+
+    Raises:
+        InputError: An image cannot be used, or pyiqa is not installed.
+    """
+    paths = images_in(restored)[:limit]
+    return Scores(dict(track(_score_without_reference(paths, device), len(paths), "Measuring", on_progress)))
+
+
+def _score_pairs(
+    pairs: Sequence[Pair], protocol: Protocol, derain: Derainer | None = None, save: Path | None = None
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """The name of each pair with the scores of its input against its target, or, with a `derain`, those of what it
+    makes of the input, followed by those of the input."""
+    for pair in pairs:
+        image, clean = pair.load()
+        try:
+            row = _score(image, clean, protocol)
+            if derain:
+                image = derain(image)
+                row = _score(image, clean, protocol) | {f"input_{metric}": value for metric, value in row.items()}
+        except (InputError, ValueError) as error:
+            raise InputError(f"{pair.input}: {error}") from error
+        if save:
+            output = save / f"{pair.name}.png"
+            if output.resolve() in (pair.input.resolve(), pair.target.resolve()):
+                raise InputError(f"`save`: {save} would overwrite {output} of the data set; name another folder")
+            Photo(image).save(output)
+        yield pair.name, row
+
+
+def _score(image: NDArray[np.uint8], clean: NDArray[np.uint8], protocol: Protocol) -> dict[str, float]:
+    return {"psnr": psnr(image, clean, protocol), "ssim": ssim(image, clean, protocol)}
+
+
+def _score_without_reference(paths: Sequence[Path], device: str) -> Iterator[tuple[str, dict[str, float]]]:
+    """The name of each image with its NIQE and BRISQUE."""
+    try:
+        import pyiqa  # pyright: ignore[reportMissingImports] - an extra that brings far more than it is used for here
+    except ImportError as error:
+        raise InputError(
+            f"NIQE and BRISQUE need pyiqa ({error}); in the folder of this project, run: "
+            "pip install -c constraints.txt -e '.[export,iqa]'"
+        ) from None
+    measures = {name: pyiqa.create_metric(name, device=torch_device(device)) for name in ("niqe", "brisque")}
+    for path in paths:
+        image, block = read_rgb(path), NIQE_BLOCK_PIXELS
+        H, W, _ = image.shape
+        if (H // block) * (W // block) < 2:
+            raise InputError(f"{path}: NIQE needs at least {2 * block}x{block} pixels, found {W}x{H}")
+        batch = torch.from_numpy(to_batch(image))
+        yield path.name, {name: measure(batch).item() for name, measure in measures.items()}
