@@ -25,11 +25,11 @@ from benchmarks.harness import Size, Work
 from drsformer import checkpoint
 from drsformer.config import PRESETS
 from drsformer.model import DRSformer, MixtureOfExpertsCompensator, SparseTransformerBlock
-from export.folding import DTYPES, Precision, fold
+from export.folding import DTYPES, fold
+from export.options import Precision
 from export.topk import with_pattern
 from runtime.bundle import load
 from runtime.errors import InputError
-from runtime.pixels import size_text
 from runtime.session import open_engine
 
 
@@ -214,7 +214,7 @@ def captured(call: Callable[[], Tensor], device: torch.device) -> Callable[[], T
 @functools.cache
 def onnx_of(subject: Subject, form: Form, precision: Precision) -> bytes:
     """The model of any size that PyTorch's exporter makes of a form."""
-    from export.onnx import to_onnx
+    from export.graph import to_onnx
 
     return to_onnx(formed(subject, form, precision)).SerializeToString()
 
@@ -284,18 +284,18 @@ class Trt:
         return self
 
     def start(self, image: Tensor) -> Callable[[], Tensor]:
-        from export import onnx as export_onnx
-        from export import tensorrt
+        from export.onnx import ExportOptions, export
+        from export.tensorrt import BuildOptions, build
         from runtime import trt
 
         trt.LIBRARIES[self.flavor].load()
         capability = (trt.gpu(),) if self.flavor == "rtx" else ()
-        size = (size_text((image.shape[2], image.shape[3])),)
+        size = ((image.shape[2], image.shape[3]),)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             checkpoint.save(folder / "w.safetensors", self.subject.network, {})
-            export_onnx.export(folder / "w.safetensors", folder / "model.onnx", precision=self.precision)
-            tensorrt.build(folder / "model.onnx", folder / "bundle", self.flavor, capability, size, size, size)
+            export(folder / "w.safetensors", folder / "model.onnx", ExportOptions(precision=self.precision))
+            build(folder / "model.onnx", folder / "bundle", BuildOptions(self.flavor, capability, size, size, size))
             session = open_engine(load(folder / "bundle"))
             batch = image.cpu().numpy()
             session.run(batch)

@@ -58,7 +58,8 @@ from benchmarks.harness import (
 from benchmarks.training import Train, pair_folders
 from drsformer.data import dataset_name, find_pairs
 from drsformer.evaluation import evaluate_model
-from export.folding import DTYPES, Precision, fold
+from export.folding import DTYPES, fold
+from export.options import Precision
 from export.topk import PATTERNS, count_flips, masks, scores_of, with_pattern
 from runtime.cli import console, main
 from runtime.pixels import size_text

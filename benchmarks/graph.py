@@ -44,8 +44,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.contestants import Form, Subject, from_preset, picture
 from benchmarks.harness import Row, Sheet, Size, parse_sizes
 from drsformer.config import SIZE_MULTIPLE
-from export.folding import Precision, fold
-from export.onnx import to_onnx
+from export.folding import fold
+from export.graph import to_onnx
+from export.options import Precision
 from export.tensorrt import build
 from export.topk import with_pattern
 from runtime.cli import console, main, progress

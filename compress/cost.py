@@ -34,7 +34,7 @@ from drsformer import checkpoint
 from drsformer.config import NO_EXPERT, SIZE_MULTIPLE, BlockConfig, DRSformerConfig, LevelConfig, MEFCConfig
 from drsformer.model import DRSformer
 from export.folding import fold
-from export.onnx import to_onnx
+from export.graph import to_onnx
 from export.topk import with_pattern
 from runtime.cli import main, parse_size, progress
 from runtime.ort import OrtSession

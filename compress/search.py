@@ -55,6 +55,7 @@ from drsformer.patches import Patches
 from drsformer.recipe import DataOptions, Hardware, Recipe
 from export import tensorrt
 from export.onnx import export
+from export.validate import ValidateOptions
 from export.validate import validate as compare
 from runtime.bundle import describe_file, load, save
 from runtime.cli import console, main, parse_size
@@ -165,7 +166,10 @@ class Candidates:
             before, after = time_sessions([OrtSession(path, "cpu") for path in (model, self.work / file)], self.size)
             psnr = {
                 dataset_name(folder): compare(
-                    self.weights, self.work / file, folder, protocol=self.protocol, limit=len(pairs)
+                    self.weights,
+                    self.work / file,
+                    folder,
+                    ValidateOptions(protocol=self.protocol, limit=len(pairs)),
                 ).totals["candidate_psnr"]
                 for folder, pairs in self.folders.items()
             }
@@ -444,10 +448,10 @@ def _bundle(candidates: Candidates, model: Path, compute_capability: tuple[str, 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     if compute_capability:
-        tensorrt.build(model, folder, compute_capability=compute_capability)
+        tensorrt.build(model, folder, tensorrt.BuildOptions(compute_capability=compute_capability))
     else:
-        shutil.copyfile(model, folder / tensorrt.MODEL)
-        save(describe_onnx(folder / tensorrt.MODEL), folder)
+        shutil.copyfile(model, folder / tensorrt.MODEL_FILE)
+        save(describe_onnx(folder / tensorrt.MODEL_FILE), folder)
     files = [folder / TABLE, folder / PLOT]
     for file in files:
         shutil.copyfile(candidates.work / file.name, file)
@@ -457,11 +461,13 @@ def _bundle(candidates: Candidates, model: Path, compute_capability: tuple[str, 
             candidates.weights,
             folder,
             source,
-            candidates.budget,
-            protocol=candidates.protocol,
-            report=files[-1],
-            limit=len(pairs),
-            record=True,
+            ValidateOptions(
+                max_drop_db=candidates.budget,
+                protocol=candidates.protocol,
+                report=files[-1],
+                limit=len(pairs),
+                record=True,
+            ),
         )
         if not proof.passed:
             raise GateError(

@@ -26,7 +26,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +41,9 @@ from drsformer.model import (
     SparseTransformerBlock,
     TopKSparseAttention,
 )
+from export.options import Precision
 from export.topk import with_pattern
 from runtime.errors import InputError
-
-Precision = Literal["fp32", "fp16", "bf16"]
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

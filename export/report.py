@@ -1,7 +1,7 @@
-"""What a validation found, and the page that shows it.
+"""The page that shows what a validation found.
 
-`render` makes one HTML file with every picture inside, so that it can be mailed or archived and is still whole. It
-needs no JavaScript and follows the reader's light or dark setting.
+One HTML file with every picture inside, so that it can be mailed or archived and is still whole. It needs no JavaScript
+and follows the reader's light or dark setting.
 """
 
 from __future__ import annotations
@@ -9,192 +9,22 @@ from __future__ import annotations
 import base64
 import io
 import math
-from dataclasses import dataclass
 from html import escape
-from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import rich.markup
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
-from rich import box
-from rich.table import Table
 
-ROWS_SHOWN = 50
-"""Images that the table in a terminal lists one by one; the page lists all."""
+from export.comparison import Crop, Validation
 
-INK = "#7f868d"
-"""Of the plots' text and axes, which lie on the page's background: legible on white and on black."""
+TEXT_COLOR = "#7f868d"
+"""Color of the plots' text and axes, which lie on the page's background: legible on white and on black."""
 
-BAR = "#3e8ed0"
+BAR_COLOR = "#3e8ed0"
 
-FEW = 12
+MIN_BARS = 12
 """Bars of a plot get no wider than if it had so many."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two networks on one image.
-
-    psnr_between:   PSNR between the two outputs, over all channels, in dB; inf where they are equal.
-    max_difference: largest difference between the two outputs, in levels of 255.
-    flips:          top-k selections that differ, by layer, where both networks have the layer.
-    reference_psnr and so on: against ground truth; None where there is none.
-    """
-
-    name: str
-    psnr_between: float
-    max_difference: int
-    flips: dict[str, int]
-    reference_psnr: float | None = None
-    candidate_psnr: float | None = None
-    reference_ssim: float | None = None
-    candidate_ssim: float | None = None
-
-    @property
-    def drop_db(self) -> float | None:
-        """PSNR that the candidate loses, in dB; negative where it gains."""
-        if self.reference_psnr is None or self.candidate_psnr is None:
-            return None
-        return 0.0 if self.reference_psnr == self.candidate_psnr else self.reference_psnr - self.candidate_psnr
-
-    @property
-    def badness(self) -> float:
-        """What the worst image has most of: the drop, or without ground truth the distance of the outputs, in dB."""
-        return -self.psnr_between if self.drop_db is None else self.drop_db
-
-    @property
-    def flipped(self) -> int:
-        return sum(self.flips.values())
-
-
-@dataclass(frozen=True, eq=False)
-class Crop:
-    """The part of an image where two outputs differ most: uint8 (h, w, 3), its top left corner at (top, left)."""
-
-    top: int
-    left: int
-    input: NDArray[np.uint8]
-    reference: NDArray[np.uint8]
-    candidate: NDArray[np.uint8]
-
-    def amplified(self) -> tuple[NDArray[np.uint8], int]:
-        """The absolute difference of the outputs, times the largest power of two that keeps it below 256."""
-        difference = np.abs(self.reference.astype(int) - self.candidate)
-        factor = 2 ** int(math.log2(255 / max(1, difference.max())))
-        return (difference * factor).astype(np.uint8), factor
-
-
-class Column(NamedTuple):
-    """A number that a `Comparison` has, and what sums it up over images."""
-
-    field: str
-    title: str
-    format: str
-    over_images: Literal["mean", "min", "max"] = "mean"
-
-
-COLUMNS = (
-    Column("reference_psnr", "PSNR\nref.", ".4f"),
-    Column("candidate_psnr", "PSNR\ncand.", ".4f"),
-    Column("drop_db", "drop\ndB", "+.4f"),
-    Column("reference_ssim", "SSIM\nref.", ".4f"),
-    Column("candidate_ssim", "SSIM\ncand.", ".4f"),
-    Column("psnr_between", "between\ndB", ".2f", "min"),  # a mean is infinite as soon as two outputs are equal
-    Column("max_difference", "max\ndiff.", "d", "max"),
-    Column("flipped", "flips", ".4g"),
-)
-
-
-@dataclass(frozen=True)
-class Validation:
-    """A candidate against its reference.
-
-    facts:      what was compared, for people: label and text.
-    selections: top-k selections that the network makes for one image, by layer, where flips were counted.
-    uncounted:  layers of the reference that the candidate does not have, or not with the same scores.
-    crops:      of the worst images, worst first, by the image's name.
-    max_drop_db, min_psnr: the budget; None where there is none.
-    """
-
-    facts: dict[str, str]
-    images: list[Comparison]
-    selections: dict[str, int]
-    uncounted: list[str]
-    crops: dict[str, Crop]
-    max_drop_db: float | None = None
-    min_psnr: float | None = None
-
-    @property
-    def columns(self) -> list[Column]:
-        """Those of `COLUMNS` that these images have."""
-        without = [] if self.selections else ["flipped"]
-        return [c for c in COLUMNS if c.field not in without and getattr(self.images[0], c.field) is not None]
-
-    def total(self, column: Column) -> float:
-        values = [getattr(image, column.field) for image in self.images]
-        return getattr(np, column.over_images)(values).item()
-
-    @property
-    def totals(self) -> dict[str, float]:
-        """What sums up each column, by field."""
-        return {column.field: self.total(column) for column in self.columns}
-
-    @property
-    def worst(self) -> Comparison:
-        return max(self.images, key=lambda image: image.badness)
-
-    @property
-    def passed(self) -> bool:
-        """Whether the candidate is within every budget given. The drop is the mean over the images; `min_psnr` is for
-        every single one."""
-        within_drop = self.max_drop_db is None or self.totals["drop_db"] <= self.max_drop_db
-        return within_drop and (self.min_psnr is None or self.totals["psnr_between"] >= self.min_psnr)
-
-    @property
-    def verdict(self) -> str:
-        """One line for people."""
-        if self.max_drop_db is None and self.min_psnr is None:
-            return "Measured, without a budget"
-        return "Within the budget" if self.passed else "Outside the budget"
-
-    def summary(self) -> dict[str, Any]:
-        """For JSON. Numbers are those of `totals`; None stands for infinity."""
-        numbers = dict(self.totals)
-        if self.worst.drop_db is not None:
-            numbers["worst_drop_db"] = self.worst.drop_db
-        return {
-            "passed": self.passed,
-            "images": len(self.images),
-            **{key: round(value, 6) if math.isfinite(value) else None for key, value in numbers.items()},
-            "max_drop_db": self.max_drop_db,
-            "min_psnr": self.min_psnr,
-        }
-
-    def table(self) -> Table:
-        """For a terminal."""
-        table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
-        table.add_column("image", no_wrap=True)
-        for column in self.columns:
-            table.add_column(column.title, justify="right", no_wrap=True)
-        for image in self.images[:ROWS_SHOWN]:
-            table.add_row(rich.markup.escape(image.name), *self.cells(image))
-        if len(self.images) > ROWS_SHOWN:
-            table.add_row(f"... and {len(self.images) - ROWS_SHOWN} more")
-        table.add_section()
-        table.add_row(*self.last_row())
-        return table
-
-    def cells(self, image: Comparison) -> list[str]:
-        """What the table says of an image, after its name."""
-        return [f"{getattr(image, column.field):{column.format}}" for column in self.columns]
-
-    def last_row(self) -> list[str]:
-        """What the table says of all images."""
-        prefix = {"mean": "", "min": "≥ ", "max": "≤ "}
-        cells = [f"{prefix[c.over_images]}{self.totals[c.field]:{c.format}}" for c in self.columns]
-        return ["all", *cells]
 
 
 def render(validation: Validation) -> str:
@@ -312,9 +142,9 @@ def _crop(name: str, crop: Crop) -> str:
 
 
 def _flips(validation: Validation) -> str:
-    said = []
+    parts = []
     if validation.selections:
-        said.append(
+        parts.append(
             _plot(
                 _by_layer(validation),
                 "Share of the selections that came out differently, over all images. "
@@ -323,10 +153,10 @@ def _flips(validation: Validation) -> str:
         )
     if validation.uncounted:
         layers = escape(", ".join(validation.uncounted))
-        said.append(
+        parts.append(
             f"<p>Not counted, because the candidate does not have these layers with as many scores: {layers}.</p>"
         )
-    return "\n".join(said) or "<p>The reference makes no top-k selections.</p>"
+    return "\n".join(parts) or "<p>The reference makes no top-k selections.</p>"
 
 
 def _by_image(validation: Validation) -> Figure:
@@ -334,10 +164,10 @@ def _by_image(validation: Validation) -> Figure:
     images = sorted(validation.images, key=lambda image: image.badness, reverse=True)
     figure, axes = _axes(2.6)
     values = [getattr(image, field) for image in images]
-    axes.bar(range(len(images)), [v if math.isfinite(v) else math.nan for v in values], width=0.9, color=BAR)
+    axes.bar(range(len(images)), [v if math.isfinite(v) else math.nan for v in values], width=0.9, color=BAR_COLOR)
     axes.set_ylabel("drop in PSNR, dB" if field == "drop_db" else "PSNR between the outputs, dB")
-    axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set_xlim(-0.6, max(len(images), FEW) - 0.4)
+    axes.axhline(0, color=TEXT_COLOR, linewidth=0.8)
+    axes.set_xlim(-0.6, max(len(images), MIN_BARS) - 0.4)
     axes.set_xticks([])
     return figure
 
@@ -347,7 +177,7 @@ def _by_layer(validation: Validation) -> Figure:
     totals = [sum(image.flips[layer] for image in validation.images) for layer in layers]
     counts = [validation.selections[layer] * len(validation.images) for layer in layers]
     figure, axes = _axes(0.8 + 0.22 * len(layers))
-    axes.barh(layers, [100 * flips / count for flips, count in zip(totals, counts, strict=True)], color=BAR)
+    axes.barh(layers, [100 * flips / count for flips, count in zip(totals, counts, strict=True)], color=BAR_COLOR)
     axes.invert_yaxis()
     axes.set_xlabel("flipped, %")
     return figure
@@ -356,11 +186,11 @@ def _by_layer(validation: Validation) -> Figure:
 def _axes(height: float):
     figure = Figure(figsize=(9, height), layout="constrained")
     axes = figure.subplots()
-    axes.tick_params(colors=INK, labelsize=8)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
+    axes.tick_params(colors=TEXT_COLOR, labelsize=8)
+    axes.xaxis.label.set_color(TEXT_COLOR)
+    axes.yaxis.label.set_color(TEXT_COLOR)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.spines[["left", "bottom"]].set_color(TEXT_COLOR)
     return figure, axes
 
 

@@ -13,8 +13,9 @@ TensorRT for RTX compiles in two halves: here, without any GPU, into an engine t
 named, and on the user's machine for the one that is there. TensorRT measures its kernels, so it needs the GPU.
 
 Before anything is built, the library has to accept every node of the model. Without a GPU nothing more can be proved
-of an engine than that the library built it: whether it runs, and how near it is, `export.validate` says where it runs.
-The flavor tensorrt has not been run: its calls were made on TensorRT for RTX and compared with TensorRT's Python API.
+of an engine than that the library built it: whether it runs, and how near it is, `export.validate` finds out where it
+runs. The flavor tensorrt has not been run: its calls were made on TensorRT for RTX and compared with TensorRT's Python
+API.
 """
 
 from __future__ import annotations
@@ -25,35 +26,77 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-import onnx as onnx_format
-from google.protobuf.message import DecodeError
+import tyro
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.markup import escape
 from rich.table import Table
 
 from runtime.bundle import Bundle, describe_file, load_to_change, private_key, save
-from runtime.cli import console, main, parse_size, progress
+from runtime.cli import hxw, main, progress_shown
 from runtime.errors import InputError
 from runtime.files import writing
 from runtime.manifest import MANIFEST, Engine, File, Flavor, Manifest, Model, Profile, Tensor, describe, read_graph_io
 from runtime.memory import peak
-from runtime.pixels import Size, size_text
+from runtime.pixels import Size, expect_multiples, size_text
+from runtime.progress import OnProgress, silent
 from runtime.trt import LIBRARIES, Library, gpu, new_log
 
-MODEL = "model.onnx"
+MODEL_FILE = "model.onnx"
 """Name of the model in a new bundle."""
 
-DEFAULTS = {"min": (64, 64), "opt": (720, 1280), "max": (1088, 1920)}
-"""Heights and widths for a model of dynamic size; what is not given moves to fit what is."""
+DEFAULT_SIZES = {"min": (64, 64), "opt": (720, 1280), "max": (1088, 1920)}
+"""Heights and widths in pixels for a model of any size; what is not given moves to fit what is."""
+
+FLAGS = ("version_compatible", "hardware_compatible", "strip_weights")
+"""Options that the manifest records of an engine."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What an engine is built for.
+
+    Args:
+        flavor: Library to build for: rtx for TensorRT for RTX, which needs no GPU here; tensorrt for TensorRT.
+        compute_capability: Kinds of GPU that the engine serves, 8.6 8.9 12.0 if not given (rtx; TensorRT builds for the
+            GPU in the machine).
+        min: Least height x width, 64x64 if not given. As --opt and --max, one for all profiles or one for each.
+        opt: Height x width to be fastest at, 720x1280 if not given.
+        max: Largest height x width, 1088x1920 if not given.
+        version_compatible: Serve later versions of the library as well; slower (tensorrt).
+        hardware_compatible: Serve all GPUs from Ampere on; slower (tensorrt).
+        strip_weights: Leave the weights out; they are put in from the model when it is loaded. Needs a GPU.
+        timing_cache: File of measured kernels to read, if there is one, and to write: the next build is quicker
+            (tensorrt).
+        sign: Private key, Ed25519 in PEM, to sign the manifest with.
+    """
+
+    flavor: Flavor = "rtx"
+    compute_capability: tuple[str, ...] = ()
+    min: tuple[Annotated[Size, hxw("min")], ...] = ()
+    opt: tuple[Annotated[Size, hxw("opt")], ...] = ()
+    max: tuple[Annotated[Size, hxw("max")], ...] = ()
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    strip_weights: bool = False
+    timing_cache: Path | None = None
+    sign: Path | None = None
 
 
 @dataclass(frozen=True)
 class Built:
-    """An engine that was added to a bundle. `layers` are those that the library parsed the model into; `bytes` is the
-    engine's size; `peak_memory` is this process's so far, in bytes, None where the system does not tell."""
+    """An engine that was added to a bundle.
+
+    Attributes:
+        bundle: The bundle with it.
+        engine: What its manifest says of the engine.
+        layers: How many layers the library parsed the model into.
+        bytes: Size of the engine.
+        seconds: How long everything took.
+        peak_memory: Most memory that this process has taken so far, in bytes; None where the system does not say.
+    """
 
     bundle: Bundle
     engine: Engine
@@ -77,98 +120,54 @@ class Built:
             "peak_memory": self.peak_memory,
         }
 
-    def table(self) -> Table:
-        """For people."""
-        table = Table("engine", "library", "GPUs", "height x width", title=f"{self.bundle.folder}: engines")
-        table.add_column("MB", justify="right")
-        table.add_column("built in", justify="right")
-        sizes = {file.name: file.size for file in self.bundle.manifest.files}
-        for engine in self.bundle.manifest.engines:
-            ranges = "\n".join(
-                " to ".join(dict.fromkeys((size_text(p.min), size_text(p.max)))) for p in engine.profiles
-            )
-            table.add_row(
-                engine.file,
-                f"{engine.flavor} {engine.version}",
-                ", ".join(engine.compute_capabilities),
-                ranges,
-                f"{sizes[engine.file] / 1e6:.1f}",
-                f"{engine.build_seconds} s",
-            )
-        return table
-
 
 def build(
     onnx: Path,
     output: Path,
-    flavor: Flavor = "rtx",
-    compute_capability: tuple[str, ...] = (),
-    min: tuple[str, ...] = (),
-    opt: tuple[str, ...] = (),
-    max: tuple[str, ...] = (),
-    version_compatible: bool = False,
-    hardware_compatible: bool = False,
-    strip_weights: bool = False,
-    timing_cache: Path | None = None,
-    sign: Path | None = None,
+    options: BuildOptions = BuildOptions(),
+    on_progress: OnProgress = silent,
 ) -> Built:
-    """Compile a model and add the engine to a bundle, which is made if it is not there.
-
-    Raises InputError for a library that is not here, a model with nodes that it does not support, profiles and options
-    that do not fit, a bundle of another model, a GPU that is needed and missing, and where the build fails.
+    """Compile a model and add the engine to a bundle, which is made if there is none.
 
     Args:
-        onnx: Model that export.onnx wrote.
+        onnx: Model that `export.onnx` wrote.
         output: Folder of the bundle.
-        flavor: rtx for TensorRT for RTX, which needs no GPU here; tensorrt for TensorRT.
-        compute_capability: Kinds of GPU that the engine serves, 8.6 8.9 12.0 if not given (rtx; TensorRT builds for the
-            GPU in the machine).
-        min: Least height x width, 64x64 if not given. As --opt and --max, one for all profiles or one for each.
-        opt: Height x width to be fastest at, 720x1280 if not given.
-        max: Largest height x width, 1088x1920 if not given.
-        version_compatible: For later versions of the library as well; slower (tensorrt).
-        hardware_compatible: For all GPUs from Ampere on; slower (tensorrt).
-        strip_weights: Leave the weights out; they are put in from the model when it is loaded. Needs a GPU.
-        timing_cache: File with measured kernels to read, if it is there, and to write: the next build is quicker
-            (tensorrt).
-        sign: Private key, Ed25519 in PEM, to sign the manifest with.
+        options: What the engine is built for.
+        on_progress: Is told how far the work is, in part from another thread.
+
+    Raises:
+        InputError: The library is not installed, the model has nodes that it does not support, profiles and options do
+            not fit, the bundle is of another model, a GPU is needed and missing, or the build fails.
     """
     started = time.monotonic()
-    library = LIBRARIES[flavor]
-    options = dict(
-        compute_capability=compute_capability,
-        version_compatible=version_compatible,
-        hardware_compatible=hardware_compatible,
-        strip_weights=strip_weights,
-        timing_cache=timing_cache,
-    )
-    for option, value in options.items():
-        if value and option not in library.options:
-            raise InputError(
-                f"{_flag(option)} is not for {library.title}, which has "
-                f"{', '.join(map(_flag, sorted(library.options)))}"
-            )
+    library = LIBRARIES[options.flavor]
+    for name in ("compute_capability", *FLAGS, "timing_cache"):
+        if getattr(options, name) and name not in library.options:
+            known = ", ".join(f"`{option}`" for option in sorted(library.options))
+            raise InputError(f"`{name}` is not for {library.title}, which has {known}")
     if not onnx.is_file():
         raise InputError(f"`onnx`: expected an ONNX file, found no file at {onnx}")
-    if sign:
-        private_key(sign)  # before the work
+    if options.sign:
+        private_key(options.sign)  # before the work
     content = onnx.read_bytes()
     described = _describe(onnx, content)
     if (output / MANIFEST).exists():
-        described = _existing(output, described, sign)
+        described = _existing(output, described, options.sign)
     elif output.is_dir() and (others := [path.name for path in output.iterdir() if path.name != onnx.name]):
         raise InputError(
-            f"`output`: expected a bundle or a folder with nothing else in it, found {others[0]} in "
-            f"{output}; name a new folder"
+            f"`output`: expected a bundle or a folder with nothing else in it, found {others[0]} in {output}; name a "
+            "new folder"
         )
-    profiles = _profiles(described.model, {"min": min, "opt": opt, "max": max})
+    profiles = _profiles(described.model, options)
     trt = library.load()
-    capabilities = _capabilities(trt, library, compute_capability)
-    if strip_weights:
+    capabilities = _capabilities(trt, library, options.compute_capability)
+    if options.strip_weights:
         gpu()  # which TensorRT for RTX needs for this as well
-    flags = {name: True for name in ("version_compatible", "hardware_compatible", "strip_weights") if options[name]}
+    flags = {name: True for name in FLAGS if getattr(options, name)}
 
+    on_progress("Parsing", 0, 0)
     compiler = _Compiler(trt, library, content)
+    on_progress("Parsing", 1, 1)
     if library.capabilities:
         compiler.target(capabilities)
     if -1 in described.model.input.shape:
@@ -178,19 +177,20 @@ def build(
             )
     compiler.set_flags(flags)
     compiling = time.monotonic()
-    plan = compiler.run(timing_cache)
+    plan = compiler.run(options.timing_cache, on_progress)
     seconds = time.monotonic() - compiling
 
     model = output / described.model.file
     if not (model.exists() and model.samefile(onnx)):
         with writing(model) as temporary:
             temporary.write_bytes(content)
-    path = output / f"{model.stem}.{flavor}.{'-'.join('sm' + c.replace('.', '') for c in capabilities)}.engine"
+    targets = "-".join("sm" + capability.replace(".", "") for capability in capabilities)
+    path = output / f"{model.stem}.{options.flavor}.{targets}.engine"
     with writing(path) as temporary:
         temporary.write_bytes(plan)
     engine = Engine(
         file=path.name,
-        flavor=flavor,
+        flavor=options.flavor,
         version=trt.__version__,
         compute_capabilities=capabilities,
         profiles=profiles,
@@ -198,29 +198,30 @@ def build(
         onnx_sha256=hashlib.sha256(content).hexdigest(),
         build_seconds=round(seconds, 1),
     )
-    bundle = save(described.with_file(describe_file(path, "engine"), engine), output, sign)
-    built = Built(bundle, engine, compiler.network.num_layers, plan.nbytes, time.monotonic() - started, peak())
-    Console().print(built.table())
-    return built
+    bundle = save(described.with_file(describe_file(path, "engine"), engine), output, options.sign)
+    return Built(bundle, engine, compiler.network.num_layers, plan.nbytes, time.monotonic() - started, peak())
 
 
 class _Compiler:
-    """One model in one library. Raises InputError, on construction, for a model that the library does not support."""
+    """One model in one library.
+
+    Raises:
+        InputError: On construction, the library does not support the model.
+    """
 
     def __init__(self, trt: Any, library: Library, content: bytes) -> None:
         self._trt = trt
         self._library = library
         self._log = new_log(trt)
         self._builder = trt.Builder(self._log)
-        with console.status("Parsing"):
-            scratch = self._new_network()  # which its parser does not keep alive
-            coverage = trt.OnnxParser(scratch, self._log)
-            if not coverage.supports_model_v2(content):
-                raise InputError(f"{library.title} {trt.__version__} does not support all nodes: {_errors(coverage)}")
-            self.network = self._new_network()
-            self._parser = trt.OnnxParser(self.network, self._log)  # the network refers to its weights
-            if not self._parser.parse(content):
-                raise InputError(f"{library.title} {trt.__version__} cannot read the model: {_errors(self._parser)}")
+        scratch = self._new_network()  # which its parser does not keep alive
+        coverage = trt.OnnxParser(scratch, self._log)
+        if not coverage.supports_model_v2(content):
+            raise InputError(f"{library.title} {trt.__version__} does not support all nodes: {_errors(coverage)}")
+        self.network = self._new_network()
+        self._parser = trt.OnnxParser(self.network, self._log)  # the network refers to its weights
+        if not self._parser.parse(content):
+            raise InputError(f"{library.title} {trt.__version__} cannot read the model: {_errors(self._parser)}")
         self._config = self._builder.create_builder_config()
 
     def _new_network(self) -> Any:
@@ -247,13 +248,13 @@ class _Compiler:
         if "hardware_compatible" in flags:
             self._config.hardware_compatibility_level = self._trt.HardwareCompatibilityLevel.AMPERE_PLUS
 
-    def run(self, timing_cache: Path | None) -> Any:
-        """The plan, a buffer. In a thread of its own, so that ctrl-C is heard while the library works; it then ends its
-        step, and stops."""
+    def run(self, timing_cache: Path | None, on_progress: OnProgress = silent) -> Any:
+        """The plan, a buffer. It is built in a thread of its own, so that ctrl-C is heard while the library works,
+        which then ends its step and stops."""
         if timing_cache:
             self._read_timings(timing_cache)
-        with progress() as bar, ThreadPoolExecutor(1) as pool:
-            monitor = new_monitor(self._trt, bar)
+        with ThreadPoolExecutor(1) as pool:
+            monitor = new_monitor(self._trt, on_progress)
             self._config.progress_monitor = monitor
             future = pool.submit(self._builder.build_serialized_network, self.network, self._config)
             try:
@@ -279,26 +280,33 @@ class _Compiler:
             )
 
 
-def new_monitor(trt: Any, bar: Progress) -> Any:
-    """Shows the phases of a build, one within another, as lines of `bar`. Set `cancelled` to end the build."""
+def new_monitor(trt: Any, on_progress: OnProgress) -> Any:
+    """Tells the steps of a build, with the innermost phase under way as a remark. Set `cancelled` to end the build."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.cancelled = False
-            self._phases: dict[str, tuple[TaskID, int]] = {}
+            self._phases: dict[str, tuple[int, int]] = {}  # steps done and all steps, the outermost phase first
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            _, depth = self._phases.get(parent_phase or "", (None, -1))
-            task = bar.add_task("  " * (depth + 1) + phase_name, total=num_steps)
-            self._phases[phase_name] = (task, depth + 1)
+            self._phases[phase_name] = (0, num_steps)
+            self._tell()
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            bar.update(self._phases[phase_name][0], completed=step + 1)
+            self._phases[phase_name] = (step + 1, self._phases[phase_name][1])
+            self._tell()
             return not self.cancelled
 
         def phase_finish(self, phase_name: str) -> None:
-            bar.remove_task(self._phases.pop(phase_name)[0])
+            done, total = self._phases.pop(phase_name)
+            if not self._phases and done < total:  # a build may need fewer steps than it announced
+                on_progress(phase_name, total, total)
+
+        def _tell(self) -> None:
+            (stage, (done, total)), *within = self._phases.items()
+            remarks = [f"{name} {count} of {steps}" for name, (count, steps) in within]
+            on_progress(stage, done, total, *remarks[-1:])
 
     return Monitor()
 
@@ -313,13 +321,22 @@ def _errors(parser: Any) -> str:
 
 def _describe(path: Path, content: bytes) -> Manifest:
     """The manifest of a bundle with only this model."""
+    from google.protobuf.message import DecodeError
+    from onnx import load_from_string
+    from onnx.helper import tensor_dtype_to_np_dtype
+
+    def tensor(value: Any) -> Tensor:
+        kind = value.type.tensor_type
+        shape = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in kind.shape.dim)
+        return Tensor(value.name, tensor_dtype_to_np_dtype(kind.elem_type).name, shape)
+
     try:
-        model = onnx_format.load_from_string(content)
+        model = load_from_string(content)
     except DecodeError as error:
         raise InputError(f"`onnx`: expected an ONNX file, found another at {path}") from error
-    tensors = [_tensor(value) for value in (*model.graph.input, *model.graph.output)]
+    tensors = [tensor(value) for value in (*model.graph.input, *model.graph.output)]
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    file = File(MODEL, hashlib.sha256(content).hexdigest(), len(content), "onnx")
+    file = File(MODEL_FILE, hashlib.sha256(content).hexdigest(), len(content), "onnx")
     try:
         read_graph_io(tensors, metadata)  # however many tensors there are
         source, answer = tensors
@@ -328,20 +345,14 @@ def _describe(path: Path, content: bytes) -> Manifest:
         raise InputError(f"`onnx`: {path}: {error}") from error
 
 
-def _tensor(value: onnx_format.ValueInfoProto) -> Tensor:
-    tensor = value.type.tensor_type
-    shape = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim)
-    return Tensor(value.name, onnx_format.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape)
-
-
 def _existing(folder: Path, described: Manifest, sign: Path | None) -> Manifest:
-    """The manifest of the bundle that is to be added to. Raises InputError where it is of another model."""
+    """The manifest of the bundle that is added to. Raises InputError where it is of another model."""
     existing = load_to_change(folder, sign)
     found, expected = (next(f.sha256 for f in m.files if f.role == "onnx") for m in (described, existing))
     if found != expected:
         raise InputError(
-            f"{folder} is a bundle of another model: expected SHA-256 {expected}, found {found} at "
-            "--onnx; give another --output"
+            f"{folder} is a bundle of another model: expected SHA-256 {expected}, found {found} at `onnx`; give "
+            "another `output`"
         )
     return existing
 
@@ -354,7 +365,7 @@ def _capabilities(trt: Any, library: Library, named: Sequence[str]) -> tuple[str
         if capability not in known:
             raise InputError(
                 f"`compute_capability`: {library.title} {trt.__version__} builds for {', '.join(known)}, "
-                f"found {capability}; for other GPUs use --flavor tensorrt on a machine with one"
+                f"found {capability}; for other GPUs use `flavor` tensorrt on a machine with one"
             )
     return tuple(capability for capability in known if capability in (named or library.capabilities))
 
@@ -366,27 +377,29 @@ def _known_capabilities(trt: Any) -> dict[str, Any]:
     return {f"{n // 10}.{n % 10}": members[f"SM{n}"] for n in numbers}
 
 
-def _profiles(model: Model, given: dict[str, tuple[str, ...]]) -> tuple[Profile, ...]:
+def _profiles(model: Model, options: BuildOptions) -> tuple[Profile, ...]:
     """The profiles for what is given as min, opt and max."""
+    given = {name: getattr(options, name) for name in DEFAULT_SIZES}
     fixed = model.graph_io.size(model.input.shape)
     if -1 not in fixed:
         if any(given.values()):
             raise InputError(
-                f"the model takes only images of {size_text(fixed)}: leave out --min, --opt and --max, or "
-                "export it without --height and --width"
+                f"the model takes only images of {size_text(fixed)}: leave out `min`, `opt` and `max`, or export it "
+                "by python -m export.onnx without --height and --width"
             )
         return (Profile(fixed, fixed, fixed),)
-    sizes = {name: [parse_size(name, text, model.size_multiple) for text in texts] for name, texts in given.items()}
-    count = max(1, *(len(values) for values in sizes.values()))
-    for name, values in sizes.items():
-        if len(values) not in (0, 1, count):
-            raise InputError(f"`{name}`: expected one size, or {count} as for the other options, found {len(values)}")
-    return tuple(_profile({name: v[i % len(v)] for name, v in sizes.items() if v}) for i in range(count))
+    count = max(1, *(len(sizes) for sizes in given.values()))
+    for name, sizes in given.items():
+        if len(sizes) not in (0, 1, count):
+            raise InputError(f"`{name}`: expected one size, or {count} as for the other options, found {len(sizes)}")
+        for size in sizes:
+            expect_multiples(name, size, model.size_multiple)
+    return tuple(_profile({name: v[i % len(v)] for name, v in given.items() if v}) for i in range(count))
 
 
 def _profile(given: dict[str, Size]) -> Profile:
     """What is not given is the default, moved to fit what is."""
-    low, opt, high = (np.array(given.get(name, default)) for name, default in DEFAULTS.items())
+    low, opt, high = (np.array(given.get(name, default)) for name, default in DEFAULT_SIZES.items())
     for name, value in (("min", low), ("max", high)):
         if name not in given:
             others = [np.array(size) for size in given.values()]
@@ -396,15 +409,49 @@ def _profile(given: dict[str, Size]) -> Profile:
     low, opt, high = (tuple(value.tolist()) for value in (low, opt, high))
     if not all(a <= b <= c for a, b, c in zip(low, opt, high, strict=True)):
         raise InputError(
-            f"expected --min <= --opt <= --max in height and in width, found {size_text(low)}, "
-            f"{size_text(opt)} and {size_text(high)}"
+            f"expected `min` <= `opt` <= `max` in height and in width, found {size_text(low)}, {size_text(opt)} and "
+            f"{size_text(high)}"
         )
     return Profile(low, opt, high)
 
 
-def _flag(option: str) -> str:
-    return "--" + option.replace("_", "-")
+def table(built: Built) -> Table:
+    """All engines of the bundle, for a terminal."""
+    engines = Table("engine", "library", "GPUs", "height x width", title=f"{escape(str(built.bundle.folder))}: engines")
+    engines.add_column("MB", justify="right")
+    engines.add_column("built in", justify="right")
+    manifest = built.bundle.manifest
+    bytes_of = {file.name: file.size for file in manifest.files}
+    for engine in manifest.engines:
+        ranges = (" to ".join(dict.fromkeys((size_text(p.min), size_text(p.max)))) for p in engine.profiles)
+        engines.add_row(
+            engine.file,
+            f"{engine.flavor} {engine.version}",
+            ", ".join(engine.compute_capabilities),
+            "\n".join(ranges),
+            f"{bytes_of[engine.file] / 1e6:.1f}",
+            f"{engine.build_seconds} s",
+        )
+    return engines
+
+
+def command(
+    onnx: Path,
+    output: Path,
+    options: Annotated[BuildOptions, tyro.conf.arg(name="")] = BuildOptions(),
+) -> Built:
+    """Compile a model, add the engine to a bundle and print what the bundle has.
+
+    Args:
+        onnx: Model that export.onnx wrote.
+        output: Folder of the bundle, which is made if there is none.
+        options: What the engine is built for.
+    """
+    with progress_shown() as on_progress:
+        built = build(onnx, output, options, on_progress)
+    Console().print(table(built))
+    return built
 
 
 if __name__ == "__main__":
-    main(build, __doc__, summary=Built.summary)
+    main(command, __doc__, summary=Built.summary)

@@ -21,14 +21,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from drsformer.model import TopKMask
+from export.options import Pattern
 
-Pattern = Literal["threshold", "scatter", "rank"]
 Network = TypeVar("Network", bound=nn.Module)
 
 

@@ -27,39 +27,75 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from runtime.bundle import Bundle, load
-from runtime.cli import main, parse_size
-from runtime.errors import InputError
+from runtime.cli import hxw, main
+from runtime.errors import InputError, expect_between
 from runtime.manifest import MANIFEST, SIGNATURE, Engine, Model
-from runtime.pixels import Size
+from runtime.pixels import Size, expect_multiples, size_text
 from runtime.session import Provider
 
 Backend = Literal["tensorrt_plan", "onnxruntime", "python"]
 
-OPTIONS: dict[Backend, set[str]] = {
+BACKEND_OPTIONS: dict[Backend, set[str]] = {
     "tensorrt_plan": set(),
     "onnxruntime": {"threads"},
     "python": {"threads", "provider", "tile"},
 }
 """Options that are not for every backend."""
 
-TYPES = {"float32": "TYPE_FP32", "uint8": "TYPE_UINT8"}
+DATA_TYPES = {"float32": "TYPE_FP32", "uint8": "TYPE_UINT8"}
 """As Triton names what NumPy does."""
 
-BUNDLE = "bundle"
-"""Where `runtime.triton` looks for it, beside `model.py`."""
+BUNDLE_FOLDER = "bundle"
+"""Where `runtime.triton` looks for the bundle, beside `model.py`."""
 
 MODEL_PY = "from runtime.triton import TritonPythonModel\n\n__all__ = ['TritonPythonModel']\n"
 
-WARM_UP = 64
+WARM_UP_PIXELS = 64
 """Height and width of the image that warms up a network for images of any size."""
 
 
 @dataclass(frozen=True)
+class ServeOptions:
+    """How the server runs a model.
+
+    Args:
+        name: Name of the model, by which clients ask for it.
+        backend: Backend that runs it in the server.
+        instances: Number of requests that run at once (tensorrt_plan, onnxruntime: on each GPU). Each instance has the
+            network in memory.
+        threads: CPU threads of an instance; 0 is one for each core (onnxruntime, python).
+        provider: Provider that it runs on, as in runtime.derain (python).
+        tile: Height x width, such as 1088x1088, of the tiles into which larger images are cut. If not given, as the
+            memory demands that is free when an instance starts, and each takes it all for its own (python).
+        queue: Number of requests that may wait; those above are refused at once, as unavailable. 0 is no limit.
+        public_key: Refuse the bundle unless this key's owner signed it; see runtime/bundle.py.
+    """
+
+    name: str = "drsformer"
+    backend: Backend = "python"
+    instances: int = 1
+    threads: int = 0
+    provider: Provider = "auto"
+    tile: Annotated[Size, hxw("tile")] | None = None
+    queue: int = 64
+    public_key: Path | None = None
+
+
+@dataclass(frozen=True)
 class Exported:
-    """A model in a repository: its folder, the files in it, and what the server needs for it."""
+    """A model in a repository.
+
+    Attributes:
+        folder: Folder of the model.
+        backend: Backend that runs it.
+        files: Files in the folder.
+        needs: What the server needs for it.
+    """
 
     folder: Path
     backend: Backend
@@ -74,149 +110,121 @@ class Exported:
 def export(
     bundle: Path,
     output: Path,
-    name: str = "drsformer",
-    backend: Backend = "python",
-    instances: int = 1,
-    threads: int = 0,
-    provider: Provider = "auto",
-    tile: str | None = None,
-    queue: int = 64,
-    public_key: Path | None = None,
+    options: Annotated[ServeOptions, tyro.conf.arg(name="")] = ServeOptions(),
 ) -> Exported:
-    """Add a model to a repository, which is made if it is not there.
-
-    Raises InputError for a bundle that is not as its manifest and signature say or has no engine that Triton can load
-    as a tensorrt_plan, a model of this name that is already there, and options that do not fit.
+    """Add a model to a repository.
 
     Args:
         bundle: Folder with the network and its engines, if there are any.
-        output: Folder of the repository.
-        name: Of the model, by which clients ask for it.
-        backend: What runs it in the server.
-        instances: How many requests run at once (tensorrt_plan, onnxruntime: on each GPU). Each instance has the
-            network in memory.
-        threads: CPU threads of an instance; 0 is one for each core (onnxruntime, python).
-        provider: Where it runs, as in runtime.derain (python).
-        tile: Cut larger images into tiles of this height and width, given as HxW such as 1088x1088. If not given, as
-            the memory demands that is free when an instance starts, and each takes it all for its own (python).
-        queue: How many requests may wait; those above are refused at once, as unavailable. 0 is no limit.
-        public_key: Refuse the bundle unless this key's owner signed it; see runtime/manifest.py.
+        output: Folder of the repository, which is made if there is none.
+        options: How the server runs the model.
+
+    Raises:
+        InputError: The bundle is not as its manifest and signature say, or has no engine that Triton can load as a
+            tensorrt_plan; there is a model of this name; or the options do not fit.
     """
-    if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
-        raise InputError(f"`name`: expected letters, digits and _.-, found {name!r}")
-    for option, value, least in (("instances", instances, 1), ("threads", threads, 0), ("queue", queue, 0)):
-        if value < least:
-            raise InputError(f"`{option}`: expected {least} or more, found {value}")
-    for option, given in (("threads", threads), ("provider", provider != "auto"), ("tile", tile)):
-        if given and option not in OPTIONS[backend]:
-            raise InputError(f"`{option}` is not for the backend {backend}: leave it out")
-    folder = output / name
+    if not re.fullmatch(r"\w[\w.-]*", options.name, re.ASCII):
+        raise InputError(f"`name`: expected letters, digits and _.-, found {options.name!r}")
+    for name, least in (("instances", 1), ("threads", 0), ("queue", 0)):
+        expect_between(name, getattr(options, name), least)
+    for name, default in (("threads", 0), ("provider", "auto"), ("tile", None)):
+        if getattr(options, name) != default and name not in BACKEND_OPTIONS[options.backend]:
+            raise InputError(f"`{name}` is not for the backend {options.backend}: leave it out")
+    folder = output / options.name
     if folder.exists():
-        raise InputError(f"{folder} is already there: remove it, or give another --name or --output")
-    opened = load(bundle, public_key)
+        raise InputError(f"{folder} is already there: remove it, or give another `name` or `output`")
+    opened = load(bundle, options.public_key)
     opened.verify()
-    if tile:
-        parse_size("tile", tile, opened.manifest.model.size_multiple)
-    engines = _engines(opened, backend, provider)
-    lines = [
-        *_interface(name, backend, opened.manifest.model, engines),
-        *_execution(backend, opened.manifest.model, engines, instances, threads, provider, tile),
-    ]
-    if queue:
-        lines.append(f"dynamic_batching {{ default_queue_policy {{ max_queue_size: {queue} }} }}")
+    model = opened.manifest.model
+    if options.tile:
+        expect_multiples("tile", options.tile, model.size_multiple)
+    engines = _engines(opened, options)
+    lines = [*_interface(options, model, engines), *_execution(options, model, engines)]
 
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=output) as temporary:
-        made = Path(temporary) / name
+    with tempfile.TemporaryDirectory(prefix=f".{options.name}.", dir=output) as temporary:
+        made = Path(temporary) / options.name
         version = made / "1"
         version.mkdir(parents=True)
         (made / "config.pbtxt").write_text("\n".join(lines) + "\n")
-        if backend == "python":
+        if options.backend == "python":
             (version / "model.py").write_text(MODEL_PY)
-            _copy(opened, version / BUNDLE, public_key)
+            _copy(opened, version / BUNDLE_FOLDER, options.public_key)
         else:
-            files = [engine.file for engine in engines] if backend == "tensorrt_plan" else [opened.manifest.model.file]
-            for file in files:
+            for file in [engine.file for engine in engines] if options.backend == "tensorrt_plan" else [model.file]:
                 (version / file).write_bytes(opened.read(file))
         made.rename(folder)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return Exported(folder, backend, tuple(files), _needs(backend, engines))
+    return Exported(folder, options.backend, tuple(files), _needs(options.backend, engines))
 
 
-def _engines(bundle: Bundle, backend: Backend, provider: Provider) -> tuple[Engine, ...]:
+def _engines(bundle: Bundle, options: ServeOptions) -> tuple[Engine, ...]:
     """The engines of a bundle that the backend may run."""
     engines = bundle.manifest.engines
-    if backend != "tensorrt_plan":
-        return engines if backend == "python" and provider in ("auto", "tensorrt") else ()
+    if options.backend != "tensorrt_plan":
+        return engines if options.backend == "python" and options.provider in ("auto", "tensorrt") else ()
     plans = tuple(engine for engine in engines if engine.flavor == "tensorrt")
-    mend = "build one with export.tensorrt --flavor tensorrt, or use --backend python, which runs what there is"
+    mend = "build one by python -m export.tensorrt --flavor tensorrt, or use `backend` python, which runs what there is"
     if not plans:
         found = "only engines of TensorRT for RTX, which Triton cannot load" if engines else "none"
         raise InputError(f"{bundle.folder}: expected an engine of TensorRT, found {found}; {mend}")
     for engine in plans:
         if engine.flags.get("strip_weights"):
             raise InputError(
-                f"{bundle.folder / engine.file}: expected an engine with its weights, found one built "
-                f"with --strip-weights, which Triton cannot fill in; {mend}"
+                f"{bundle.folder / engine.file}: expected an engine with its weights, found one without, "
+                f"which Triton cannot fill in; {mend} and leave --strip-weights out"
             )
     return plans
 
 
-def _interface(name: str, backend: Backend, model: Model, engines: Sequence[Engine]) -> list[str]:
+def _interface(options: ServeOptions, model: Model, engines: Sequence[Engine]) -> list[str]:
     """What Triton's ModelConfig says of the model to everybody, and the images that it runs once before it is ready:
     the only size that the graph takes, or those that the engines are fastest at, or a small one."""
+    images = options.backend == "python"
 
     def shape(size: Size) -> str:
-        dims = (*size, 3) if backend == "python" else model.graph_io.shape(size)
+        dims = (*size, 3) if images else model.graph_io.shape(size)
         return f"dims: [{', '.join(map(str, dims))}]"
 
     height, width = model.graph_io.size(model.input.shape)
-    kind = "data_type: " + TYPES["uint8" if backend == "python" else model.input.dtype]
-    small = WARM_UP + -WARM_UP % model.size_multiple
+    kind = "data_type: " + DATA_TYPES["uint8" if images else model.input.dtype]
+    small = WARM_UP_PIXELS + -WARM_UP_PIXELS % model.size_multiple
     opts = [profile.opt for engine in engines for profile in engine.profiles]
     sizes = [(height, width)] if -1 not in (height, width) else dict.fromkeys(opts or [(small, small)])
-    tensor = f"{kind} {shape((-1, -1) if backend == 'python' else (height, width))}"
+    tensor = f"{kind} {shape((-1, -1) if images else (height, width))}"
     lines = [
-        f'name: "{name}"',
+        f'name: "{options.name}"',
         "max_batch_size: 0",
         f'input {{ name: "input" {tensor} }}',
         f'output {{ name: "output" {tensor} }}',
     ]
-    for h, w in sizes:
-        value = f"{kind} {shape((h, w))} zero_data: true"
-        lines.append(f'model_warmup {{ name: "{h}x{w}" inputs {{ key: "input" value {{ {value} }} }} }}')
+    for size in sizes:
+        value = f"{kind} {shape(size)} zero_data: true"
+        lines.append(f'model_warmup {{ name: "{size_text(size)}" inputs {{ key: "input" value {{ {value} }} }} }}')
     return lines
 
 
-def _execution(
-    backend: Backend,
-    model: Model,
-    engines: Sequence[Engine],
-    instances: int,
-    threads: int,
-    provider: Provider,
-    tile: str | None,
-) -> list[str]:
+def _execution(options: ServeOptions, model: Model, engines: Sequence[Engine]) -> list[str]:
     """What Triton's ModelConfig says of how the model runs."""
-    match backend:
+    match options.backend:
         case "python":  # which finds the GPU itself
-            return [
+            lines = [
                 'backend: "python"',
-                f"instance_group {{ count: {instances} kind: KIND_MODEL }}",
-                _parameter("provider", provider),
-                _parameter("threads", threads),
-                *([_parameter("tile", tile)] if tile else []),
+                f"instance_group {{ count: {options.instances} kind: KIND_MODEL }}",
+                _parameter("provider", options.provider),
+                _parameter("threads", options.threads),
+                *([_parameter("tile", size_text(options.tile))] if options.tile else []),
             ]
         case "onnxruntime":
-            return [
+            lines = [
                 'backend: "onnxruntime"',
                 f'default_model_filename: "{model.file}"',
-                f"instance_group {{ count: {instances} }}",
-                _parameter("intra_op_thread_count", threads),
+                f"instance_group {{ count: {options.instances} }}",
+                _parameter("intra_op_thread_count", options.threads),
             ]
         case "tensorrt_plan":  # of its profiles, Triton takes the nearest to a request
             profiles = [f'"{i}"' for i in range(min(len(engine.profiles) for engine in engines))]
-            return [
+            lines = [
                 'platform: "tensorrt_plan"',
                 f'default_model_filename: "{engines[0].file}"',
                 *(
@@ -224,8 +232,11 @@ def _execution(
                     for engine in engines
                     for capability in engine.compute_capabilities
                 ),
-                f"instance_group {{ count: {instances} profile: [{', '.join(profiles)}] }}",
+                f"instance_group {{ count: {options.instances} profile: [{', '.join(profiles)}] }}",
             ]
+    if options.queue:
+        lines.append(f"dynamic_batching {{ default_queue_policy {{ max_queue_size: {options.queue} }} }}")
+    return lines
 
 
 def _parameter(key: str, value: object) -> str:

@@ -30,267 +30,205 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import time
-from collections import OrderedDict
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
 
 import numpy as np
-import torch
+import tyro
 from numpy.typing import NDArray
-from polygraphy.backend.base import BaseRunner
-from polygraphy.common import TensorMetadata
-from polygraphy.comparator import Comparator
-from polygraphy.datatype import DataType
-from polygraphy.logger import G_LOGGER
+from rich import box
 from rich.console import Console
-from torch import Tensor
+from rich.markup import escape
+from rich.table import Table
 
-from drsformer import checkpoint, metrics
+from drsformer import metrics
 from drsformer.data import LayoutError, Pair, find_pairs
-from drsformer.session import TorchSession
-from export.onnx import ScoreProbe
-from export.report import Comparison, Crop, Validation, render
-from export.topk import count_flips, masks, scores_of
+from export.comparison import Comparison, Crop, Validation
 from runtime.bundle import load_to_change, private_key, save
-from runtime.cli import main, parse_size, progress
-from runtime.errors import InputError
+from runtime.cli import hxw, main, progress_shown
+from runtime.errors import InputError, expect_between
 from runtime.files import writing
 from runtime.images import list_images, read_rgb
 from runtime.manifest import Drift
-from runtime.ort import OrtSession
-from runtime.pixels import Size
-from runtime.session import Derainer, Provider, Session, open_session
-from runtime.trt import TrtSession
+from runtime.pixels import Size, expect_multiples, size_text
+from runtime.progress import OnProgress, silent, track
+from runtime.session import Provider
 
-CROP = 96
+if TYPE_CHECKING:  # they load PyTorch and ONNX Runtime, which takes its time
+    from export.runners import Observed
+    from runtime.ort import OrtSession
+    from runtime.trt import TrtSession
+
+CROP_PIXELS = 96
 """Height and width of the parts of images in the report."""
 
 CROPS_SHOWN = 6
 """How many of the worst images the report shows a part of."""
 
-
-Scores = dict[str, Tensor]
-"""What attention looked at in one run, by layer: (1, heads, d, 1, d)."""
-
-
-class Observed(Session):
-    """A session, in whatever engine, and what its attention looked at.
-
-    session:     what runs.
-    run_observed: runs it: a batch as for `Session.run` -> its answer, and the scores.
-    ks:          how many scores each mask keeps, by attention layer; empty where the engine does not tell its scores.
-    description: what it is, for people.
-    weights_sha256: hash of the checkpoint that it comes from, or "unknown".
-    scores:      of the last run.
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        run_observed: Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], Scores]],
-        ks: dict[str, tuple[int, ...]],
-        description: str,
-        weights_sha256: str,
-    ) -> None:
-        self.session, self.ks, self.weights_sha256 = session, ks, weights_sha256
-        self.description = f"{description}, weights {weights_sha256[:12]}"
-        self.multiple, self.limits = session.multiple, getattr(session, "limits", ())
-        self.scores: Scores = {}
-        self._run_observed = run_observed
-
-    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        output, self.scores = self._run_observed(batch)
-        return output
+ROWS_SHOWN = 50
+"""Images that the table in a terminal lists one by one; the report lists all."""
 
 
-def observe_checkpoint(path: Path, provider: Provider) -> Observed:
-    """A checkpoint in PyTorch, on the CPU or on CUDA where the provider says so, else on what there is."""
-    trained = checkpoint.load(path)
-    session = TorchSession(trained.model, provider if provider in ("cpu", "cuda") else "auto")
-
-    def run(batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], Scores]:
-        with scores_of(session.model) as scores, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            output = session.run(batch)
-        return output, {layer: tensor.cpu() for layer, tensor in scores.items()}
-
-    ks = {layer: mask.ks for layer, mask in masks(trained.model).items()}
-    return Observed(session, run, ks, f"{path}, PyTorch on {session.device}", trained.sha256)
-
-
-def observe_model(session: OrtSession) -> Observed:
-    """A .onnx file in ONNX Runtime, and a copy of it that returns its scores."""
-    probe = ScoreProbe(session.path, session.provider)
-    weights, pattern = (session.metadata.get(key, "unknown") for key in ("weights_sha256", "topk"))
-    description = f"{session.path}, ONNX Runtime on {session.provider}, top-k by {pattern}"
-    return Observed(session, lambda batch: (session.run(batch), probe(batch)), probe.ks, description, weights)
-
-
-def observe_engine(session: TrtSession) -> Observed:
-    """An engine of a bundle, which does not tell its scores."""
-    description = f"{session.path}, {session.engine.flavor} {session.engine.version}"
-    weights = session.bundle.manifest.model.weights_sha256 or "unknown"
-    return Observed(session, lambda batch: (session.run(batch), {}), {}, description, weights)
-
-
-def open_candidate(path: Path, provider: Provider = "auto") -> Observed:
-    """Whatever can be held against the full model, ready to run; of a bundle what a `Derainer` runs. Raises InputError
-    for anything else."""
-    if path.is_dir() or path.suffix == ".onnx":
-        session = open_session(path, provider)
-        return observe_model(session) if isinstance(session, OrtSession) else observe_engine(session)
-    if path.suffix in (".safetensors", ".pth", ".pt"):
-        return observe_checkpoint(path, provider)
-    raise InputError(f"`candidate`: expected a bundle or a .onnx, .safetensors or .pth file, found {path}")
-
-
-class Runner(BaseRunner):
-    """A session as Polygraphy sees it: `image` in; `restored`, an image as well, and the scores by layer out."""
-
-    def __init__(self, name: str, session: Observed, tile: Size | None = None, overlap: int | None = None) -> None:
-        super().__init__(name=name)
-        self.session = session
-        self.derain = Derainer(session, tile=tile, overlap=overlap)
-
-    def get_input_metadata_impl(self) -> TensorMetadata:
-        return TensorMetadata().add("image", DataType.from_dtype(np.dtype(np.uint8)), (None, None, 3))
-
-    def infer_impl(self, feed_dict: dict[str, NDArray[np.uint8]]) -> OrderedDict[str, NDArray | Tensor]:
-        started = time.perf_counter()
-        restored = self.derain(feed_dict["image"])
-        self.inference_time = time.perf_counter() - started
-        return OrderedDict(restored=restored, **self.session.scores)
-
-
-def validate(
-    reference: Path,
-    candidate: Path,
-    data: Path,
-    max_drop_db: float | None = None,
-    min_psnr: float | None = None,
-    protocol: metrics.Protocol = "rain200",
-    report: Path | None = None,
-    limit: int | None = None,
-    provider: Provider = "auto",
-    tile: str | None = None,
-    overlap: int | None = None,
-    record: bool = False,
-    sign: Path | None = None,
-) -> Validation:
-    """Compare a candidate with its reference on images, print what was found, and say whether it keeps the budget.
-
-    Raises InputError for arguments, files or images that cannot be used.
+@dataclass(frozen=True)
+class ValidateOptions:
+    """How a candidate is judged.
 
     Args:
-        reference: Checkpoint of the full model.
-        candidate: What is to be judged: a .onnx file, a bundle, or another checkpoint.
-        data: Folder of rainy and clean images, or of any images.
         max_drop_db: Budget for the drop in PSNR, mean over the images; needs clean images.
         min_psnr: Budget for the PSNR between the two outputs, on every image.
-        protocol: How to measure; rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
-        report: The .html file to write, or the folder for a report.html.
-        limit: Use only so many images, the first ones.
-        provider: Where both run; auto is CUDA where there is one, else the CPU. Of a bundle with engines auto judges
-            the one for this GPU, where there is one that runs, else the model.
+        protocol: Protocol of PSNR and SSIM: rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
+        report: HTML file to write, or folder for a report.html.
+        limit: Number of images to use, the first ones; all if not given.
+        provider: Provider that both run on; auto is CUDA where there is one, else the CPU. Of a bundle with engines
+            auto judges the one for this GPU, where there is one that runs, else the model.
         tile: Height x width, such as 256x256, of tiles in which the candidate restores; if not given, an image that it
             cannot take as a whole is refused.
         overlap: Pixels that tiles share; 64 by default, or a quarter of the shorter side.
         record: Write what was measured into the manifest of the bundle, if it keeps the budget.
         sign: Private key, Ed25519 in PEM, to sign that manifest with.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"`limit`: expected at least 1, found {limit}")
-    if record and not candidate.is_dir():
-        raise InputError(f"`record`: expected a bundle as --candidate, found {candidate}")
-    if sign and not record:
-        raise InputError("`sign`: expected --record with it, which changes the manifest that is signed")
-    if record:
-        load_to_change(candidate, sign)  # before the work
-    if sign:
-        private_key(sign)
-    if record and tile:
-        raise InputError("`record`: expected whole images, as the manifest says, found --tile")
-    sources = _find(data)[:limit]
-    if max_drop_db is not None and not isinstance(sources[0], Pair):
-        raise InputError(f"`max_drop_db`: {data} has no ground truth to measure a drop against; give --min-psnr")
-    sessions = observe_checkpoint(reference, provider), open_candidate(candidate, provider)
-    size = parse_size("tile", tile, sessions[1].multiple) if tile else None
-    if size:
-        sessions[1].ks = {}  # each tile makes selections of its own
-    runners = [Runner("reference", sessions[0]), Runner("candidate", sessions[1], size, overlap)]
+
+    max_drop_db: float | None = None
+    min_psnr: float | None = None
+    protocol: metrics.Protocol = "rain200"
+    report: Path | None = None
+    limit: int | None = None
+    provider: Provider = "auto"
+    tile: Annotated[Size, hxw("tile")] | None = None
+    overlap: int | None = None
+    record: bool = False
+    sign: Path | None = None
+
+    @property
+    def report_file(self) -> Path | None:
+        """Where the report is written."""
+        return self.report and (self.report if self.report.suffix == ".html" else self.report / "report.html")
+
+
+def validate(
+    reference: Path,
+    candidate: Path,
+    data: Path,
+    options: ValidateOptions = ValidateOptions(),
+    on_progress: OnProgress = silent,
+) -> Validation:
+    """Compare a candidate with its reference on images; write the report and the record if they are asked for.
+
+    Args:
+        reference: Checkpoint of the full model.
+        candidate: What is judged: a .onnx file, a bundle, or another checkpoint.
+        data: Folder of rainy and clean images, or of any images.
+        options: How it is judged.
+        on_progress: Is called for every image.
+
+    Returns:
+        What was found, and whether it is within the budget.
+
+    Raises:
+        InputError: The options, the files or the images cannot be used.
+    """
+    _check(candidate, options)
+    sources = _find(data)[: options.limit]
+    paired = isinstance(sources[0], Pair)
+    if options.max_drop_db is not None and not paired:
+        raise InputError(f"`max_drop_db`: {data} has no ground truth to measure a drop against; give `min_psnr`")
+
+    from export.report import render
+    from export.runners import Runner, open_candidate, open_reference, run
+    from export.topk import count_flips
+
+    full, judged = open_reference(reference, options.provider), open_candidate(candidate, options.provider)
+    if options.tile:
+        expect_multiples("tile", options.tile, judged.multiple)
+    runners = Runner("reference", full), Runner("candidate", judged, options.tile, options.overlap)
     images: list[Comparison] = []
     worst: list[tuple[Comparison, Crop]] = []
     selections: dict[str, int] = {}
-    with progress() as bar, G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        for source in bar.track(sources, description="Comparing"):
-            image, target = source.load() if isinstance(source, Pair) else (read_rgb(source), None)
-            try:
-                plan = runners[1].derain.plan(*image.shape[:2])
-                if not size and plan.count > 1:
-                    raise InputError(
-                        f"expected an image that the candidate takes as a whole, found one for {plan}; "
-                        "give --tile to judge tiles"
-                    )
-                ours, theirs = (results[0] for _, results in Comparator.run(runners, data_loader=[{"image": image}]))
-                selections = _shared_selections(*sessions)
-                flips = {layer: count_flips(ours[layer], theirs[layer], sessions[0].ks[layer]) for layer in selections}
-                comparison = _compare(source.name, ours["restored"], theirs["restored"], target, flips, protocol)
-            except (InputError, ValueError) as error:
-                raise InputError(f"{source.name}: {error}") from error
-            images.append(comparison)
-            if comparison.max_difference:
-                worst.append((comparison, _crop(image, ours["restored"], theirs["restored"])))
-                worst.sort(key=lambda entry: entry[0].badness, reverse=True)
-                del worst[CROPS_SHOWN:]
+    for source in track(sources, len(sources), "Comparing", on_progress):
+        image, target = source.load() if isinstance(source, Pair) else (read_rgb(source), None)
+        try:
+            plan = runners[1].derain.plan(*image.shape[:2])
+            if not options.tile and plan.count > 1:
+                raise InputError(
+                    f"expected an image that the candidate takes as a whole, found one for {plan}; give `tile` to "
+                    "judge tiles"
+                )
+            ours, theirs = run(runners, image)
+            if not options.tile:  # each tile makes selections of its own
+                selections = _shared_selections(full, judged)
+            flips = {
+                layer: count_flips(full.scores[layer], judged.scores[layer], full.ks[layer]) for layer in selections
+            }
+            comparison = _compare(source.name, ours, theirs, target, flips, options.protocol)
+        except (InputError, ValueError) as error:
+            raise InputError(f"{source.name}: {error}") from error
+        images.append(comparison)
+        if comparison.max_difference:
+            worst.append((comparison, _crop(image, ours, theirs)))
+            worst.sort(key=lambda entry: entry[0].badness, reverse=True)
+            del worst[CROPS_SHOWN:]
     facts = {
-        "reference": sessions[0].description,
-        "candidate": sessions[1].description,
-        "images": f"{len(images)} of {data}" + (f", protocol {protocol}" if isinstance(sources[0], Pair) else ""),
+        "reference": full.description,
+        "candidate": judged.description,
+        "images": f"{len(images)} of {data}" + (f", protocol {options.protocol}" if paired else ""),
     }
-    if size:
-        facts["tiles"] = f"{tile}, {runners[1].derain.plan(*size).overlap} pixels of overlap"
-    uncounted = [] if size else [layer for layer in sessions[0].ks if layer not in selections]
-    crops = {comparison.name: crop for comparison, crop in worst}
-    validation = Validation(facts, images, selections, uncounted, crops, max_drop_db, min_psnr)
-    Console().print(validation.table())
-    if uncounted:
-        print(f"Flips are not counted in {len(uncounted)} layers that the candidate does not have alike.")
-    if report:
-        report = report if report.suffix == ".html" else report / "report.html"
-        with writing(report) as temporary:
+    if options.tile:
+        overlap = runners[1].derain.plan(*options.tile).overlap
+        facts["tiles"] = f"{size_text(options.tile)}, {overlap} pixels of overlap"
+    validation = Validation(
+        facts=facts,
+        images=images,
+        selections=selections,
+        uncounted=[] if options.tile else [layer for layer in full.ks if layer not in selections],
+        crops={comparison.name: crop for comparison, crop in worst},
+        max_drop_db=options.max_drop_db,
+        min_psnr=options.min_psnr,
+    )
+    if options.report_file:
+        with writing(options.report_file) as temporary:
             temporary.write_text(render(validation), encoding="utf-8")
-        print(f"Report: {report}")
-    print(validation.verdict)
-    judged = sessions[1].session
-    if record and validation.passed and isinstance(judged, (OrtSession, TrtSession)):
-        _record(
-            candidate, sessions[0].weights_sha256, judged.path.name, judged.provider, data, protocol, validation, sign
-        )
+    if options.record and validation.passed:
+        _record(candidate, _drift(full, judged, data, options.protocol, validation), options.sign)
     return validation
 
 
-def _record(
-    folder: Path,
-    reference: str,
-    file: str,
-    provider: str,
-    data: Path,
-    protocol: str,
-    validation: Validation,
-    sign: Path | None,
-) -> None:
-    """Put what was measured on a file of a bundle into its manifest, in place of what was on the same data against the
-    same reference."""
-    manifest = load_to_change(folder, sign)
+def _check(candidate: Path, options: ValidateOptions) -> None:
+    """Raise InputError, before the work, for options that cannot be used."""
+    if options.limit is not None:
+        expect_between("limit", options.limit, 1)
+    if options.sign and not options.record:
+        raise InputError("`sign`: expected `record` with it, which changes the manifest that is signed")
+    if options.record:
+        if not candidate.is_dir():
+            raise InputError(f"`record`: expected a bundle as `candidate`, found {candidate}")
+        if options.tile:
+            raise InputError("`record`: expected whole images, as the manifest says, found `tile`")
+        load_to_change(candidate, options.sign)
+        if options.sign:
+            private_key(options.sign)
+
+
+def _drift(
+    reference: Observed, candidate: Observed, data: Path, protocol: metrics.Protocol, validation: Validation
+) -> Drift:
+    """What was measured, as the manifest of the candidate's bundle records it."""
+    session = cast("OrtSession | TrtSession", candidate.session)
     found = {**validation.summary(), "max_difference": max(image.max_difference for image in validation.images)}
-    drift = Drift(
-        file=file,
-        provider=provider,
-        reference_sha256=reference,
+    return Drift(
+        file=session.path.name,
+        provider=session.provider,
+        reference_sha256=reference.weights_sha256,
         data=f"{data.resolve().parent.name}/{data.resolve().name}",
         protocol=protocol if "drop_db" in found else None,
         **{field.name: found[field.name] for field in dataclasses.fields(Drift) if field.name in found},
     )
+
+
+def _record(folder: Path, drift: Drift, sign: Path | None) -> None:
+    """Put what was measured on a file of a bundle into its manifest, in place of what was on the same data against the
+    same reference."""
+    manifest = load_to_change(folder, sign)
     same = operator.attrgetter("file", "provider", "reference_sha256", "data")
     others = (former for former in manifest.drift if same(former) != same(drift))
     save(dataclasses.replace(manifest, drift=(*others, drift)), folder, sign)
@@ -335,12 +273,52 @@ def _compare(
 def _crop(image: NDArray[np.uint8], reference: NDArray[np.uint8], candidate: NDArray[np.uint8]) -> Crop:
     """The window with the largest sum of squared differences between the outputs."""
     squared = ((reference.astype(int) - candidate) ** 2).sum(2)
-    h, w = (min(CROP, length) for length in squared.shape)
+    h, w = (min(CROP_PIXELS, length) for length in squared.shape)
     sums = np.pad(squared.cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # of everything above and to the left
     windows = sums[h:, w:] - sums[:-h, w:] - sums[h:, :-w] + sums[:-h, :-w]
     top, left = (int(i) for i in np.unravel_index(windows.argmax(), windows.shape))
     return Crop(top, left, *(array[top : top + h, left : left + w].copy() for array in (image, reference, candidate)))
 
 
+def table(validation: Validation) -> Table:
+    """What was found on each image and on all of them, for a terminal."""
+    images = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
+    images.add_column("image", no_wrap=True)
+    for column in validation.columns:
+        images.add_column(column.title, justify="right", no_wrap=True)
+    for image in validation.images[:ROWS_SHOWN]:
+        images.add_row(escape(image.name), *validation.cells(image))
+    if len(validation.images) > ROWS_SHOWN:
+        images.add_row(f"... and {len(validation.images) - ROWS_SHOWN} more")
+    images.add_section()
+    images.add_row(*validation.last_row())
+    return images
+
+
+def command(
+    reference: Path,
+    candidate: Path,
+    data: Path,
+    options: Annotated[ValidateOptions, tyro.conf.arg(name="")] = ValidateOptions(),
+) -> Validation:
+    """Compare a candidate with its reference and print what was found.
+
+    Args:
+        reference: Checkpoint of the full model.
+        candidate: What is judged: a .onnx file, a bundle, or another checkpoint.
+        data: Folder of rainy and clean images, or of any images.
+        options: How it is judged.
+    """
+    with progress_shown() as on_progress:
+        validation = validate(reference, candidate, data, options, on_progress)
+    Console().print(table(validation))
+    if validation.uncounted:
+        print(f"Flips are not counted in {len(validation.uncounted)} layers that the candidate does not have alike.")
+    if options.report_file:
+        print(f"Report: {options.report_file}")
+    print(validation.verdict)
+    return validation
+
+
 if __name__ == "__main__":
-    main(validate, __doc__, summary=Validation.summary, status=lambda validation: 0 if validation.passed else 1)
+    main(command, __doc__, summary=Validation.summary, status=lambda validation: 0 if validation.passed else 1)

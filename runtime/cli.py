@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from .errors import GateError, InputError, one_line
-from .pixels import Size, size_text
+from .pixels import Size, expect_multiples, size_text
 from .progress import OnProgress
 
 try:
@@ -97,7 +97,7 @@ def main(
             sys.exit(3)
         fail(": ".join([*([str(error.filename)] if error.filename else []), error.strerror]))
     except GateError as error:
-        print("failed: " + one_line(str(error)), file=sys.stderr, flush=True)
+        print("failed: " + one_line(as_options(str(error))), file=sys.stderr, flush=True)
         sys.exit(1)
     except Exception as error:
         if _is_want_of_memory(error):
@@ -133,8 +133,7 @@ def parse_size(option: str, text: str, multiple: int = 1) -> Size:
         size = size_from_text(text)
     except InputError as error:
         raise InputError(f"`{option}`: {error}") from None
-    if size[0] % multiple or size[1] % multiple:
-        raise InputError(f"`{option}`: expected multiples of {multiple}, to which images are padded, found {text}")
+    expect_multiples(option, size, multiple)
     return size
 
 

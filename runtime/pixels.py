@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import InputError
+
 Size = tuple[int, int]
 """Height and width."""
 
@@ -18,6 +20,14 @@ IO = Literal["tensor", "image"]
 def size_text(size: Size) -> str:
     """Height and width as HxW."""
     return f"{size[0]}x{size[1]}"
+
+
+def expect_multiples(parameter: str, size: Size, multiple: int) -> None:
+    """Raise InputError unless height and width are multiples of `multiple`, to which images are padded."""
+    if size[0] % multiple or size[1] % multiple:
+        raise InputError(
+            f"`{parameter}`: expected multiples of {multiple}, to which images are padded, found {size_text(size)}"
+        )
 
 
 def to_batch(image: NDArray[np.uint8]) -> NDArray[np.float32]:

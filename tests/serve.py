@@ -47,7 +47,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from export.triton import export
+from export.triton import ServeOptions, export
 from runtime.bundle import save
 from runtime.cli import main
 from runtime.errors import GateError, InputError
@@ -319,7 +319,7 @@ def serve(
         timed = [(crop, derain(crop)) for crop in crops(photographs, [TIMED] * 4)]
         local_ms = _milliseconds(derain, timed)
         repository = folder / "repository"
-        export(bundle, repository, MODEL, instances=instances, threads=threads, provider="cpu", queue=QUEUE)
+        export(bundle, repository, ServeOptions(MODEL, "python", instances, threads, "cpu", queue=QUEUE))
         checks = Checks()
         with Server(repository, folder) as server:
             _check_health(checks, server)

@@ -35,8 +35,8 @@ from benchmarks.released import ReleasedDRSformer
 from drsformer import checkpoint
 from drsformer.config import preset
 from drsformer.model import DRSformer
-from export.onnx import export
-from export.validate import validate
+from export.onnx import command as export
+from export.validate import command as validate
 from runtime import InputError, images, tiling
 from runtime.bench import command as bench
 from runtime.bundle import load

@@ -24,7 +24,7 @@ from benchmarks.parts import join
 from drsformer import checkpoint
 from drsformer.config import PRESETS, preset
 from drsformer.model import DRSformer
-from export.onnx import to_onnx
+from export.graph import to_onnx
 from runtime.errors import InputError
 from tests.support.images import noise, save
 from tests.support.networks import fill
@@ -101,7 +101,7 @@ def test_speed_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     errors = {key: found[key]["error"] for key in summary["errors"]}
     assert errors[f"32x32 batch 1: {TINY} released ONNX Runtime fp32"].endswith("offers only SomeProvider")
     assert errors[f"32x32 batch 1: {TINY} folded torch.compile CUDA graph fp16"].endswith("need a CUDA device")
-    assert "TensorRT is not here" in errors[f"32x32 batch 1: {TINY} folded tensorrt fp16"]
+    assert "TensorRT is not installed" in errors[f"32x32 batch 1: {TINY} folded tensorrt fp16"]
     del found[f"32x32 batch 1: {TINY} folded eager fp32"]
     again = json.loads((tmp_path / "speed.json").read_text())
     again["runs"][-1]["rows"] = found
@@ -115,7 +115,7 @@ def test_speed_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_onnx_runtime_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.onnx.to_onnx", functools.partial(to_onnx, size=(32, 32)))  # quicker than any size
+    monkeypatch.setattr("export.graph.to_onnx", functools.partial(to_onnx, size=(32, 32)))  # quicker than any size
     subject = from_preset(TINY)
     image = picture((32, 32))
     contestant = engines.Ort(subject, "folded", "fp32")

@@ -16,7 +16,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from export.validate import open_candidate
+from export.runners import open_candidate
 from runtime import Derainer, InputError, trt
 from runtime.bundle import Bundle, describe_file, load, save
 from runtime.derain import DerainOptions, derain

@@ -19,9 +19,10 @@ from drsformer import checkpoint
 from drsformer.config import BlockConfig, DRSformerConfig, LevelConfig, MEFCConfig
 from drsformer.model import DRSformer, GatedFeedForward
 from drsformer.session import TorchSession
-from export import onnx as export_onnx
-from export.onnx import SIZES, TOLERANCE, Exported, ScoreProbe, export, verify
+from export import graph
+from export.onnx import Exported, ExportOptions, export, table
 from export.topk import PATTERNS, masks, scores_of, with_pattern
+from export.verification import SIZES, TOLERANCE, ScoreProbe, verify
 from runtime.errors import GateError, InputError
 from runtime.ort import OrtSession
 from runtime.pixels import to_batch
@@ -79,7 +80,7 @@ def photographic(tmp_path_factory) -> tuple[Path, Exported]:
     """Weights of a network of convolutions alone, and their export as a graph of images."""
     folder = tmp_path_factory.mktemp("photographic")
     weights = save(folder, WITHOUT_BLOCKS)
-    return weights, export(weights, io="image")
+    return weights, export(weights, options=ExportOptions(io="image"))
 
 
 @pytest.mark.parametrize("size", [*SIZES, (8, 16), (32, 8)])
@@ -100,7 +101,7 @@ def test_export_says_what_it_found(everything):
     assert summary["topk"] == 2
     assert summary["bytes"] == exported.output.stat().st_size
     assert 0 < summary["max_difference"] < TOLERANCE
-    assert [(a.height, a.width) for a in exported.agreements] == list(SIZES)
+    assert [a.size for a in exported.agreements] == list(SIZES)
     assert {a.selections for a in exported.agreements} == {3 * 7 * (3 + 4 + 5 + 5) + 2 * 5 * (2 + 3 + 3 + 4)}
 
 
@@ -130,7 +131,7 @@ def test_file_says_where_it_comes_from_and_not_on_which_machine(everything):
     assert DRSformerConfig.from_dict(json.loads(found["config"])) == EVERYTHING
     assert json.loads(found["versions"])["torch"] == torch.__version__
     content = exported.output.read_bytes()
-    for trace in (str(Path(export_onnx.__file__).parents[1]), sys.prefix, "stack_trace"):
+    for trace in (str(Path(graph.__file__).parents[1]), sys.prefix, "stack_trace"):
         assert trace.encode() not in content
 
 
@@ -186,12 +187,12 @@ def test_verification_tells_flips_from_faults(everything):
 )
 def test_patterns_at_fixed_size(tmp_path, pattern, io, operators):
     weights = save(tmp_path, small(feed_forward="fn"))
-    exported = export(weights, topk=pattern, io=io, height=40, width=24)
+    exported = export(weights, options=ExportOptions(topk=pattern, io=io, height=40, width=24))
     assert exported.output == tmp_path / "weights.onnx"
     assert exported.agreements[0].selections == 2 * 5 * (2 + 3 + 3 + 4)
     assert exported.operators.keys() & {"TopK", "ScatterElements", "NonZero"} == operators
     assert metadata(exported.output)["topk"] == pattern
-    assert [(a.height, a.width) for a in exported.agreements] == [(40, 24)]
+    assert [a.size for a in exported.agreements] == [(40, 24)]
     with pytest.raises(InputError, match="24x40"):
         OrtSession(exported.output, "cpu").run(to_batch(random_image(24, 24)))
 
@@ -247,8 +248,8 @@ def test_failed_proof_writes_nothing(everything, tmp_path, monkeypatch, differen
     model = onnx.load(exported.output)
     del model.metadata_props[:]
     found = dataclasses.replace(exported.agreements[0], difference=difference)
-    monkeypatch.setattr(export_onnx, "to_onnx", lambda *_: model)
-    monkeypatch.setattr(export_onnx, "verify", lambda *_: iter([found]))
+    monkeypatch.setattr("export.graph.to_onnx", lambda *_: model)
+    monkeypatch.setattr("export.verification.verify", lambda *_: iter([found]))
     with pytest.raises(GateError, match="not written"):
         export(weights, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
@@ -263,29 +264,34 @@ def test_what_float16_cannot_hold_is_not_written(tmp_path):
                 module.project_in.weight.mul_(2.0**12)
                 module.project_out.weight.mul_(2.0**-24)
     checkpoint.save(tmp_path / "w.safetensors", network, {})
-    export(tmp_path / "w.safetensors", tmp_path / "bf16.onnx", precision="bf16")
-    with pytest.raises(GateError, match="which float16 cannot hold; use --precision bf16"):
-        export(tmp_path / "w.safetensors", tmp_path / "fp16.onnx", precision="fp16")
+    export(tmp_path / "w.safetensors", tmp_path / "bf16.onnx", ExportOptions(precision="bf16"))
+    with pytest.raises(GateError, match="which float16 cannot hold; use `precision` bf16"):
+        export(tmp_path / "w.safetensors", tmp_path / "fp16.onnx", ExportOptions(precision="fp16"))
     assert not (tmp_path / "fp16.onnx").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(output=Path("model.pth")), "expected a name ending in .onnx, found model.pth"),
-        (dict(opset=17), "expected 18 to 23, found 17"),
-        (dict(opset=21, precision="bf16"), "--opset: expected at least 22"),
-        (dict(fold=False, precision="fp16"), "leave --no-fold out"),
-        (dict(height=64), "found only one"),
-        (dict(height=64, width=60), "--width: expected a multiple of 8, found 60"),
-        (dict(height=0, width=64), "--height: expected at least 1, found 0"),
-        (dict(io="image", height=-1, width=64), "--height: expected at least 1, found -1"),
-        (dict(weights=Path("missing.pth")), "missing.pth"),
+        (dict(opset=17), "`opset`: expected 18 to 23, found 17"),
+        (dict(opset=21, precision="bf16"), "`opset`: expected at least 22"),
+        (dict(fold=False, precision="fp16"), "`fold`: expected on, .* fp16, found off"),
+        (dict(height=64), "`height` and `width` together, found only one"),
+        (dict(height=64, width=60), "`width`: expected a multiple of 8, found 60"),
+        (dict(height=0, width=64), "`height`: expected at least 1, found 0"),
+        (dict(io="image", height=-1, width=64), "`height`: expected at least 1, found -1"),
     ],
 )
-def test_refuses_what_it_cannot_use(tmp_path, options, message):
+def test_refuses_options_that_it_cannot_use(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
-        export(**{"weights": tmp_path / "weights.safetensors", **options})
+        export(tmp_path / "weights.safetensors", options=ExportOptions(**options))
+
+
+def test_refuses_files_that_it_cannot_use(tmp_path):
+    with pytest.raises(InputError, match=r"`output`: expected a name ending in \.onnx, found model\.pth"):
+        export(tmp_path / "weights.safetensors", Path("model.pth"))
+    with pytest.raises(InputError, match=r"missing\.pth"):
+        export(tmp_path / "missing.pth")
 
 
 def test_command(tmp_path, monkeypatch, capfd):
@@ -294,9 +300,17 @@ def test_command(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.delitem(sys.modules, "export.onnx", raising=False)
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_module("export.onnx", run_name="__main__")
+        runpy.run_module("export.onnx", run_name="__main__", alter_sys=True)
     printed = capfd.readouterr()
     assert stopped.value.code == 0
-    assert printed.err == ""  # the exporter's remarks are not the user's
+    assert all(line.startswith(("Exporting", "Comparing")) for line in printed.err.splitlines())  # no other's remarks
+    assert "16x24" in printed.out
     assert json.loads(printed.out.splitlines()[-1])["topk"] == 0  # dense attention
     assert output.exists()
+
+
+def test_half_precision_is_compared_in_float32(everything):
+    _, exported = everything
+    assert table(exported).row_count == len(SIZES)
+    assert table(exported).caption is None
+    assert "float32" in str(table(dataclasses.replace(exported, precision="fp16")).caption)

@@ -19,9 +19,11 @@ from drsformer.config import DRSformerConfig, MEFCConfig
 from drsformer.metrics import psnr
 from drsformer.model import DRSformer
 from export.folding import fold
-from export.onnx import export, to_onnx
+from export.graph import to_onnx
+from export.onnx import ExportOptions, export
+from export.runners import open_candidate
 from export.topk import with_pattern
-from export.validate import open_candidate, validate
+from export.validate import validate
 from runtime.errors import GateError, InputError
 from runtime.images import Photo, read_rgb
 from runtime.ort import OrtSession
@@ -56,7 +58,7 @@ def folder(tmp_path_factory) -> Path:
     """The network as a checkpoint and two models, and pairs whose targets it nearly reaches, or wholly."""
     folder = tmp_path_factory.mktemp("quantize")
     checkpoint.save(folder / "reference.safetensors", network(), {})
-    export(folder / "reference.safetensors", folder / "model.onnx", height=40, width=48)
+    export(folder / "reference.safetensors", folder / "model.onnx", ExportOptions(height=40, width=48))
     camera = fold(with_pattern(network().requires_grad_(False), "threshold"))
     onnx.save(to_onnx(camera, "image", SIZES[1]), folder / "camera.onnx")
     restore = Derainer(folder / "model.onnx")

@@ -24,7 +24,7 @@ from drsformer import checkpoint
 from drsformer.config import DRSformerConfig
 from drsformer.model import DRSformer
 from drsformer.recipe import Hardware, Recipe
-from export.onnx import export
+from export.onnx import ExportOptions, export
 from runtime.bundle import load
 from runtime.errors import GateError, InputError
 from runtime.session import Derainer
@@ -52,7 +52,8 @@ def stand_in(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "ship", lambda network, size: network)
     patch.setattr(pruning, "time_networks", by_macs)
     patch.setattr(searching, "SAMPLES", 1)
-    patch.setattr(searching, "export", functools.partial(export, height=24, width=24))  # one size is quicker
+    one_size = ExportOptions(height=24, width=24)  # is quicker
+    patch.setattr(searching, "export", functools.partial(export, options=one_size))
 
 
 @pytest.fixture(autouse=True)
@@ -293,7 +294,8 @@ def test_everything_is_measured_by_the_protocol(folder, without_ends, monkeypatc
     )
     spy("evaluate_model", lambda args, options: args[2])
     spy("distill", lambda args, options: options["data_options"].protocol)
-    for name in ("measure_sensitivity", "prune", "compare"):
+    spy("compare", lambda args, options: args[3].protocol)
+    for name in ("measure_sensitivity", "prune"):
         spy(name, lambda args, options: options["protocol"])
     go(folder, macs=0.8, protocol="did", quantize=True)
     assert seen == {name: {"did"} for name in seen}

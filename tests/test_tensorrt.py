@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,9 +26,10 @@ from torch import nn
 from drsformer.config import DRSformerConfig
 from drsformer.model import DRSformer
 from export import tensorrt
-from export.folding import DTYPES, Precision, fold
-from export.onnx import to_onnx
-from export.tensorrt import build
+from export.folding import DTYPES, fold
+from export.graph import to_onnx
+from export.options import Precision
+from export.tensorrt import BuildOptions, build
 from export.topk import with_pattern
 from runtime import trt
 from runtime.bundle import load
@@ -35,6 +37,7 @@ from runtime.errors import InputError
 from runtime.manifest import Profile
 from runtime.session import open_engine
 from runtime.trt import LIBRARIES
+from tests.support import refusals
 from tests.support.networks import fill
 from tests.support.tensorrt import Cuda, has_driver
 
@@ -42,7 +45,7 @@ pytest.importorskip("tensorrt_rtx_bindings")
 
 VERSION = LIBRARIES["rtx"].load().__version__
 
-SMALL = dict(min=("16x16",), opt=("32x32",), max=("64x96",))
+SMALL: dict[str, Any] = dict(min=((16, 16),), opt=((32, 32),), max=((64, 96),))
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +88,8 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def built(model, tmp_path_factory) -> tensorrt.Built:
-    return build(model, tmp_path_factory.mktemp("bundle") / "bundle", compute_capability=("8.6",), **SMALL)
+    folder = tmp_path_factory.mktemp("bundle") / "bundle"
+    return build(model, folder, BuildOptions(compute_capability=("8.6",), **SMALL))
 
 
 @pytest.fixture
@@ -94,11 +98,8 @@ def bundle(built, tmp_path) -> Path:
     return Path(shutil.copytree(built.bundle.folder, tmp_path / "bundle"))
 
 
-def refusal(*arguments, **options) -> str:
-    with pytest.raises(InputError) as caught:
-        build(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+def refusal(onnx: Path, output: Path, **options: Any) -> str:
+    return refusals.refusal(build, onnx, output, BuildOptions(**options))
 
 
 # What is built
@@ -128,7 +129,7 @@ def test_the_summary_is_json(built):
 
 
 def test_one_engine_serves_several_kinds_of_gpu_and_joins_the_others(bundle, model):
-    both = build(model, bundle, compute_capability=("12.0", "8.9", "8.9"), **SMALL)
+    both = build(model, bundle, BuildOptions(compute_capability=("12.0", "8.9", "8.9"), **SMALL))
     assert both.engine.file == "model.rtx.sm89-sm120.engine"
     assert both.engine.compute_capabilities == ("8.9", "12.0")
     assert [e.file for e in both.bundle.manifest.engines] == ["model.rtx.sm86.engine", both.engine.file]
@@ -137,7 +138,7 @@ def test_one_engine_serves_several_kinds_of_gpu_and_joins_the_others(bundle, mod
 
 def test_the_same_engine_again_replaces_the_former_with_the_same_bytes(bundle, built):
     # From the model inside the bundle, as the runtime's message proposes.
-    again = build(bundle / "model.onnx", bundle, compute_capability=("8.6",), **SMALL)
+    again = build(bundle / "model.onnx", bundle, BuildOptions(compute_capability=("8.6",), **SMALL))
     assert [e.file for e in again.bundle.manifest.engines] == [built.engine.file]
     assert again.bundle.read(built.engine.file) == built.bundle.read(built.engine.file)
 
@@ -145,7 +146,7 @@ def test_the_same_engine_again_replaces_the_former_with_the_same_bytes(bundle, b
 def test_a_model_of_images_of_any_size(tmp_path):
     camera = tmp_path / "camera.onnx"
     onnx.save(to_onnx(nn.Conv2d(3, 3, 3, padding=1), io="image"), camera)
-    made = build(camera, tmp_path / "bundle", min=("1x1",), opt=("30x31",), max=("33x65",))
+    made = build(camera, tmp_path / "bundle", BuildOptions(min=((1, 1),), opt=((30, 31),), max=((33, 65),)))
     assert made.engine.profiles == (Profile((1, 1), (30, 31), (33, 65)),)
     assert made.engine.compute_capabilities == ("8.6", "8.9", "12.0")
     assert made.bundle.manifest.model.size_multiple == 1
@@ -162,11 +163,11 @@ def test_a_model_of_one_size_and_any_precision(exported, precision, tmp_path):
 def test_signed_bundles_stay_signed(bundle, model, tmp_path):
     key, public = key_pair(tmp_path, "ours")
     other, _ = key_pair(tmp_path, "theirs")
-    build(model, bundle, compute_capability=("8.6",), sign=key, **SMALL)
+    build(model, bundle, BuildOptions(compute_capability=("8.6",), sign=key, **SMALL))
     load(bundle, public).verify()
     assert "is a signed bundle" in refusal(model, bundle, **SMALL)
     assert "found another" in refusal(model, bundle, sign=other, **SMALL)
-    added = build(model, bundle, compute_capability=("8.9",), sign=key, **SMALL)
+    added = build(model, bundle, BuildOptions(compute_capability=("8.9",), sign=key, **SMALL))
     assert len(load(bundle, public).manifest.engines) == len(added.bundle.manifest.engines) == 2
 
 
@@ -199,30 +200,27 @@ def key_pair(folder: Path, name: str) -> tuple[Path, Path]:
     ("given", "expected"),
     [
         ({}, [((64, 64), (720, 1280), (1088, 1920))]),
-        ({"max": ("256x512",)}, [((64, 64), (256, 512), (256, 512))]),
-        ({"max": ("32x4096",)}, [((32, 64), (32, 1280), (32, 4096))]),
-        ({"opt": ("8x2048",)}, [((8, 64), (8, 2048), (1088, 2048))]),
-        ({"min": ("1200x64",)}, [((1200, 64), (1200, 1280), (1200, 1920))]),
+        ({"max": ((256, 512),)}, [((64, 64), (256, 512), (256, 512))]),
+        ({"max": ((32, 4096),)}, [((32, 64), (32, 1280), (32, 4096))]),
+        ({"opt": ((8, 2048),)}, [((8, 64), (8, 2048), (1088, 2048))]),
+        ({"min": ((1200, 64),)}, [((1200, 64), (1200, 1280), (1200, 1920))]),
         (
-            {"max": ("512x64", "64x512"), "min": ("8x8",)},
+            {"max": ((512, 64), (64, 512)), "min": ((8, 8),)},
             [((8, 8), (512, 64), (512, 64)), ((8, 8), (64, 512), (64, 512))],
         ),
     ],
 )
 def test_profiles(given, expected, built):
-    options = {"min": (), "opt": (), "max": (), **given}
-    found = tensorrt._profiles(built.bundle.manifest.model, options)
+    found = tensorrt._profiles(built.bundle.manifest.model, BuildOptions(**given))
     assert [(p.min, p.opt, p.max) for p in found] == expected
 
 
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ({"max": ("100x96",)}, "--max: expected multiples of 8, to which images are padded, found 100x96"),
-        ({"min": ("64",)}, "--min: expected height and width as HxW such as 720x1280, found '64'"),
-        ({"min": ("0x64",)}, "--min: expected height and width"),
-        ({"min": ("128x64",), "max": ("64x128",)}, "expected --min <= --opt <= --max in height and in width, found"),
-        ({"opt": ("8x8",) * 2, "max": ("8x8",) * 3}, "--opt: expected one size, or 3 as for the other options, found"),
+        ({"max": ((100, 96),)}, "`max`: expected multiples of 8, to which images are padded, found 100x96"),
+        ({"min": ((128, 64),), "max": ((64, 128),)}, "expected `min` <= `opt` <= `max` in height and in width, found"),
+        ({"opt": ((8, 8),) * 2, "max": ((8, 8),) * 3}, "`opt`: expected one size, or 3 as for the other options"),
     ],
 )
 def test_profiles_that_cannot_be(given, line, model, tmp_path):
@@ -249,7 +247,7 @@ def test_unsupported_nodes_are_named_before_anything_is_built(tmp_path, monkeypa
 
 
 def test_a_model_of_one_size_has_no_profiles(exported, tmp_path):
-    assert "takes only images of 16x24" in refusal(exported("fp32"), tmp_path, max=("64x64",))
+    assert "takes only images of 16x24" in refusal(exported("fp32"), tmp_path, max=((64, 64),))
 
 
 def test_files_that_are_no_model(tmp_path):
@@ -274,23 +272,23 @@ def test_a_damaged_engine_in_the_bundle_is_not_vouched_for(bundle, model):
 
 def test_kinds_of_gpu_that_the_library_does_not_know(model, tmp_path):
     line = refusal(model, tmp_path, compute_capability=("8.6", "9.0"))
-    assert "builds for 7.5, 8.0, 8.6, 8.9, 12.0, 12.1, found 9.0; for other GPUs use --flavor tensorrt" in line
+    assert "builds for 7.5, 8.0, 8.6, 8.9, 12.0, 12.1, found 9.0; for other GPUs use `flavor` tensorrt" in line
 
 
 @pytest.mark.parametrize("option", ["version_compatible", "hardware_compatible", "timing_cache"])
 def test_options_of_the_other_library(option, model, tmp_path):
     line = refusal(model, tmp_path, **{option: tmp_path / "file" if option == "timing_cache" else True})
-    assert f"--{option.replace('_', '-')} is not for TensorRT for RTX, which has --compute-capability, --strip" in line
+    assert f"`{option}` is not for TensorRT for RTX, which has `compute_capability`, `strip_weights`" in line
     line = refusal(model, tmp_path, flavor="tensorrt", compute_capability=("8.6",))
-    assert "--compute-capability is not for TensorRT, which has --hardware-compatible" in line
+    assert "`compute_capability` is not for TensorRT, which has `hardware_compatible`" in line
 
 
 def test_libraries_that_are_not_installed(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
-    assert "TensorRT is not here" in (line := refusal(model, tmp_path, flavor="tensorrt"))
+    assert "TensorRT is not installed" in (line := refusal(model, tmp_path, flavor="tensorrt"))
     assert "pip install tensorrt, which" in line
-    assert "TensorRT for RTX is not here" in (line := refusal(model, tmp_path))
+    assert "TensorRT for RTX is not installed" in (line := refusal(model, tmp_path))
     assert "pip install tensorrt-rtx-cu13-libs" in line
 
 
@@ -317,9 +315,9 @@ def test_a_build_that_fails_tells_the_librarys_reason(model, tmp_path, monkeypat
 def test_an_interrupted_build_stops_and_leaves_nothing(model, tmp_path, monkeypatch):
     start = tensorrt.new_monitor
 
-    def interrupting(trt, bar):
+    def interrupting(trt, on_progress):
         threading.Timer(0.05, _thread.interrupt_main).start()
-        return start(trt, bar)
+        return start(trt, on_progress)
 
     monkeypatch.setattr(tensorrt, "new_monitor", interrupting)
     with pytest.raises(KeyboardInterrupt):
@@ -327,13 +325,54 @@ def test_an_interrupted_build_stops_and_leaves_nothing(model, tmp_path, monkeypa
     assert not (tmp_path / "bundle").exists()
 
 
-def test_the_command(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["tensorrt", "--onnx", str(model), "--output", str(tmp_path), "--opt", "7x7"])
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--opt", "7x7"], "--opt: expected multiples of 8, to which images are padded, found 7x7"),
+        (["--min", "64"], "--min: expected height and width as HxW such as 720x1280, found '64'"),
+        (["--max", "8x8", "0x64"], "--max: expected height and width as HxW such as 720x1280, found '0x64'"),
+        (
+            ["--timing-cache", "t"],
+            "--timing-cache is not for TensorRT for RTX, which has --compute-capability, --strip",
+        ),
+    ],
+)
+def test_the_command_refuses(model, tmp_path, monkeypatch, capsys, arguments, line):
+    assert command(monkeypatch, "--onnx", model, "--output", tmp_path / "bundle", *arguments) == 2
+    assert capsys.readouterr().err.startswith(f"error: {line}")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_command_builds(model, tmp_path, monkeypatch, capsys):
+    sizes = ["--min", "16x16", "--opt", "32x32", "64x16", "--max", "64x96"]
+    arguments = ["--onnx", model, "--output", tmp_path / "bundle", "--compute-capability", "8.6", *sizes]
+    assert command(monkeypatch, *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "GPUs" in printed
+    assert json.loads(printed.splitlines()[-1])["compute_capabilities"] == ["8.6"]
+    (engine,) = load(tmp_path / "bundle").manifest.engines
+    assert [profile.opt for profile in engine.profiles] == [(32, 32), (64, 16)]
+
+
+def command(monkeypatch, *arguments: object) -> object:
+    monkeypatch.setattr(sys, "argv", ["tensorrt", *map(str, arguments)])
     monkeypatch.delitem(sys.modules, "export.tensorrt")
     with pytest.raises(SystemExit) as caught:
-        runpy.run_module("export.tensorrt", run_name="__main__")
-    assert caught.value.code == 2
-    assert capsys.readouterr().err.startswith("error: --opt: expected multiples of 8")
+        runpy.run_module("export.tensorrt", run_name="__main__", alter_sys=True)
+    return caught.value.code
+
+
+def test_a_build_tells_how_far_it_is(model, tmp_path):
+    told = []
+    build(
+        model, tmp_path / "bundle", BuildOptions(compute_capability=("8.6",), **SMALL), lambda *step: told.append(step)
+    )
+    stages = dict.fromkeys(stage for stage, *_ in told)
+    assert list(stages) == ["Parsing", "Building engine"]
+    for stage in stages:
+        *_, (done, total, *_) = (step for name, *step in told if name == stage)
+        assert done == total > 0
+    assert any("Optimizing graph 1 of" in remark for *_, remark in told if isinstance(remark, str))
 
 
 # Running, as far as it goes without a driver
@@ -355,7 +394,7 @@ def test_the_library_itself_refuses_without_a_driver(built, monkeypatch):
         open_engine(built.bundle)
 
 
-# TensorRT proper, which is not here: the same calls, on stand-ins
+# TensorRT proper, which is not installed: the same calls, on stand-ins
 
 
 @pytest.fixture
@@ -366,7 +405,7 @@ def stand_in(monkeypatch):
 
 
 def test_tensorrt_builds_for_the_gpu_in_the_machine(stand_in, model, tmp_path):
-    made = build(model, tmp_path, flavor="tensorrt", hardware_compatible=True, **SMALL)
+    made = build(model, tmp_path, BuildOptions(flavor="tensorrt", hardware_compatible=True, **SMALL))
     assert (made.engine.file, made.engine.compute_capabilities) == ("model.tensorrt.sm86.engine", ("8.6",))
     assert made.engine.flags == {"hardware_compatible": True}
 

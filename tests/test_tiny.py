@@ -14,7 +14,7 @@ from drsformer.recipe import Hardware, Recipe
 from drsformer.rendering import render_folder
 from drsformer.train import TrainOptions, train
 from export.onnx import export
-from export.validate import validate
+from export.validate import ValidateOptions, validate
 from runtime.derain import DerainOptions, derain
 
 
@@ -31,7 +31,8 @@ def test_from_photographs_to_a_proven_model(tmp_path):
     weights, model = tmp_path / "run" / "last.safetensors", tmp_path / "model.onnx"
 
     assert max(a.difference for a in export(weights, model).agreements) < 1e-4
-    proof = validate(weights, model, tmp_path / "data", max_drop_db=0.01, report=tmp_path / "report.html")
+    options = ValidateOptions(max_drop_db=0.01, report=tmp_path / "report.html")
+    proof = validate(weights, model, tmp_path / "data", options)
     assert proof.passed
     assert "<html" in (tmp_path / "report.html").read_text()
 

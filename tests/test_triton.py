@@ -17,11 +17,12 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from export.triton import export
-from runtime import Derainer, InputError
+from export.triton import ServeOptions, export
+from runtime import Derainer
 from runtime.bundle import Bundle, describe_file, load, save
 from runtime.manifest import Engine, Profile
 from runtime.session import describe_onnx
+from tests.support import refusals
 from tests.support.bundles import FILES, flip, make_keys, write_bundle
 from tests.support.onnx_files import write_network
 
@@ -70,11 +71,8 @@ def warm_ups(found: Any) -> list[list[int]]:
     return [list(sample.inputs["input"].dims) for sample in found.model_warmup]
 
 
-def refusal(*arguments, **options) -> str:
-    with pytest.raises(InputError) as error:
-        export(*arguments, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+def refusal(bundle: Path, output: Path, **options: Any) -> str:
+    return refusals.refusal(export, bundle, output, ServeOptions(**options))
 
 
 def test_unknown_fields_are_found():
@@ -86,7 +84,8 @@ def test_unknown_fields_are_found():
 
 
 def test_python(bundle, tmp_path):
-    made = export(bundle, tmp_path / "r", instances=3, threads=2, provider="cpu", tile="64x96", queue=5)
+    options = ServeOptions(instances=3, threads=2, provider="cpu", tile=(64, 96), queue=5)
+    made = export(bundle, tmp_path / "r", options)
     assert made.folder == tmp_path / "r" / "drsformer"
     bundled = [f"1/bundle/{name}" for name in sorted((*FILES, "manifest.json"))]
     assert made.files == (*bundled, "1/model.py", "config.pbtxt")
@@ -108,7 +107,7 @@ def test_python_with_engines_runs_once_what_they_are_fastest_at(bundle, tmp_path
 
 
 def test_onnxruntime(bundle, tmp_path):
-    made = export(bundle, tmp_path, "o", "onnxruntime", threads=2)
+    made = export(bundle, tmp_path, ServeOptions("o", "onnxruntime", threads=2))
     assert made.files == ("1/model.onnx", "config.pbtxt")
     assert (made.folder / "1" / "model.onnx").read_bytes() == (bundle / "model.onnx").read_bytes()
     found = config(made.folder)
@@ -129,7 +128,7 @@ def test_onnxruntime(bundle, tmp_path):
 )
 def test_graph_of_images(tmp_path, backend, dims, warm_up):
     folder = only_model(tmp_path / "bundle", kind=onnx.TensorProto.UINT8)
-    found = config(export(folder, tmp_path, backend=backend).folder)
+    found = config(export(folder, tmp_path, ServeOptions(backend=backend)).folder)
     assert (found.input[0].data_type, list(found.input[0].dims)) == (triton.TYPE_UINT8, dims)
     assert warm_ups(found) == [warm_up]
 
@@ -142,18 +141,20 @@ def test_graph_of_images(tmp_path, backend, dims, warm_up):
     ],
 )
 def test_graph_of_one_size(tmp_path, backend, dims, warm_up):
-    found = config(export(only_model(tmp_path / "b", shape=(1, 3, 16, 24)), tmp_path, backend=backend).folder)
+    folder = only_model(tmp_path / "b", shape=(1, 3, 16, 24))
+    found = config(export(folder, tmp_path, ServeOptions(backend=backend)).folder)
     assert list(found.input[0].dims) == list(found.output[0].dims) == dims
     assert warm_ups(found) == [warm_up]
 
 
 def test_warm_up_is_a_multiple(tmp_path):
     folder = only_model(tmp_path / "b", metadata={"size_multiple": "48"})
-    assert warm_ups(config(export(folder, tmp_path, backend="onnxruntime").folder)) == [[1, 3, 96, 96]]
+    assert warm_ups(config(export(folder, tmp_path, ServeOptions(backend="onnxruntime")).folder)) == [[1, 3, 96, 96]]
 
 
 def test_tensorrt_plan(bundle, tmp_path):
-    made = export(with_plans(bundle, {"8.6": 3, "9.0": 2}), tmp_path, "p", "tensorrt_plan", instances=2, queue=0)
+    options = ServeOptions("p", "tensorrt_plan", instances=2, queue=0)
+    made = export(with_plans(bundle, {"8.6": 3, "9.0": 2}), tmp_path, options)
     plans = {"8.6": "model.tensorrt.sm86.engine", "9.0": "model.tensorrt.sm90.engine"}
     assert made.files == (*(f"1/{name}" for name in plans.values()), "config.pbtxt")
     assert "TensorRT 10.14.1, no other version" in made.needs
@@ -168,7 +169,8 @@ def test_tensorrt_plan(bundle, tmp_path):
 
 
 def test_version_compatible_plan_tells_what_the_server_needs(bundle, tmp_path):
-    made = export(with_plans(bundle, {"8.6": 1}, version_compatible=True), tmp_path, backend="tensorrt_plan")
+    bundle = with_plans(bundle, {"8.6": 1}, version_compatible=True)
+    made = export(bundle, tmp_path, ServeOptions(backend="tensorrt_plan"))
     assert "--backend-config=tensorrt,version-compatible=true" in made.needs
 
 
@@ -178,8 +180,8 @@ def test_version_compatible_plan_tells_what_the_server_needs(bundle, tmp_path):
 def test_engines_that_triton_cannot_load(bundle, tmp_path):
     message = refusal(bundle, tmp_path / "r", backend="tensorrt_plan")
     assert "TensorRT for RTX, which Triton cannot load" in message
-    assert "--flavor tensorrt" in message
-    assert "--backend python" in message
+    assert "python -m export.tensorrt --flavor tensorrt" in message
+    assert "`backend` python" in message
     assert "found none" in refusal(only_model(tmp_path / "b"), tmp_path / "r", backend="tensorrt_plan")
     stripped = with_plans(bundle, {"8.6": 1}, strip_weights=True)
     assert "--strip-weights" in refusal(stripped, tmp_path / "r", backend="tensorrt_plan")
@@ -199,7 +201,7 @@ def test_signature(tmp_path):
     bundle = write_bundle(tmp_path / "bundle", key=keys / "private.pem")
     assert "expected a signature" in refusal(bundle, tmp_path / "r", public_key=keys / "others.pem")
     assert not (tmp_path / "r").exists()
-    made = export(bundle, tmp_path / "r", public_key=keys / "public.pem")
+    made = export(bundle, tmp_path / "r", ServeOptions(public_key=keys / "public.pem"))
     load(made.folder / "1" / "bundle", keys / "public.pem").verify()
 
 
@@ -230,27 +232,27 @@ def test_model_that_is_there_stays(bundle, tmp_path):
     before = (made.folder / "config.pbtxt").stat()
     assert "already there" in refusal(bundle, tmp_path / "r", instances=2)
     assert (made.folder / "config.pbtxt").stat() == before
-    export(bundle, tmp_path / "r", "another")
+    export(bundle, tmp_path / "r", ServeOptions("another"))
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["another", "drsformer"]
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "named"),
     [
-        (dict(name="../a"), "--name"),
-        (dict(name=""), "--name"),
-        (dict(name='a"'), "--name"),
-        (dict(name=".a"), "--name"),
-        (dict(instances=0), "--instances"),
-        (dict(threads=-1), "--threads"),
-        (dict(queue=-1), "--queue"),
-        (dict(tile="8x8", backend="onnxruntime"), "--tile"),
-        (dict(provider="cpu", backend="onnxruntime"), "--provider"),
-        (dict(threads=1, backend="tensorrt_plan"), "--threads"),
+        (dict(name="../a"), "`name`"),
+        (dict(name=""), "`name`"),
+        (dict(name='a"'), "`name`"),
+        (dict(name=".a"), "`name`"),
+        (dict(instances=0), "`instances`"),
+        (dict(threads=-1), "`threads`"),
+        (dict(queue=-1), "`queue`"),
+        (dict(tile=(8, 8), backend="onnxruntime"), "`tile`"),
+        (dict(provider="cpu", backend="onnxruntime"), "`provider`"),
+        (dict(threads=1, backend="tensorrt_plan"), "`threads`"),
     ],
 )
-def test_options_that_do_not_fit(tmp_path, options, told):
-    assert told in refusal(tmp_path / "none", tmp_path / "r", **options)
+def test_options_that_do_not_fit(tmp_path, options, named):
+    assert named in refusal(tmp_path / "none", tmp_path / "r", **options)
 
 
 def test_command(bundle, tmp_path, monkeypatch, capsys):
@@ -258,13 +260,15 @@ def test_command(bundle, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["triton", *map(str, arguments)])
         monkeypatch.delitem(sys.modules, "export.triton", raising=False)
         with pytest.raises(SystemExit) as stopped:
-            runpy.run_module("export.triton", run_name="__main__")
+            runpy.run_module("export.triton", run_name="__main__", alter_sys=True)
         return stopped.value.code
 
     assert command("--bundle", bundle, "--output", tmp_path / "r", "--tile", "64x96") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["backend"] == "python"
     assert command("--bundle", tmp_path / "none", "--output", tmp_path / "r", "--name", "b") == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+    assert command("--bundle", bundle, "--output", tmp_path / "q", "--tile", "0x8") == 2
+    assert capsys.readouterr().err.startswith("error: --tile: expected height and width as HxW")
 
 
 # What the python backend runs.
@@ -316,7 +320,7 @@ def started(folder: Path, monkeypatch):
 
 
 def test_each_request_has_its_own_answer(bundle, tmp_path, monkeypatch):
-    model = started(export(bundle, tmp_path / "r", threads=1, provider="cpu").folder, monkeypatch)
+    model = started(export(bundle, tmp_path / "r", ServeOptions(threads=1, provider="cpu")).folder, monkeypatch)
     image = np.random.default_rng(0).integers(0, 256, (13, 7, 3), dtype=np.uint8)
     requests = [image, image[:0], image[::-1].copy(), image.astype(np.float32), image[..., 0]]
     answers = model.execute([{"input": array} for array in requests])
@@ -330,14 +334,13 @@ def test_each_request_has_its_own_answer(bundle, tmp_path, monkeypatch):
 
 
 def test_tiles(bundle, tmp_path, monkeypatch):
-    model = started(export(bundle, tmp_path / "r", provider="cpu", tile="64x96").folder, monkeypatch)
+    model = started(export(bundle, tmp_path / "r", ServeOptions(provider="cpu", tile=(64, 96))).folder, monkeypatch)
     assert model._derain.plan(500, 500).tile == (64, 96)
-    assert "--tile: expected height and width" in refusal(bundle, tmp_path / "q", tile="0x8")
-    assert "--tile: expected multiples of 4" in refusal(bundle, tmp_path / "q", tile="64x62")
+    assert "`tile`: expected multiples of 4" in refusal(bundle, tmp_path / "q", tile=(64, 62))
 
 
 def test_bundle_is_verified_when_it_is_loaded(bundle, tmp_path, monkeypatch):
-    folder = export(bundle, tmp_path / "r", provider="cpu").folder
+    folder = export(bundle, tmp_path / "r", ServeOptions(provider="cpu")).folder
     flip(folder / "1" / "bundle" / "model.onnx", 100)
     with pytest.raises(Backend.TritonModelException, match="expected SHA-256"):
         started(folder, monkeypatch)

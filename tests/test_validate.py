@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -21,9 +22,11 @@ from drsformer.config import BlockConfig, DRSformerConfig, LevelConfig
 from drsformer.metrics import psnr, psnr_rgb, ssim
 from drsformer.model import DRSformer
 from drsformer.session import TorchSession
-from export.onnx import export
-from export.report import Comparison, Crop, Validation, render
-from export.validate import _crop, open_candidate, validate
+from export.comparison import Comparison, Crop, Validation
+from export.onnx import ExportOptions, export
+from export.report import render
+from export.runners import open_candidate
+from export.validate import ValidateOptions, _crop, table, validate
 from runtime.bundle import load, save
 from runtime.errors import InputError
 from runtime.images import Photo, read_rgb
@@ -68,7 +71,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("validate")
     reference = save_network(folder / "reference.safetensors")
     save_network(folder / "damaged.safetensors", damage=0.05)
-    export(reference, folder / "model.onnx", height=32, width=40)
+    export(reference, folder / "model.onnx", ExportOptions(height=32, width=40))
     restore = Derainer(TorchSession(checkpoint.load(reference).model, "cpu"))
     for i, (H, W) in enumerate([(29, 37), (32, 40), (25, 33)]):
         image = random_image(H, W, i)
@@ -83,7 +86,7 @@ def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["validate", *map(str, arguments)])
     monkeypatch.delitem(sys.modules, "export.validate", raising=False)
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_module("export.validate", run_name="__main__")
+        runpy.run_module("export.validate", run_name="__main__", alter_sys=True)
     printed, error = capsys.readouterr()
     assert isinstance(stopped.value.code, int)
     return stopped.value.code, printed, error
@@ -91,7 +94,7 @@ def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
 
 def test_the_same_network_loses_nothing(folder):
     reference = folder / "reference.safetensors"
-    found = validate(reference, reference, folder / "pairs", max_drop_db=0, min_psnr=200)
+    found = validate(reference, reference, folder / "pairs", ValidateOptions(max_drop_db=0, min_psnr=200))
     assert found.passed
     assert found.totals["drop_db"] == found.totals["max_difference"] == found.totals["flipped"] == 0
     assert found.totals["psnr_between"] == math.inf
@@ -104,7 +107,8 @@ def test_the_same_network_loses_nothing(folder):
 
 
 def test_exported_network_stays_within_a_hair(folder):
-    found = validate(folder / "reference.safetensors", folder / "model.onnx", folder / "pairs", max_drop_db=0.001)
+    options = ValidateOptions(max_drop_db=0.001)
+    found = validate(folder / "reference.safetensors", folder / "model.onnx", folder / "pairs", options)
     assert found.passed
     assert abs(found.totals["drop_db"]) < 0.001
     assert found.totals["max_difference"] <= 1
@@ -114,7 +118,7 @@ def test_exported_network_stays_within_a_hair(folder):
 
 def test_measures_are_those_of_the_metrics_module(folder):
     reference, candidate = folder / "reference.safetensors", folder / "damaged.safetensors"
-    found = validate(reference, candidate, folder / "pairs", protocol="did")
+    found = validate(reference, candidate, folder / "pairs", ValidateOptions(protocol="did"))
     image = random_image(29, 37, 0)
     ours, theirs = (
         Derainer(TorchSession(checkpoint.load(path).model, "cpu"))(image) for path in (reference, candidate)
@@ -159,11 +163,11 @@ def test_command_passes_fails_and_refuses(folder, tmp_path, monkeypatch, capsys)
 
 def test_images_without_ground_truth(folder):
     reference, damaged = folder / "reference.safetensors", folder / "damaged.safetensors"
-    found = validate(reference, folder / "model.onnx", folder / "plain", min_psnr=45)
+    found = validate(reference, folder / "model.onnx", folder / "plain", ValidateOptions(min_psnr=45))
     assert found.passed
     assert [image.name for image in found.images] == ["0.png", "1.png", "2.png"]
     assert "drop_db" not in found.summary()
-    found = validate(reference, damaged, folder / "plain", min_psnr=45)
+    found = validate(reference, damaged, folder / "plain", ValidateOptions(min_psnr=45))
     assert not found.passed
     assert found.totals["psnr_between"] == min(image.psnr_between for image in found.images) < 45
     assert found.worst.psnr_between == found.totals["psnr_between"]
@@ -183,7 +187,7 @@ def test_images_without_ground_truth(folder):
 )
 def test_flips_are_counted_where_layers_are_alike(folder, tmp_path, config, uncounted):
     candidate = save_network(tmp_path / "other.safetensors", config)
-    found = validate(folder / "reference.safetensors", candidate, folder / "plain", limit=1)
+    found = validate(folder / "reference.safetensors", candidate, folder / "plain", ValidateOptions(limit=1))
     assert found.uncounted == uncounted
     assert found.selections == {layer: count for layer, count in LAYERS.items() if layer not in uncounted}
     assert found.images[0].flips.keys() == found.selections.keys()
@@ -194,14 +198,19 @@ def test_model_from_elsewhere_has_no_flips(folder, tmp_path):
     model = onnx.load(folder / "model.onnx")
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "foreign.onnx")
-    found = validate(folder / "reference.safetensors", tmp_path / "foreign.onnx", folder / "plain", limit=1)
+    found = validate(
+        folder / "reference.safetensors", tmp_path / "foreign.onnx", folder / "plain", ValidateOptions(limit=1)
+    )
     assert found.uncounted == list(LAYERS)
     assert "flipped" not in found.summary()
 
 
 def test_real_pair(folder, real_data):
     found = validate(
-        folder / "reference.safetensors", folder / "damaged.safetensors", real_data / "rain100l/val", limit=1
+        folder / "reference.safetensors",
+        folder / "damaged.safetensors",
+        real_data / "rain100l/val",
+        ValidateOptions(limit=1),
     )
     assert found.images[0].drop_db is not None
     (crop,) = found.crops.values()
@@ -211,13 +220,13 @@ def test_real_pair(folder, real_data):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(limit=0), "--limit: expected at least 1, found 0"),
-        (dict(data="plain", max_drop_db=0.1), "no ground truth.*--min-psnr"),
+        (dict(limit=0), "`limit`: expected at least 1, found 0"),
+        (dict(data="plain", max_drop_db=0.1), "no ground truth.*`min_psnr`"),
         (dict(data="missing"), "missing"),
         (dict(data="empty"), "empty"),
         (dict(data="broken"), "1.*counterpart"),
         (dict(data="tiny"), "0: SSIM needs at least 11x11 pixels"),
-        (dict(candidate="model.engine"), "--candidate: expected a bundle or a .onnx, .safetensors or .pth file"),
+        (dict(candidate="model.engine"), "`candidate`: expected a bundle or a .onnx, .safetensors or .pth file"),
         (dict(candidate="missing.onnx"), "missing.onnx"),
         (dict(reference="model.onnx"), "model.onnx"),
     ],
@@ -231,7 +240,7 @@ def test_refuses_what_it_cannot_use(folder, options, message):
     options = {"reference": "reference.safetensors", "candidate": "reference.safetensors", "data": "pairs", **options}
     places = {key: folder / options.pop(key) for key in ("reference", "candidate", "data")}
     with pytest.raises(InputError, match=message) as error:
-        validate(**places, **options)
+        validate(**places, options=ValidateOptions(**options))
     assert "\n" not in str(error.value)
 
 
@@ -311,7 +320,8 @@ class Page(HTMLParser):
 @pytest.mark.parametrize("data", ["pairs", "plain"])
 def test_report_is_one_whole_page(folder, tmp_path, data):
     path = tmp_path / "deep" / "page.html"
-    validate(folder / "reference.safetensors", folder / "damaged.safetensors", folder / data, min_psnr=45, report=path)
+    options = ValidateOptions(min_psnr=45, report=path)
+    validate(folder / "reference.safetensors", folder / "damaged.safetensors", folder / data, options)
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     assert len(page.sources) == 3 * 4 + 2  # crops of three images, two plots
@@ -333,28 +343,26 @@ def test_report_survives_odd_names_and_infinite_numbers():
     assert "a<b" in page.text
     assert not found.passed
     assert json.loads(json.dumps(found.summary(), allow_nan=False))["drop_db"] is None
-    assert found.table().row_count == 3
+    assert table(found).row_count == 3
 
 
 def test_table_of_many_images_is_cut():
     images = [Comparison(f"{i}", 50.0, 1, {}) for i in range(60)]
-    table = Validation({}, images, {}, [], {}).table()
-    assert table.row_count == 50 + 2
+    assert table(Validation({}, images, {}, [], {})).row_count == 50 + 2
 
 
 def test_bundle_records_what_was_measured(folder, tmp_path):
     save(describe_onnx(Path(shutil.copy(folder / "model.onnx", tmp_path))), tmp_path)
-    options = dict(
-        reference=folder / "reference.safetensors", candidate=tmp_path, data=folder / "pairs", provider="cpu"
-    )
-    found = validate(**options, max_drop_db=1.0, record=True).summary()
+    paths = dict(reference=folder / "reference.safetensors", candidate=tmp_path, data=folder / "pairs")
+    recorded = ValidateOptions(provider="cpu", record=True)
+    found = validate(**paths, options=dataclasses.replace(recorded, max_drop_db=1.0)).summary()
     (drift,) = load(tmp_path).manifest.drift
     assert (drift.file, drift.provider, drift.protocol, drift.images) == ("model.onnx", "cpu", "rain200", 3)
     assert (drift.drop_db, drift.psnr_between) == (found["drop_db"], found["psnr_between"])
     assert drift.reference_sha256 == checkpoint.load(folder / "reference.safetensors").sha256
-    validate(**options | {"data": folder / "plain"}, record=True)
-    validate(**options, record=True)  # again, in place of the first
-    validate(**options | {"reference": folder / "damaged.safetensors"}, record=True)
+    validate(**paths | {"data": folder / "plain"}, options=recorded)
+    validate(**paths, options=recorded)  # again, in place of the first
+    validate(**paths | {"reference": folder / "damaged.safetensors"}, options=recorded)
     found = load(tmp_path).manifest.drift
     assert [d.protocol for d in found] == [None, "rain200", "rain200"]
     assert [d.reference_sha256 == drift.reference_sha256 for d in found] == [True, True, False]
@@ -364,29 +372,30 @@ def test_signed_bundles_stay_signed(folder, tmp_path):
     bundle, keys = tmp_path / "bundle", make_keys(tmp_path)
     bundle.mkdir()
     save(describe_onnx(Path(shutil.copy(folder / "model.onnx", bundle))), bundle)
-    options = dict(reference=folder / "reference.safetensors", candidate=bundle, data=folder / "pairs", provider="cpu")
-    validate(**options, record=True, sign=keys / "private.pem")  # which it was not before
+    paths = folder / "reference.safetensors", bundle, folder / "pairs"
+    recorded = ValidateOptions(provider="cpu", record=True)
+    validate(*paths, dataclasses.replace(recorded, sign=keys / "private.pem"))  # which it was not before
     assert load(bundle, keys / "public.pem").manifest.drift
     with pytest.raises(InputError, match="is a signed bundle, and a change needs a new signature"):
-        validate(**options, record=True)
+        validate(*paths, recorded)
     with pytest.raises(InputError, match="expected a signature of"):
-        validate(**options, record=True, sign=keys / "others-private.pem")
+        validate(*paths, dataclasses.replace(recorded, sign=keys / "others-private.pem"))
     load(bundle, keys / "public.pem").verify()
-    validate(**options)  # which changes nothing
+    validate(*paths, ValidateOptions(provider="cpu"))  # which changes nothing
 
 
 @pytest.mark.parametrize(
     ("sign", "message"), [("missing.pem", "found no file at"), ("plain.png", "expected an Ed25519 private key")]
 )
 def test_key_is_looked_at_before_the_work(folder, tmp_path, monkeypatch, sign, message):
-    monkeypatch.setattr("export.validate.TorchEngine", None)
+    monkeypatch.setattr("export.runners.open_reference", None)
     save(describe_onnx(Path(shutil.copy(folder / "model.onnx", tmp_path))), tmp_path)
     shutil.copy(folder / "plain" / "0.png", tmp_path / "plain.png")
-    options = dict(reference=folder / "reference.safetensors", candidate=tmp_path, data=folder / "pairs")
+    paths = folder / "reference.safetensors", tmp_path, folder / "pairs"
     with pytest.raises(InputError, match=message):
-        validate(**options, record=True, sign=tmp_path / sign)
-    with pytest.raises(InputError, match="--sign: expected --record with it"):
-        validate(**options, sign=tmp_path / sign)
+        validate(*paths, ValidateOptions(record=True, sign=tmp_path / sign))
+    with pytest.raises(InputError, match="`sign`: expected `record` with it"):
+        validate(*paths, ValidateOptions(sign=tmp_path / sign))
 
 
 def test_stray_image_beside_damaged_pairs(folder, tmp_path):
@@ -394,24 +403,27 @@ def test_stray_image_beside_damaged_pairs(folder, tmp_path):
     shutil.copy(folder / "plain" / "0.png", tmp_path / "pairs" / "preview.png")
     (tmp_path / "pairs" / "target" / "1.png").unlink()
     with pytest.raises(InputError, match="1"):
-        validate(folder / "reference.safetensors", folder / "model.onnx", tmp_path / "pairs", min_psnr=50)
+        validate(folder / "reference.safetensors", folder / "model.onnx", tmp_path / "pairs")
 
 
 def test_bundle_that_misses_the_budget_records_nothing(folder, tmp_path):
     save(describe_onnx(Path(shutil.copy(folder / "model.onnx", tmp_path))), tmp_path)
-    assert not validate(folder / "damaged.safetensors", tmp_path, folder / "pairs", min_psnr=99, record=True).passed
+    options = ValidateOptions(min_psnr=99, record=True)
+    assert not validate(folder / "damaged.safetensors", tmp_path, folder / "pairs", options).passed
     assert not load(tmp_path).manifest.drift
 
 
 def test_only_bundles_record(folder):
-    with pytest.raises(InputError, match="--record: expected a bundle"):
-        validate(folder / "reference.safetensors", folder / "model.onnx", folder / "pairs", record=True)
+    paths = folder / "reference.safetensors", folder / "model.onnx", folder / "pairs"
+    with pytest.raises(InputError, match="`record`: expected a bundle as `candidate`"):
+        validate(*paths, ValidateOptions(record=True))
 
 
-def test_tiles_against_the_whole(folder, tmp_path, capsys):
+def test_tiles_against_the_whole(folder, tmp_path):
     reference = folder / "reference.safetensors"
-    found = validate(reference, reference, folder / "pairs", tile="16x24", overlap=4, report=tmp_path)
-    assert "Flips are not counted" not in capsys.readouterr().out
+    options = ValidateOptions(tile=(16, 24), overlap=4, report=tmp_path)
+    found = validate(reference, reference, folder / "pairs", options)
+    assert not found.uncounted
     assert found.facts["tiles"] == "16x24, 4 pixels of overlap"
     assert "16x24, 4 pixels of overlap" in (tmp_path / "report.html").read_text()
     assert found.totals["psnr_between"] < 60  # attention looks at tiles only
@@ -419,34 +431,50 @@ def test_tiles_against_the_whole(folder, tmp_path, capsys):
     session = TorchSession(checkpoint.load(reference).model, "cpu")
     tiled = Derainer(session, tile=(16, 24), overlap=4)(random_image(29, 37, 0))
     assert found.images[0].candidate_psnr == psnr(tiled, read_rgb(folder / "pairs" / "target" / "0.png"))
-    found = validate(reference, reference, folder / "pairs", tile="64x64")
+    found = validate(reference, reference, folder / "pairs", ValidateOptions(tile=(64, 64)))
     assert found.totals["max_difference"] == 0  # each image is one tile
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(tile="64"), "--tile: expected height and width as HxW such as 720x1280, found '64'"),
-        (dict(tile="64x60"), "--tile: expected multiples of 8"),
+        (dict(tile=(64, 60)), "`tile`: expected multiples of 8, to which images are padded, found 64x60"),
         (dict(overlap=8), "overlap only with a tile"),
-        (dict(tile="64x64", overlap=40), "overlap of 0 to 32 pixels"),
+        (dict(tile=(64, 64), overlap=40), "overlap of 0 to 32 pixels"),
     ],
 )
 def test_refuses_tiles_that_are_none(folder, options, message):
     reference = folder / "reference.safetensors"
     with pytest.raises(InputError, match=message):
-        validate(reference, reference, folder / "plain", **options)
+        validate(reference, reference, folder / "plain", ValidateOptions(**options))
+
+
+def test_tiles_on_the_command_line(folder, monkeypatch, capsys):
+    reference = folder / "reference.safetensors"
+    arguments = ["--reference", reference, "--candidate", reference, "--data", folder / "plain", "--tile"]
+    status, printed, _ = run(monkeypatch, capsys, *arguments, "16x24")
+    assert status == 0
+    assert "Flips are not counted" not in printed
+    for tile, message in (
+        ("64", "--tile: expected height and width as HxW such as 720x1280, found '64'"),
+        ("64x60", "--tile: expected multiples of 8, to which images are padded, found 64x60"),
+    ):
+        status, _, error = run(monkeypatch, capsys, *arguments, tile)
+        assert status == 2
+        assert error == f"error: {message}\n"
 
 
 def test_image_that_does_not_fit_is_not_cut_unasked(folder, tmp_path):
-    export(folder / "reference.safetensors", tmp_path / "fixed.onnx", height=16, width=24)
+    export(folder / "reference.safetensors", tmp_path / "fixed.onnx", ExportOptions(height=16, width=24))
     candidates = folder / "reference.safetensors", tmp_path / "fixed.onnx", folder / "pairs"
-    with pytest.raises(InputError, match=r"0: expected an image that the candidate takes as a whole, .*; give --tile"):
+    with pytest.raises(InputError, match=r"0: expected an image that the candidate takes as a whole, .*; give `tile`"):
         validate(*candidates)
-    assert validate(*candidates, tile="16x24").facts["tiles"].startswith("16x24")
+    assert validate(*candidates, ValidateOptions(tile=(16, 24))).facts["tiles"].startswith("16x24")
 
 
 def test_what_tiles_cost_is_not_recorded(folder, tmp_path):
     save(describe_onnx(Path(shutil.copy(folder / "model.onnx", tmp_path))), tmp_path)
-    with pytest.raises(InputError, match="--record: expected whole images"):
-        validate(folder / "reference.safetensors", tmp_path, folder / "pairs", tile="16x16", record=True)
+    with pytest.raises(InputError, match="`record`: expected whole images"):
+        validate(
+            folder / "reference.safetensors", tmp_path, folder / "pairs", ValidateOptions(tile=(16, 16), record=True)
+        )

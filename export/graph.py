@@ -1,0 +1,167 @@
+"""A network as an ONNX graph, with what the graph says of itself in its metadata.
+
+PyTorch's own exporter and optimiser do all the work, so there are no graph rewrites of ours to maintain; the price is
+that the exporter reasons about symbolic sizes for two seconds a block and more. What makes the network faster belongs
+in the module that is exported, a function of the readable one as `export.topk.with_pattern` is, where PyTorch can test
+it. Only standard operators, no control flow.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnxscript import opset18
+from torch import Tensor, nn
+
+from drsformer.config import SIZE_MULTIPLE
+from export.topk import masks, scores_of
+from runtime.pixels import IO, Size
+
+PACKAGES = ("torch", "onnx", "onnxscript", "drsformer-deploy")
+"""Packages whose versions shape a graph."""
+
+
+class ImageGraph(nn.Module):
+    """The image contract of `runtime.session.Derainer` around a network, in tensor operations.
+
+    uint8 (1, H, W, 3), any H, W >= 1 -> the same. The first and the last operation are casts, since TensorRT for RTX
+    accepts uint8 nowhere else. Padding gathers rows and columns by computed indices, because ONNX's Pad cannot
+    reflect an axis that is not longer than its padding.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = image.float().permute(0, 3, 1, 2) / 255  # 1, 3, H, W
+        H, W = x.shape[2:]
+        x = x.index_select(2, _padded_indices(H)).index_select(3, _padded_indices(W))
+        x = self.network(x)[:, :, :H, :W]
+        return (x.clamp(0, 1) * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
+
+
+def _padded_indices(length: int) -> Tensor:
+    """Where each index of an axis padded to the size multiple comes from: reflected, or the border repeated where the
+    axis is too short for that."""
+    index = torch.arange((length + SIZE_MULTIPLE - 1) // SIZE_MULTIPLE * SIZE_MULTIPLE)
+    reflected = length - 1 - (index - (length - 1)).abs()
+    return torch.where(reflected[-1:] < 0, index.clamp(max=length - 1), reflected)
+
+
+class _WithScores(nn.Module):
+    """A network that also returns the scores of every attention layer, in the order of `masks(network)`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        with scores_of(self.network) as scores:
+            output = self.network(x)
+        return output, *(scores[layer] for layer in masks(self.network))
+
+
+def to_onnx(network: nn.Module, io: IO = "tensor", size: Size | None = None, opset: int = 20) -> onnx.ModelProto:
+    """Export a network as a graph from `input` to `output`.
+
+    Args:
+        network: float32 (1, 3, H, W) -> the same; its masks may be those of `export.topk`.
+        io: What the graph takes and gives.
+        size: Height and width of its input, multiples of 8 where it takes tensors; None for any.
+        opset: Version of ONNX's operators.
+
+    Returns:
+        The graph. Its metadata have its `io`, its `size_multiple` and, under `scores`, the name of the inner tensor
+        that holds the scores of each attention layer.
+    """
+    scores = {layer: f"{layer}.scores" for layer in masks(network)}
+    height, width = size or (8 * SIZE_MULTIPLE, 9 * SIZE_MULTIPLE)
+    h, w = torch.export.Dim("h", min=1), torch.export.Dim("w", min=1)
+    if io == "image":
+        network = ImageGraph(network)
+        example, shape = torch.zeros(1, height, width, 3, dtype=torch.uint8), {1: h, 2: w}
+    else:
+        example, shape = torch.rand(1, 3, height, width), {2: SIZE_MULTIPLE * h, 3: SIZE_MULTIPLE * w}
+    with _quiet():
+        program = torch.onnx.export(
+            _WithScores(network).eval(),
+            (example,),
+            dynamo=True,
+            verbose=False,
+            opset_version=opset,
+            input_names=["input"],
+            output_names=["output", *scores.values()],
+            dynamic_shapes=None if size else (shape,),
+            custom_translation_table={torch.ops.aten.pixel_unshuffle.default: _pixel_unshuffle},
+        )
+    assert program is not None
+    model = program.model_proto
+    _remove_sources(model)
+    model.graph.value_info.extend(model.graph.output[1:])
+    del model.graph.output[1:]  # the scores stay, as inner tensors
+    add_metadata(model, io=io, size_multiple=1 if io == "image" else SIZE_MULTIPLE, scores=scores)
+    return model
+
+
+def _pixel_unshuffle(x: Any, downscale_factor: int) -> Any:
+    """PyTorch's operator in two of ONNX's, whose SpaceToDepth puts the phases before the channels."""
+    op: Any = opset18
+    phases, channels = downscale_factor**2, x.shape[1]
+    order = np.arange(phases * channels).reshape(phases, channels).T.flatten()
+    shuffled = op.SpaceToDepth(x, blocksize=downscale_factor)
+    return op.Gather(shuffled, op.Constant(value=onnx.numpy_helper.from_array(order)), axis=1)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of packages that it could use elsewhere and of its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _remove_sources(model: onnx.ModelProto) -> None:
+    """Remove the stack traces, with paths of this machine, that the exporter leaves at every node and value. Where in
+    the network a node comes from stays, as `namespace`."""
+    graph = model.graph
+    values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    for part in (model, graph, *values, *graph.node):
+        kept = [entry for entry in part.metadata_props if entry.key == "namespace"]
+        del part.metadata_props[:]
+        part.metadata_props.extend(kept)
+        part.doc_string = ""
+    model.producer_name, model.producer_version = "drsformer-deploy", _version("drsformer-deploy")
+
+
+def add_metadata(model: onnx.ModelProto, **metadata: Any) -> None:
+    """Add to a model's metadata: text as it is, anything else as JSON."""
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
+
+
+def versions() -> dict[str, str]:
+    """The versions of `PACKAGES` on this machine."""
+    return {package: _version(package) for package in PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,138 @@
+"""What a validation runs: networks in whatever engine, what their attention looks at, and Polygraphy around them.
+
+reference, candidate = open_reference(Path("full.safetensors")), open_candidate(Path("bundle"))
+outputs = run([Runner("reference", reference), Runner("candidate", candidate)], image)
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from polygraphy.backend.base import BaseRunner
+from polygraphy.common import TensorMetadata
+from polygraphy.comparator import Comparator
+from polygraphy.datatype import DataType
+from polygraphy.logger import G_LOGGER
+
+from drsformer import checkpoint
+from drsformer.session import TorchSession
+from export.topk import masks, scores_of
+from export.verification import ScoreProbe, Scores
+from runtime.errors import InputError
+from runtime.ort import OrtSession
+from runtime.pixels import Size
+from runtime.session import Derainer, Provider, Session, open_session
+from runtime.trt import TrtSession
+
+Observation = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], Scores]]
+"""Runs a batch as `Session.run` does: its answer, and the scores."""
+
+
+class Observed(Session):
+    """A session, in whatever engine, and what its attention looked at.
+
+    Attributes:
+        session: What runs.
+        ks: How many scores each mask keeps, by attention layer; empty where the engine does not return its scores.
+        description: What it is, for people.
+        weights_sha256: Hash of the checkpoint that it comes from, or "unknown".
+        scores: Scores of the last run.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        observe: Observation,
+        ks: dict[str, tuple[int, ...]],
+        description: str,
+        weights_sha256: str,
+    ) -> None:
+        self.session, self.ks, self.weights_sha256 = session, ks, weights_sha256
+        self.description = f"{description}, weights {weights_sha256[:12]}"
+        self.multiple, self.limits = session.multiple, getattr(session, "limits", ())
+        self.scores: Scores = {}
+        self._observe = observe
+
+    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        output, self.scores = self._observe(batch)
+        return output
+
+
+def open_reference(path: Path, provider: Provider = "auto") -> Observed:
+    """A checkpoint in PyTorch, on the CPU or on CUDA where the provider says so, else on what there is."""
+    trained = checkpoint.load(path)
+    session = TorchSession(trained.model, provider if provider in ("cpu", "cuda") else "auto")
+
+    def observe(batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], Scores]:
+        with scores_of(session.model) as scores, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            output = session.run(batch)
+        return output, {layer: tensor.cpu() for layer, tensor in scores.items()}
+
+    ks = {layer: mask.ks for layer, mask in masks(trained.model).items()}
+    return Observed(session, observe, ks, f"{path}, PyTorch on {session.device}", trained.sha256)
+
+
+def open_candidate(path: Path, provider: Provider = "auto") -> Observed:
+    """Whatever can be held against the full model: of a bundle what a `Derainer` runs, a .onnx file or a checkpoint.
+
+    Raises:
+        InputError: The path leads to anything else, or to what cannot run.
+    """
+    if path.is_dir() or path.suffix == ".onnx":
+        session = open_session(path, provider)
+        return _observed_model(session) if isinstance(session, OrtSession) else _observed_engine(session)
+    if path.suffix in (".safetensors", ".pth", ".pt"):
+        return open_reference(path, provider)
+    raise InputError(f"`candidate`: expected a bundle or a .onnx, .safetensors or .pth file, found {path}")
+
+
+def _observed_model(session: OrtSession) -> Observed:
+    """A .onnx file in ONNX Runtime, and a copy of it that returns its scores."""
+    probe = ScoreProbe(session.path, session.provider)
+    weights, pattern = (session.metadata.get(key, "unknown") for key in ("weights_sha256", "topk"))
+    description = f"{session.path}, ONNX Runtime on {session.provider}, top-k by {pattern}"
+    return Observed(session, lambda batch: (session.run(batch), probe(batch)), probe.ks, description, weights)
+
+
+def _observed_engine(session: TrtSession) -> Observed:
+    """An engine of a bundle, which does not return its scores."""
+    description = f"{session.path}, {session.engine.flavor} {session.engine.version}"
+    weights = session.bundle.manifest.model.weights_sha256 or "unknown"
+    return Observed(session, lambda batch: (session.run(batch), {}), {}, description, weights)
+
+
+class Runner(BaseRunner):
+    """A session as Polygraphy sees it: `image` in and `restored` out, both uint8 (H, W, 3).
+
+    Attributes:
+        session: What runs.
+        derain: What makes images of it, in tiles where they are given.
+    """
+
+    def __init__(self, name: str, session: Observed, tile: Size | None = None, overlap: int | None = None) -> None:
+        super().__init__(name=name)
+        self.session = session
+        self.derain = Derainer(session, tile=tile, overlap=overlap)
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        return TensorMetadata().add("image", DataType.from_dtype(np.dtype(np.uint8)), (None, None, 3))
+
+    def infer_impl(self, feed_dict: dict[str, NDArray[np.uint8]]) -> OrderedDict[str, NDArray[np.uint8]]:
+        started = time.perf_counter()
+        restored = self.derain(feed_dict["image"])
+        self.inference_time = time.perf_counter() - started
+        return OrderedDict(restored=restored)
+
+
+def run(runners: Sequence[Runner], image: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """What each makes of a uint8 (H, W, 3) image; the scores are left in their sessions. One image at a time, since
+    Polygraphy keeps all outputs of a run."""
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        results = Comparator.run(list(runners), data_loader=[{"image": image}])
+    return [iteration["restored"] for _, (iteration,) in results]
