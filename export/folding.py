@@ -46,24 +46,28 @@ from export.topk import with_pattern
 from runtime.errors import InputError
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""What `fold` computes in, by name."""
 
-ALIGNMENT = 8
+CHANNEL_MULTIPLE = 8
 """Parts of the hidden layer are padded to multiples of this: the vectors of tensor cores and of AVX."""
 
-IN_PARTS_BELOW = 384
+IN_PARTS_BELOW_CHANNELS = 384
 """Hidden layers narrower than this are computed in four parts, which never need cutting; wider ones, whose maps are
 small, in one piece and cut afterwards, which takes fewer operations."""
 
-LARGEST = 2.0**14
-"""Bound on what a layer of a float16 network may put out, with room for rounding below 65504."""
+FP16_SAFE_VALUE = 2.0**14
+"""Largest magnitude that a layer of a float16 network may put out, with room for rounding below 65504."""
 
 
 class Folded(nn.Module):
     """A part of the network as a function of tensors, which `fold` computes from a readable part.
 
-    They are constants; or, where `trainable`, computed anew in every pass, so that gradients reach the readable part.
-    `keep_fp32` names those that stay in float32 whatever the rest computes in. Where `fp16_safe`, weights are scaled so
-    that nothing between a normalisation and the residual connection exceeds `LARGEST`.
+    Attributes:
+        keep_fp32: Names of the tensors that stay in float32 whatever the rest computes in.
+        trainable: Whether the tensors are computed anew in every pass, so that gradients reach the readable part;
+            otherwise they are constants.
+        fp16_safe: Whether weights are scaled so that nothing between a normalisation and the residual connection
+            exceeds `FP16_SAFE_VALUE`.
     """
 
     keep_fp32: frozenset[str] = frozenset()
@@ -188,8 +192,8 @@ class FoldedFeedForward(Folded):
         super().__init__(trainable, fp16_safe)
         h = ffn.dwconv3x3_1.out_channels
         first = (h + 1) // 2  # groups whose first channel is in p
-        part = -(-first // ALIGNMENT) * ALIGNMENT
-        self.part, self.odd, self.convolutions = part, h % 2, 4 if h < IN_PARTS_BELOW else 1
+        part = -(-first // CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE
+        self.part, self.odd, self.convolutions = part, h % 2, 4 if h < IN_PARTS_BELOW_CHANNELS else 1
         # Where s begins in the first and in the second channels.
         self.starts = (first, h - first) if self.odd else (part, part)
         rows = [range(half * h + parity, (half + 1) * h, 2) for half in (0, 1) for parity in (0, 1)]
@@ -322,6 +326,8 @@ def _on_phases(convolution: nn.Module) -> nn.Conv2d:
 
 
 class Cast(nn.Module):
+    """Any tensor -> the same in `dtype`."""
+
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
@@ -331,10 +337,15 @@ class Cast(nn.Module):
 
 
 def fold(network: DRSformer, precision: Precision = "fp32") -> DRSformer:
-    """An exactly equal network, constant and for inference, that computes in the given precision.
+    """An exactly equal network, constant and for inference.
 
-    It takes and returns float32 (B, 3, H, W) like `network`, with the masks that `network` has (`export.topk`); float64
-    stays float64 in place of float32. Raises InputError where a weight is beyond the range of float16.
+    Args:
+        network: float32 (B, 3, H, W) -> the same, with any masks of `export.topk`; it stays as it is. Where it is
+            float64, so is what is float32 otherwise.
+        precision: What the new network computes in between its input and its output.
+
+    Raises:
+        InputError: A weight is beyond the range of float16.
     """
     base = next(network.parameters()).dtype
     dtype = base if precision == "fp32" else DTYPES[precision]
@@ -373,7 +384,7 @@ def trainable(network: DRSformer) -> DRSformer:
 
 
 def upcast(folded: DRSformer) -> DRSformer:
-    """A network folded in half precision, with its rounded weights, that computes in float32."""
+    """A network that `fold` made in half precision, with its rounded weights, that computes in float32."""
     twin = copy.deepcopy(folded).float()
     for module in twin.modules():
         if isinstance(module, Cast):
@@ -432,5 +443,5 @@ def _depthwise_bound(weight: Tensor, largest: Tensor) -> Tensor:
 
 
 def _scale(largest: Tensor) -> Tensor:
-    """The power of two, at most 1, that brings each value below `LARGEST`."""
-    return 0.5 ** (largest / LARGEST).clamp_min(1).log2().ceil()
+    """The power of two, at most 1, that brings each value below `FP16_SAFE_VALUE`."""
+    return 0.5 ** (largest / FP16_SAFE_VALUE).clamp_min(1).log2().ceil()

@@ -116,7 +116,7 @@ def export(
         weights: Checkpoint, .safetensors or the authors' .pth.
         output: File to write; None is one beside the weights.
         options: How the network becomes a model.
-        on_progress: Is told how far the work is.
+        on_progress: Called with how far the work is.
 
     Raises:
         InputError: The options or the checkpoint cannot be used.

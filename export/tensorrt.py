@@ -59,7 +59,7 @@ class BuildOptions:
     """What an engine is built for.
 
     Args:
-        flavor: Library to build for: rtx for TensorRT for RTX, which needs no GPU here; tensorrt for TensorRT.
+        flavor: Library to build for: rtx for TensorRT for RTX, which needs no GPU to build; tensorrt for TensorRT.
         compute_capability: Kinds of GPU that the engine serves, 8.6 8.9 12.0 if not given (rtx; TensorRT builds for the
             GPU in the machine).
         min: Least height x width, 64x64 if not given. As --opt and --max, one for all profiles or one for each.
@@ -133,7 +133,7 @@ def build(
         onnx: Model that `export.onnx` wrote.
         output: Folder of the bundle.
         options: What the engine is built for.
-        on_progress: Is told how far the work is, in part from another thread.
+        on_progress: Called with how far the work is, in part from another thread.
 
     Raises:
         InputError: The library is not installed, the model has nodes that it does not support, profiles and options do
@@ -291,11 +291,11 @@ def new_monitor(trt: Any, on_progress: OnProgress) -> Any:
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self._phases[phase_name] = (0, num_steps)
-            self._tell()
+            self._report()
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             self._phases[phase_name] = (step + 1, self._phases[phase_name][1])
-            self._tell()
+            self._report()
             return not self.cancelled
 
         def phase_finish(self, phase_name: str) -> None:
@@ -303,7 +303,7 @@ def new_monitor(trt: Any, on_progress: OnProgress) -> Any:
             if not self._phases and done < total:  # a build may need fewer steps than it announced
                 on_progress(phase_name, total, total)
 
-        def _tell(self) -> None:
+        def _report(self) -> None:
             (stage, (done, total)), *within = self._phases.items()
             remarks = [f"{name} {count} of {steps}" for name, (count, steps) in within]
             on_progress(stage, done, total, *remarks[-1:])

@@ -85,8 +85,10 @@ def shared_copy(network: Network) -> Network:
 def scores_of(network: nn.Module, replace: dict[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
     """Inside the block, a forward pass leaves here the scores that every mask sees, by layer.
 
-    With `replace`, each mask then chooses by the scores given for its layer instead of its own, while the attention
-    still weighs with its own: the network makes the selections that another one made.
+    Args:
+        network: Any network with masks.
+        replace: Scores by layer, (B, heads, d, 1, d), by which each mask chooses instead of its own, while the
+            attention still weighs with its own: the network makes the selections that another one made.
     """
     scores: dict[str, Tensor] = {}
 
@@ -106,7 +108,8 @@ def scores_of(network: nn.Module, replace: dict[str, Tensor] | None = None) -> I
 
 
 def count_flips(scores: Tensor, others: Tensor, ks: tuple[int, ...]) -> int:
-    """How many selections of two score matrices of equal shape differ: entries that a mask keeps by the first and
-    not by the second, summed over masks. Ties are broken by index, so equal scores never differ."""
+    """How many selections of two score matrices of equal shape, (B, heads, d, 1, d), differ: entries that a mask keeps
+    by the first and not by the second, summed over masks, of which each keeps one of `ks`. Ties are broken by index,
+    so equal scores never differ."""
     rank = RankMask(ks)
     return int((rank(scores) & ~rank(others)).sum())

@@ -120,7 +120,7 @@ def validate(
         candidate: What is judged: a .onnx file, a bundle, or another checkpoint.
         data: Folder of rainy and clean images, or of any images.
         options: How it is judged.
-        on_progress: Is called for every image.
+        on_progress: Called for every image.
 
     Returns:
         What was found, and whether it is within the budget.

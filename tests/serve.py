@@ -56,6 +56,8 @@ from runtime.session import Derainer, describe_onnx, open_session
 
 MODEL = "drsformer"
 QUEUE = 16
+"""Number of requests that may wait."""
+
 PHOTOGRAPHS = Path(__file__).parents[1] / "docs" / "photographs"
 
 SIZES = ((1, 1), (1, 9), (7, 5), (8, 8), (33, 47), (64, 64), (65, 63), (96, 31), (80, 120), (113, 97))
@@ -65,7 +67,7 @@ TIMED = (128, 128)
 """Height x width of the images that throughput and latency are measured on."""
 
 SLOW = (512, 512)
-"""Of an image that takes long enough to be interrupted."""
+"""Height x width of an image that takes long enough to be interrupted."""
 
 Pixels = NDArray[np.uint8]
 Pair = tuple[Pixels, Pixels]
@@ -296,14 +298,15 @@ def serve(
 ) -> Served:
     """Start a server and hold it to its promises.
 
-    Raises GateError where the server does not start.
-
     Args:
-        bundle: What to serve; one of the network that ships, if not given.
-        clients: How many at once, half of them over HTTP and half over gRPC.
-        instances: As for export.triton.
-        threads: As for export.triton.
-        seconds: How long to measure.
+        bundle: Bundle to serve; one of the network that ships, if not given.
+        clients: Number of clients at once, half of them over HTTP and half over gRPC.
+        instances: Number of requests that run at once, as for export.triton.
+        threads: CPU threads of an instance, as for export.triton.
+        seconds: Seconds to measure for.
+
+    Raises:
+        GateError: The server does not start.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends with us
     with tempfile.TemporaryDirectory(prefix="serve-test-") as temporary:

@@ -156,7 +156,7 @@ def _zero(module: torch.nn.Module) -> None:
         torch.nn.init.zeros_(parameter)
 
 
-def test_live_network_has_the_gradients_of_the_readable_one():
+def test_trainable_network_has_the_gradients_of_the_readable_one():
     readable = network(mefc="late").double()
     twin = trainable(readable)
     x, target = image(16, 24).double(), image(16, 24, seed=1).double()
@@ -171,7 +171,7 @@ def test_live_network_has_the_gradients_of_the_readable_one():
     assert {id(p) for p in twin.parameters()} == {id(p) for p in readable.parameters()}
 
 
-def test_live_network_follows_its_parameters():
+def test_trainable_network_follows_its_parameters():
     readable = network()
     twin = trainable(readable)
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_live_network_follows_its_parameters():
 
 
 @pytest.mark.parametrize("precision", HALVES)
-def test_half_precision_computes_in_half_and_keeps_its_islands(precision):
+def test_half_precision_computes_in_half_and_keeps_fp32_where_it_should(precision):
     folded = fold(with_pattern(network(mefc="both"), "threshold"), precision)
     dtypes = {name: tensor.dtype for name, tensor in (*folded.named_parameters(), *folded.named_buffers())}
     keep_fp32 = {name for name, dtype in dtypes.items() if dtype == torch.float32}
