@@ -1,9 +1,9 @@
-"""What can be taken out of a network, and taking it out.
+"""Pruning groups: what can be removed from a network, and removing it.
 
-    smaller = without(network, {"latent.0.ffn": [[3], [7]], "encoder_level2": [[1]]})
+    smaller = remove(network, {"latent.0.ffn": [[3], [7]], "encoder_level2.width": [[1]]})
 
-Each `Structure` is one number of the config, or one of its lists, with the axes of tensors whose length it is. What can
-go:
+Each `PruningGroup` is one number of the config, or one of its lists, with the dimensions of tensors whose length it is.
+By kind:
 
 - `ffn`: hidden channels of a feed-forward network. In an MSFN they go by pairs of neighbours, see `_msfn`.
 - `heads`: heads of an attention, and channels of all its heads alike, of Q with the output they make and of K with V.
@@ -11,10 +11,10 @@ go:
 - `width`: channels of a level's residual path, with everything that reads or writes them, and of the upsamplings.
 - `depth`: blocks.
 
-Exact, and tested: taking out hidden channels, heads, experts, gate channels and blocks whose weights are zero changes
+Exact, and tested: removing hidden channels, heads, experts, gate channels and blocks whose weights are zero changes
 nothing. Two kinds cannot be exact, whatever the weights, and their slices are tested against masks in the full network:
 a channel of the residual path that is always zero still counts in the mean of LayerNorm (its scale is corrected, see
-`without`), and a channel of K that is zero still has a score, 0, and K of top-k follows the number of channels.
+`remove`), and a channel of K that is zero still has a score, 0, and K of top-k follows the number of channels.
 
 The indices are followed through the network by hand: the config keeps the topology regular, which makes that short. A
 dependency graph was tried. torch-pruning 1.6.1 treats PixelUnshuffle and PixelShuffle as element-wise, with no error:
@@ -30,26 +30,26 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from compress.options import KINDS, Kind
 from drsformer.config import LEVELS, NO_EXPERT, BlockConfig, DRSformerConfig
 from drsformer.model import DRSformer, expert
 
-Kind = Literal["ffn", "heads", "experts", "width", "depth"]
-
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
 
 class ParameterSlice(NamedTuple):
-    """Where the units of an axis are in one tensor.
+    """The part of one tensor that belongs to the units of a dimension.
 
-    dim:   of the tensor; None for the first two taken as one.
-    units: (m, n): the n indices along `dim` of each unit, the first of which is unit `first` of the axis.
-    role:  whether these weights write into the units or read them. Setting all that read a unit to zero is the same as
-           taking it out.
+    Attributes:
+        tensor: Name of the parameter.
+        dim: Dimension of the tensor; None for the first two taken as one.
+        units: (m, n) int64: the n indices along `dim` of each of m units.
+        role: Whether these weights write into the units or read them. Setting all that read a unit to zero is the same
+            as removing it.
+        first: Which unit of the dimension the first row of `units` is.
     """
 
     tensor: str
@@ -61,49 +61,63 @@ class ParameterSlice(NamedTuple):
 
 @dataclass(frozen=True)
 class Dimension:
-    """Units that can go one by one.
+    """Units that can be removed one by one.
 
-    places:   the weights that go with them.
-    cuts:     single weights that are set to zero with them, since their tensors keep their shape there.
-    modules:  for each unit, the name of a module that goes as a whole, if it has one.
+    Attributes:
+        units: How many there are.
+        slices: The weights that are removed with them.
+        zeroed: Single weights that are set to zero with them, since their tensors keep their shape there.
+        modules: For each unit, the name of a module that is removed as a whole, if it has one.
     """
 
     units: int
-    places: tuple[ParameterSlice, ...]
+    slices: tuple[ParameterSlice, ...]
     zeroed: tuple[ParameterSlice, ...] = ()
     modules: tuple[str, ...] = ()
 
 
 ANY = (0, 0)
-"""For `Structure.aligned`: no number of units is better than another."""
+"""For `PruningGroup.aligned`: no number of units is better than another."""
 
 
 @dataclass(frozen=True)
 class PruningGroup:
     """One number of the config, or one of its lists, that can become smaller.
 
-    path:    where in the config, as dicts and lists.
-    axes:    what has this length; of each the least important units go, as many of one as of the other.
-    unit:    what a unit counts in the number.
-    aligned: (per unit, beyond): with n units left, n * per unit + beyond is the width that should fit vectors. In place
-             of per unit, the name of another structure stands for as many units as that has left.
-    least:   how many units have to stay.
+    Attributes:
+        kind: One of `KINDS`.
+        name: Of the module or number, such as "latent.0.ffn"; unique in a network.
+        path: Where in the config, as dicts and lists.
+        dims: What has this length; of each the least important units are removed, as many of one as of the other.
+        unit: What a unit counts in the number.
+        aligned: (per unit, beyond): with n units left, n * per unit + beyond is the width that should fit vectors. In
+            place of per unit, the name of another group stands for as many units as that has left.
+        least: How many units have to stay.
     """
 
     kind: Kind
     name: str
     path: tuple[str | int, ...]
-    axes: tuple[Dimension, ...]
+    dims: tuple[Dimension, ...]
     unit: int = 1
     aligned: tuple[int | str, int] = (1, 0)
     least: int = 1
 
     @property
     def units(self) -> int:
-        return self.axes[0].units
+        """How many units there are in each dimension."""
+        return self.dims[0].units
 
     def fewer(self, left: Mapping[str, int], round_to: int) -> int | None:
-        """The next number of units below what is left of it, or None where there is none."""
+        """The next number of units below what is left of it that ends where vectors do.
+
+        Args:
+            left: Units that are left of every group, by its name.
+            round_to: The aligned width is a multiple of this.
+
+        Returns:
+            The number of units, or None where there is none.
+        """
         scale, beyond = self.aligned
         each = left[scale] if isinstance(scale, str) else scale
         numbers = range(left[self.name] - 1, self.least - 1, -1)
@@ -111,20 +125,20 @@ class PruningGroup:
 
 
 PrunedIndices = Mapping[str, Sequence[Sequence[int]]]
-"""Units to take out: by the name of the structure, for each of its axes."""
+"""Units to remove: by the name of their group, for each of its dimensions."""
 
 
 def pruning_groups(config: DRSformerConfig, scope: Iterable[Kind] = KINDS) -> list[PruningGroup]:
-    """Everything that can be taken out of such a network."""
-    found = [*_widths(config)]
+    """Everything that can be removed from such a network, of the kinds in `scope`."""
+    groups = [*_widths(config)]
     for module, path in LEVELS.items():
         blocks = config.levels()[module].blocks
         for i, block in enumerate(blocks):
-            name, place = f"{module}.{i}", (*path, "blocks", i)
-            found += _attention(f"{name}.attn", place, block)
-            found.append(_feed_forward(config.feed_forward, f"{name}.ffn", (*place, "hidden"), block.hidden))
+            name, block_path = f"{module}.{i}", (*path, "blocks", i)
+            groups += _attention(f"{name}.attn", block_path, block)
+            groups.append(_feed_forward(config.feed_forward, f"{name}.ffn", (*block_path, "hidden"), block.hidden))
         if blocks:
-            found.append(_depth(module, (*path, "blocks"), blocks, config.feed_forward))
+            groups.append(_depth(module, (*path, "blocks"), blocks, config.feed_forward))
     for module, width in (("mefc_early", config.encoder[0].width), ("mefc_late", config.decoder[2].width)):
         if mefc := getattr(config, module):
             gate = Dimension(
@@ -135,15 +149,15 @@ def pruning_groups(config: DRSformerConfig, scope: Iterable[Kind] = KINDS) -> li
                     ParameterSlice(f"{module}.gate.2.weight", 1, _each(mefc.gate_hidden), "reads"),
                 ),
             )
-            found.append(PruningGroup("experts", f"{module}.gate", (module, "gate_hidden"), (gate,)))
+            groups.append(PruningGroup("experts", f"{module}.gate", (module, "gate_hidden"), (gate,)))
             for i, names in enumerate(mefc.steps):
                 if present := [name for name in names if name != NO_EXPERT]:
-                    axis = _experts(f"{module}.steps.{i}", present, width)
-                    found.append(
-                        PruningGroup("experts", f"{module}.steps.{i}", (module, "steps", i), (axis,), 1, ANY, 0)
+                    dimension = _experts(f"{module}.steps.{i}", present, width)
+                    groups.append(
+                        PruningGroup("experts", f"{module}.steps.{i}", (module, "steps", i), (dimension,), 1, ANY, 0)
                     )
     wanted = set(scope)
-    return [structure for structure in found if structure.kind in wanted]
+    return [group for group in groups if group.kind in wanted]
 
 
 def _each(count: int, offset: int = 0, group: int = 1) -> Tensor:
@@ -172,38 +186,38 @@ def _attention(name: str, path: tuple[str | int, ...], block: BlockConfig) -> It
         ),
     )
     yield PruningGroup("heads", name, (*path, "heads"), (whole,), 1, (f"{name}.head_dim", 0))
-    axes = []
+    dims = []
     for h in range(heads):
         q, k, v = (_each(d, part * inner + h * d) for part in range(3))
-        axes.append(Dimension(d, (*rows(q, False), ParameterSlice(f"{name}.project_out.weight", 1, q, "reads"))))
-        axes.append(
+        dims.append(Dimension(d, (*rows(q, False), ParameterSlice(f"{name}.project_out.weight", 1, q, "reads"))))
+        dims.append(
             Dimension(d, (*rows(k, False), *rows(v, True, True)))
         )  # a channel of K counts by the V that it lets in
-    yield PruningGroup("heads", f"{name}.head_dim", (*path, "head_dim"), tuple(axes), 1, (name, 0))
+    yield PruningGroup("heads", f"{name}.head_dim", (*path, "head_dim"), tuple(dims), 1, (name, 0))
 
 
 def _msfn(name: str, path: tuple[str | int, ...], h: int) -> PruningGroup:
     """Hidden channels of an MSFN, which go by pairs, in each half of the hidden layer as many.
 
-    Each half of project_in's output is an axis of its own. Its channel c gives p[c] and s[c], by the 3x3 and the 5x5
-    kernel; of the concatenation [p, s] each output of the next convolution joins two neighbours, the one at an even
-    place with the next. With even h these are (p[0], p[1]), (p[2], p[3]) ... and (s[0], s[1]), (s[2], s[3]) ...: a
+    Each half of project_in's output is a dimension of its own. Its channel c gives p[c] and s[c], by the 3x3 and the
+    5x5 kernel; of the concatenation [p, s] each output of the next convolution joins two neighbours, the one at an even
+    index with the next. With even h these are (p[0], p[1]), (p[2], p[3]) ... and (s[0], s[1]), (s[2], s[3]) ...: a
     unit of two channels and two outputs is on its own, and leaves a network of the same build.
 
     With odd h they are (p[0], p[1]) ... (p[h-1], s[0]), (s[1], s[2]) ... (s[h-2], s[h-1]). Taken as edges between
     channels they make one ring, p and s in turn but for the one that joins both. A smaller network of odd width is a
-    smaller ring, so to take the neighbours c = 2j and c + 1 out, three edges have to become one. Of those, the unit
+    smaller ring, so to remove the neighbours c = 2j and c + 1, three edges have to become one. Of those, the unit
     owns the one between its channels and the one to the right of it; that to the left stays for the channel that it
-    still has, and loses its weight for the one that is gone (a cut). It then joins the next channel that is left, by a
+    still has, and its weight for the one that is pruned is zeroed. It then joins the next channel that is left, by a
     weight of zero. The last channel belongs to no unit. No other way keeps more of the weights of the channels that
     stay, and to an even width above two all keep fewer: the tests try them all on small rings.
     """
     units, odd = divmod(h, 2)
     outputs = torch.stack([torch.arange(units), torch.arange(units) + (h + 1) // 2], dim=1)
-    axes = []
+    dims = []
     for half, convolution in enumerate(("dwconv3x3_1", "dwconv5x5_1")):
         pairs = _each(units, half * h, 2)
-        places = (
+        slices = (
             ParameterSlice(f"{name}.project_in.weight", 0, pairs, "writes"),
             ParameterSlice(f"{name}.dwconv3x3.weight", 0, pairs),
             ParameterSlice(f"{name}.dwconv5x5.weight", 0, pairs),
@@ -211,19 +225,19 @@ def _msfn(name: str, path: tuple[str | int, ...], h: int) -> PruningGroup:
             ParameterSlice(f"{name}.project_out.weight", 1, half * h + outputs, "reads"),
         )
         left = 2 * (h // 2 + _each(units)) + 1  # the second weight of the output to the left
-        axes.append(
+        dims.append(
             Dimension(
-                units, places, (ParameterSlice(f"{name}.{convolution}.weight", None, left, "reads"),) if odd else ()
+                units, slices, (ParameterSlice(f"{name}.{convolution}.weight", None, left, "reads"),) if odd else ()
             )
         )
-    return PruningGroup("ffn", name, path, tuple(axes), 2, (1, odd))
+    return PruningGroup("ffn", name, path, tuple(dims), 2, (1, odd))
 
 
 def _feed_forward(kind: str, name: str, path: tuple[str | int, ...], h: int) -> PruningGroup:
     if kind == "msfn":
         return _msfn(name, path, h)
     rows = torch.cat([_each(h), _each(h, h)], dim=1) if kind == "gdfn" else _each(h)
-    axis = Dimension(
+    dimension = Dimension(
         h,
         (
             ParameterSlice(f"{name}.project_in.weight", 0, rows, "writes"),
@@ -231,20 +245,20 @@ def _feed_forward(kind: str, name: str, path: tuple[str | int, ...], h: int) -> 
             ParameterSlice(f"{name}.project_out.weight", 1, _each(h), "reads"),
         ),
     )
-    return PruningGroup("ffn", name, path, (axis,))
+    return PruningGroup("ffn", name, path, (dimension,))
 
 
 def _depth(module: str, path: tuple[str | int, ...], blocks: Sequence[BlockConfig], feed_forward: str) -> PruningGroup:
-    places = []
+    slices = []
     for i, block in enumerate(blocks):
         attention = block.heads * block.head_dim
         hidden = block.hidden * (2 if feed_forward == "msfn" else 1)
         for layer, inputs in (("attn", attention), ("ffn", hidden)):
-            places.append(
+            slices.append(
                 ParameterSlice(f"{module}.{i}.{layer}.project_out.weight", 1, _each(1, 0, inputs), "reads", i)
             )
     modules = tuple(f"{module}.{i}" for i in range(len(blocks)))
-    return PruningGroup("depth", module, path, (Dimension(len(blocks), tuple(places), modules=modules),), 1, ANY, 0)
+    return PruningGroup("depth", module, path, (Dimension(len(blocks), tuple(slices), modules=modules),), 1, ANY, 0)
 
 
 def _experts(step: str, names: Sequence[str], width: int) -> Dimension:
@@ -259,81 +273,83 @@ def _widths(config: DRSformerConfig) -> Iterator[PruningGroup]:
     """The residual path of every level, and what the upsamplings bring. Pixel-unshuffle makes four neighbouring
     channels of one, pixel-shuffle one of four. Decoder level 1 works on [up, encoder level 1], so its channels go with
     theirs."""
-    (e1, e2, e3), latent, (d3, d2, d1), (u3, u2, u1) = config.encoder, config.latent, config.decoder, config.up
+    levels, (u3, u2, u1) = config.levels(), config.up
 
     def late(index: Tensor) -> Iterator[ParameterSlice]:
         """In decoder level 1 and behind it."""
-        yield from _residual("decoder_level1", len(d1.blocks), index)
-        yield from _compensator(config, "mefc_late", d1.width, index)
+        yield from _residual(config, "decoder_level1", index)
+        yield from _compensator(config, "mefc_late", levels["decoder_level1"].width, index)
         yield ParameterSlice("output.weight", 1, index, "reads")
 
-    def level(
-        module: str, path: tuple[str | int, ...], places: Iterable[ParameterSlice], group: int = 1
+    def group(
+        module: str, path: tuple[str | int, ...], slices: Iterable[ParameterSlice], unit: int = 1
     ) -> PruningGroup:
-        places = tuple(places)
-        axis = Dimension(len(places[0].units), places)
-        return PruningGroup("width", f"{module}.width", path, (axis,), group, (group, 0))
+        slices = tuple(slices)
+        dimension = Dimension(len(slices[0].units), slices)
+        return PruningGroup("width", f"{module}.width", path, (dimension,), unit, (unit, 0))
 
-    yield level(
-        "encoder_level1",
-        ("encoder", 0, "width"),
+    module = "encoder_level1"
+    channels = _each(levels[module].width)
+    yield group(
+        module,
+        (*LEVELS[module], "width"),
         [
-            ParameterSlice("patch_embed.weight", 0, _each(e1.width), "writes"),
-            *_compensator(config, "mefc_early", e1.width, _each(e1.width)),
-            *_residual("encoder_level1", len(e1.blocks), _each(e1.width)),
-            ParameterSlice("down1_2.conv.weight", 1, _each(e1.width), "reads"),
-            *late(_each(e1.width, u1)),
+            ParameterSlice("patch_embed.weight", 0, channels, "writes"),
+            *_compensator(config, "mefc_early", levels[module].width, channels),
+            *_residual(config, module, channels),
+            ParameterSlice("down1_2.conv.weight", 1, channels, "reads"),
+            *late(channels + u1),
         ],
     )
-    for module, below, narrow, after, group, path, offset in (
-        ("encoder_level2", e2, "down1_2", "down2_3", "reduce_chan_level2", ("encoder", 1, "width"), u2),
-        ("encoder_level3", e3, "down2_3", "down3_4", "reduce_chan_level3", ("encoder", 2, "width"), u3),
-        ("latent", latent, "down3_4", "up4_3", None, ("latent", "width"), 0),
+    for module, before, after, skip, offset in (
+        ("encoder_level2", "down1_2", "down2_3", "reduce_chan_level2", u2),
+        ("encoder_level3", "down2_3", "down3_4", "reduce_chan_level3", u3),
+        ("latent", "down3_4", "up4_3", None, 0),
     ):
-        units = below.width // 4
-        skip = [ParameterSlice(f"{group}.weight", 1, _each(units, offset, 4), "reads")] if group else []
-        yield level(
+        units = levels[module].width // 4
+        yield group(
             module,
-            path,
+            (*LEVELS[module], "width"),
             [
-                ParameterSlice(f"{narrow}.conv.weight", 0, _each(units), "writes"),
-                *_residual(module, len(below.blocks), _each(units, 0, 4)),
+                ParameterSlice(f"{before}.conv.weight", 0, _each(units), "writes"),
+                *_residual(config, module, _each(units, 0, 4)),
                 ParameterSlice(f"{after}.conv.weight", 1, _each(units, 0, 4), "reads"),
-                *skip,
+                *([ParameterSlice(f"{skip}.weight", 1, _each(units, offset, 4), "reads")] if skip else []),
             ],
             4,
         )
-    for module, here, before, after, path in (
-        ("decoder_level3", d3, "reduce_chan_level3", "up3_2", ("decoder", 0, "width")),
-        ("decoder_level2", d2, "reduce_chan_level2", "up2_1", ("decoder", 1, "width")),
+    for module, before, after in (
+        ("decoder_level3", "reduce_chan_level3", "up3_2"),
+        ("decoder_level2", "reduce_chan_level2", "up2_1"),
     ):
-        yield level(
+        channels = _each(levels[module].width)
+        yield group(
             module,
-            path,
+            (*LEVELS[module], "width"),
             [
-                ParameterSlice(f"{before}.weight", 0, _each(here.width), "writes"),
-                *_residual(module, len(here.blocks), _each(here.width)),
-                ParameterSlice(f"{after}.conv.weight", 1, _each(here.width), "reads"),
+                ParameterSlice(f"{before}.weight", 0, channels, "writes"),
+                *_residual(config, module, channels),
+                ParameterSlice(f"{after}.conv.weight", 1, channels, "reads"),
             ],
         )
-    for module, i, channels, readers in (
+    for module, i, count, readers in (
         ("up4_3", 0, u3, [ParameterSlice("reduce_chan_level3.weight", 1, _each(u3), "reads")]),
         ("up3_2", 1, u2, [ParameterSlice("reduce_chan_level2.weight", 1, _each(u2), "reads")]),
         ("up2_1", 2, u1, [*late(_each(u1))]),
     ):
-        yield level(
-            module, ("up", i), [ParameterSlice(f"{module}.conv.weight", 0, _each(channels, 0, 4), "writes"), *readers]
+        yield group(
+            module, ("up", i), [ParameterSlice(f"{module}.conv.weight", 0, _each(count, 0, 4), "writes"), *readers]
         )
 
 
-def _residual(module: str, blocks: int, index: Tensor) -> Iterator[ParameterSlice]:
+def _residual(config: DRSformerConfig, module: str, index: Tensor) -> Iterator[ParameterSlice]:
     """What the blocks of a level read from its residual path and write to it."""
-    for i in range(blocks):
-        for norm, part, reader in (("norm1", "attn", "qkv"), ("norm2", "ffn", "project_in")):
+    for i in range(len(config.levels()[module].blocks)):
+        for norm, layer, reader in (("norm1", "attn", "qkv"), ("norm2", "ffn", "project_in")):
             yield ParameterSlice(f"{module}.{i}.{norm}.weight", 0, index)
             yield ParameterSlice(f"{module}.{i}.{norm}.bias", 0, index)
-            yield ParameterSlice(f"{module}.{i}.{part}.{reader}.weight", 1, index, "reads")
-            yield ParameterSlice(f"{module}.{i}.{part}.project_out.weight", 0, index, "writes")
+            yield ParameterSlice(f"{module}.{i}.{layer}.{reader}.weight", 1, index, "reads")
+            yield ParameterSlice(f"{module}.{i}.{layer}.project_out.weight", 0, index, "writes")
 
 
 def _compensator(config: DRSformerConfig, module: str, width: int, index: Tensor) -> Iterator[ParameterSlice]:
@@ -361,50 +377,59 @@ def _compensator(config: DRSformerConfig, module: str, width: int, index: Tensor
             yield ParameterSlice(out, 1, joined.flatten(1), "reads")
 
 
-def config_after(config: DRSformerConfig, found: Iterable[PruningGroup], gone: PrunedIndices) -> DRSformerConfig:
-    """The config that is left; `found` is in the order of `structures`."""
+def config_after(config: DRSformerConfig, groups: Iterable[PruningGroup], pruned: PrunedIndices) -> DRSformerConfig:
+    """The config that is left; `groups` are in the order of `pruning_groups`."""
     tree = json.loads(json.dumps(config.to_dict()))  # lists, which can be changed
-    for structure in found:
-        if units := gone.get(structure.name, [()])[0]:
-            *above, last = structure.path
+    for group in groups:
+        if units := pruned.get(group.name, [()])[0]:
+            *above, last = group.path
             holder = functools.reduce(operator.getitem, above, tree)
             whole = holder[last]
             if isinstance(whole, int):
-                holder[last] = whole - structure.unit * len(units)
-            elif structure.kind == "depth":
+                holder[last] = whole - group.unit * len(units)
+            elif group.kind == "depth":
                 holder[last] = [block for i, block in enumerate(whole) if i not in units]
             else:
                 present = [i for i, name in enumerate(whole) if name != NO_EXPERT]
-                dead = {present[unit] for unit in units}
-                holder[last] = [NO_EXPERT if i in dead else name for i, name in enumerate(whole)]
+                removed = {present[unit] for unit in units}
+                holder[last] = [NO_EXPERT if i in removed else name for i, name in enumerate(whole)]
     tree["decoder"][2]["width"] = tree["encoder"][0]["width"] + tree["up"][2]
     return DRSformerConfig.from_dict(tree)
 
 
-def remove(network: DRSformer, gone: PrunedIndices, grams: Mapping[str, Tensor] | None = None) -> DRSformer:
-    """A network without these units. `network` stays as it is. Raises KeyError for a structure that it does not have.
+def remove(network: DRSformer, pruned: PrunedIndices, grams: Mapping[str, Tensor] | None = None) -> DRSformer:
+    """Remove units from a network.
 
-    grams: for the LayerNorms by name, the sum over pixels of x x^T, (C, C). LayerNorm divides by the standard
-           deviation over channels, which is another one over fewer of them; where channels of a residual path go, its
-           scale is multiplied by what makes up for that on the average.
+    Args:
+        network: Stays as it is.
+        pruned: The units.
+        grams: Of the LayerNorms' inputs, by name, the sum over pixels of x x^T, (C, C). LayerNorm divides by the
+            standard deviation over channels, which is another one over fewer of them; where channels of a residual path
+            are removed, its scale is multiplied by what makes up for that on the average.
+
+    Returns:
+        The smaller network, in evaluation mode.
+
+    Raises:
+        KeyError: For a group that the network does not have.
     """
-    found = [structure for structure in pruning_groups(network.config) if structure.name in gone]
-    if unknown := gone.keys() - {structure.name for structure in found}:
-        raise KeyError(f"no structures of this network: {', '.join(sorted(unknown))}")
+    groups = [group for group in pruning_groups(network.config) if group.name in pruned]
+    if unknown := pruned.keys() - {group.name for group in groups}:
+        raise KeyError(f"no pruning groups of this network: {', '.join(sorted(unknown))}")
     state: dict[str, Tensor] = dict(network.state_dict())
     drops: dict[tuple[str, int], set[int]] = defaultdict(set)
     renames: dict[str, str | None] = {}
-    for structure in found:
-        for axis, units in zip(structure.axes, gone[structure.name], strict=True):
-            for place in axis.zeroed:
-                weight = state[place.tensor].clone()
-                weight.flatten(0, 1)[_indices(place, units)] = 0
-                state[place.tensor] = weight
-            for place in axis.places:
-                assert place.dim is not None
-                drops[place.tensor, place.dim].update(_indices(place, units))
-            left = [module for unit, module in enumerate(axis.modules) if unit not in units]
-            renames |= dict.fromkeys(axis.modules) | dict(zip(left, axis.modules, strict=False))
+    for group in groups:
+        for dimension, units in zip(group.dims, pruned[group.name], strict=True):
+            for part in dimension.zeroed:
+                weight = state[part.tensor].clone()
+                weight.flatten(0, 1)[_indices(part, units)] = 0
+                state[part.tensor] = weight
+            for part in dimension.slices:
+                assert part.dim is not None
+                drops[part.tensor, part.dim].update(_indices(part, units))
+            left = [module for unit, module in enumerate(dimension.modules) if unit not in units]
+            renames |= dict.fromkeys(dimension.modules) | dict(zip(left, dimension.modules, strict=False))
     for (name, dim), indices in drops.items():
         keep = torch.tensor([i for i in range(state[name].shape[dim]) if i not in indices], dtype=torch.long)
         norm = name.removesuffix(".weight")
@@ -412,14 +437,14 @@ def remove(network: DRSformer, gone: PrunedIndices, grams: Mapping[str, Tensor] 
             state[name] = state[name] * _spread(grams[norm][keep][:, keep]).div(_spread(grams[norm])).sqrt().float()
         state[name] = state[name].index_select(dim, keep)
     left = {_renamed(name, renames): tensor for name, tensor in state.items() if tensor.numel()}
-    smaller = DRSformer(config_after(network.config, found, gone))
+    smaller = DRSformer(config_after(network.config, groups, pruned))
     smaller.load_state_dict({name: tensor for name, tensor in left.items() if name is not None})
     return smaller.eval()
 
 
-def _indices(place: ParameterSlice, units: Iterable[int]) -> list[int]:
-    rows = [unit - place.first for unit in units if 0 <= unit - place.first < len(place.units)]
-    return place.units[rows].flatten().tolist()
+def _indices(part: ParameterSlice, units: Iterable[int]) -> list[int]:
+    rows = [unit - part.first for unit in units if 0 <= unit - part.first < len(part.units)]
+    return part.units[rows].flatten().tolist()
 
 
 def _renamed(name: str, renames: Mapping[str, str | None]) -> str | None:

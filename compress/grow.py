@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.cost import macs, params
+from compress.counts import macs, params
 from drsformer import checkpoint
 from drsformer.config import EXPERTS, LEVELS, BlockConfig, LevelConfig, MEFCConfig
 from drsformer.model import DRSformer

@@ -48,7 +48,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from compress.cost import SIDE, Latency, time_sessions
+from compress.counts import SIDE
+from compress.latency import Latency, time_sessions
 from drsformer.data import Pair, find_pairs
 from drsformer.metrics import Protocol, luma, psnr
 from runtime.cli import console, main, progress

@@ -39,11 +39,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from compress import cost
-from compress.cost import export_session, time_sessions
+from compress import counts
 from compress.distill import distill
-from compress.groups import KINDS, Kind
-from compress.prune import LATENCY_TOLERANCE, measure_sensitivity, prune
+from compress.importance import importances
+from compress.latency import export_session, time_sessions
+from compress.options import KINDS, Kind
+from compress.prune import PruneOptions, prune
+from compress.selection import TOLERANCE
+from compress.sensitivity import measure_sensitivity
 from compress.step_cache import OPTIONS, StepCache
 from drsformer import checkpoint
 from drsformer.config import SIZE_MULTIPLE
@@ -189,8 +192,8 @@ class Candidates:
 
     def _scored(self, network: DRSformer) -> dict[str, Any]:
         return {
-            "params": cost.params(network.config),
-            "macs": cost.macs(network.config) / cost.macs(self.network.config),
+            "params": counts.params(network.config),
+            "macs": counts.macs(network.config) / counts.macs(self.network.config),
             "psnr": {
                 dataset_name(folder): evaluate_model(network, pairs, self.protocol).psnr
                 for folder, pairs in self.folders.items()
@@ -338,13 +341,13 @@ def search(
         lambda: measure_sensitivity(
             candidates.network,
             pairs,
-            [patches[number] for number in range(SAMPLES)],
+            functools.partial(importances, patches=[patches[number] for number in range(SAMPLES)]),
             height_width,
             work / "sensitivity",
             [step],
-            protocol=protocol,
-            steps=steps.within("sensitivity"),
             round_to=round_to,
+            protocol=protocol,
+            cache=steps.within("sensitivity"),
         ),
     )
     slow = [row["kind"] for row in rows[1:] if row["latency"] >= 1]
@@ -359,19 +362,17 @@ def search(
     def thin(path: Path) -> None:
         if not path.exists():
             part: dict[str, Any] = {name: max(step, (goal or 0) / getattr(best, name))}
-            prune(
-                work / best.file if best.file else weights,
-                data,
-                path,
+            options = PruneOptions(
+                **part,
                 scope=scope,
                 round_to=round_to,
                 samples=SAMPLES,
                 patch=recipe.patch,
                 limit=1,
                 protocol=protocol,
-                size=size,
-                **part,
+                size=height_width,
             )
+            prune(work / best.file if best.file else weights, data, path, options)
 
     def teach(path: Path) -> None:
         student = str(path.with_name("pruned.safetensors"))
@@ -386,7 +387,7 @@ def search(
         )
 
     for number in itertools.count(1):
-        if best.file and goal and getattr(best, name) <= goal * (1 + LATENCY_TOLERANCE):
+        if best.file and goal and getattr(best, name) <= goal * (1 + TOLERANCE):
             break
         try:
             pruned = candidates.add("pruned", f"step{number}/pruned.safetensors", thin)

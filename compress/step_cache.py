@@ -1,8 +1,8 @@
 """The finished steps of a long command, so that one that was killed does again only what it had not finished.
 
-    steps = Steps(Path("half.work"), {"weights": sha256, "macs": 0.5})
-    rates = steps.json("rates", lambda: measure(network))
-    half = steps.network("half", lambda: prune_network(network, patches, targets))
+    cache = StepCache(Path("half.work"), {"weights": sha256, "macs": 0.5})
+    rates = cache.json("rates", lambda: measure(network))
+    half = cache.network("half", lambda: prune_network(network, targets, importances))
 
 Each step is one file, written whole or not at all, and made only where it is not there.
 """
@@ -25,10 +25,14 @@ OPTIONS = "options.json"
 
 
 class StepCache:
-    """Steps by their names, in a folder; without one, nothing is kept.
+    """Steps by their names.
 
-    options: JSON-able; what the steps depend on. Raises InputError for a folder with steps of other options, or with
-             anything else.
+    Args:
+        folder: Where they are kept; without one, nothing is.
+        options: What the steps depend on, JSON-able; None to take the folder as it is.
+
+    Raises:
+        InputError: The folder holds steps of other options, or anything else.
     """
 
     def __init__(self, folder: Path | None = None, options: Mapping[str, Any] | None = None) -> None:
@@ -55,11 +59,11 @@ class StepCache:
             )
 
     def within(self, name: str) -> StepCache:
-        """The steps of a part, in a folder of its own."""
+        """The steps of a stage, in a folder of its own."""
         return StepCache(self.folder / name if self.folder else None)
 
     def json(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` gives, JSON-able, or has given before."""
+        """What `make` returns, JSON-able, or has returned before."""
         if self.folder is None:
             return make()
         path = self.folder / f"{name}.json"
@@ -70,7 +74,7 @@ class StepCache:
         return json.loads(path.read_text())
 
     def network(self, name: str, make: Callable[[], DRSformer]) -> DRSformer:
-        """The network that `make` gives, or has given before."""
+        """The network that `make` returns, or has returned before."""
         if self.folder is None:
             return make()
         path = self.folder / f"{name}.safetensors"
@@ -81,7 +85,7 @@ class StepCache:
         return made
 
     def remove(self) -> None:
-        """Forget them all."""
+        """Remove them all."""
         if self.folder is not None:
             shutil.rmtree(self.folder)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress.cost import cost, items, macs, params
+from compress.cost import command
+from compress.counts import items, macs, params
 from drsformer import checkpoint
 from drsformer.config import FEED_FORWARDS, BlockConfig, DRSformerConfig, MEFCConfig, preset
 from drsformer.model import DRSformer
@@ -65,12 +66,12 @@ def test_released_networks_cost_what_the_paper_says():
 
 
 def test_command_compares_two_networks(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("compress.cost.SECONDS", 0.0)
+    monkeypatch.setattr("compress.latency.TIMING_SECONDS", 0.0)
     paths = tmp_path / "small.safetensors", tmp_path / "large.safetensors"
     configs = [DRSformerConfig.regular(width, (depth, 0, 0, 0), (1, 1, 1, 1)) for width, depth in ((4, 0), (24, 1))]
     for path, config in zip(paths, configs, strict=True):
         checkpoint.save(path, fill(DRSformer(config)), {})
-    costs = cost(paths[0], latency=True, size="32x64", vs=paths[1])
+    costs = command(paths[0], latency=True, size=(32, 64), vs=paths[1])
     summary = json.loads(json.dumps(costs.summary()))
     assert summary["params"] == params(configs[0])
     assert summary["gmacs"] == pytest.approx(macs(configs[0]) / 1e9, abs=1e-4)
@@ -83,4 +84,4 @@ def test_command_compares_two_networks(tmp_path, capsys, monkeypatch):
 
 def test_without_latency_nothing_is_timed(tmp_path):
     checkpoint.save(tmp_path / "w.safetensors", fill(DRSformer(preset("drsformer-tiny"))), {})
-    assert set(cost(tmp_path / "w.safetensors").summary()) == {"params", "gmacs"}
+    assert set(command(tmp_path / "w.safetensors").summary()) == {"params", "gmacs"}

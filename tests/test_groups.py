@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.groups import KINDS, ParameterSlice, PruningGroup, pruning_groups, remove
-from compress.prune import importances
+from compress.groups import ParameterSlice, PruningGroup, pruning_groups, remove
+from compress.importance import importances
+from compress.options import KINDS
 from drsformer.config import DRSformerConfig, MEFCConfig
 from drsformer.model import DRSformer, LayerNorm, TopKSparseAttention
 from tests.support.networks import fill, image
@@ -36,30 +37,30 @@ def network(width: int = 8, **structure) -> DRSformer:
     return fill(DRSformer(config))
 
 
-def some(structure: PruningGroup, seed: int) -> list[list[int]]:
-    """As many random units of each axis, and not all of them."""
+def some(group: PruningGroup, seed: int) -> list[list[int]]:
+    """As many random units of each dimension, and not all of them."""
     rng = random.Random(seed)
-    count = rng.randint(1, structure.units - structure.least) if structure.units > structure.least else 0
-    return [sorted(rng.sample(range(axis.units), count)) for axis in structure.axes]
+    count = rng.randint(1, group.units - group.least) if group.units > group.least else 0
+    return [sorted(rng.sample(range(dimension.units), count)) for dimension in group.dims]
 
 
 @torch.no_grad()
-def zeroed(model: DRSformer, gone: dict[str, list[list[int]]], role: str = "reads") -> DRSformer:
+def zeroed(model: DRSformer, pruned: dict[str, list[list[int]]], role: str = "reads") -> DRSformer:
     """A copy in which all weights that read these units, or write into them, are zero."""
     model = copy.deepcopy(model)
     state = model.state_dict()
 
-    def clear(place: ParameterSlice, units: list[int]) -> None:
-        rows = [unit - place.first for unit in units if 0 <= unit - place.first < len(place.units)]
-        weight = state[place.tensor]
-        weight = weight.flatten(0, 1) if place.dim is None else weight.movedim(place.dim, 0)
-        weight[place.units[rows].flatten()] = 0
+    def clear(part: ParameterSlice, units: list[int]) -> None:
+        rows = [unit - part.first for unit in units if 0 <= unit - part.first < len(part.units)]
+        weight = state[part.tensor]
+        weight = weight.flatten(0, 1) if part.dim is None else weight.movedim(part.dim, 0)
+        weight[part.units[rows].flatten()] = 0
 
-    for structure in pruning_groups(model.config):
-        for axis, units in zip(structure.axes, gone.get(structure.name, ()), strict=False):
-            for place in (*axis.places, *axis.zeroed):
-                if place.role == role:
-                    clear(place, units)
+    for group in pruning_groups(model.config):
+        for dimension, units in zip(group.dims, pruned.get(group.name, ()), strict=False):
+            for part in (*dimension.slices, *dimension.zeroed):
+                if part.role == role:
+                    clear(part, units)
     return model
 
 
@@ -70,53 +71,53 @@ def difference(a: nn.Module, b: nn.Module) -> float:
         return float((a(x) - b(x)).abs().max())
 
 
-EXACT = [s.name for s in pruning_groups(network().config) if s.kind != "width" and not s.name.endswith("head_dim")]
+EXACT = [g.name for g in pruning_groups(network().config) if g.kind != "width" and not g.name.endswith("head_dim")]
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_what_nothing_reads_can_go(name):
     model = network()
-    structure = next(s for s in pruning_groups(model.config) if s.name == name)
-    gone = {name: some(structure, 0)}
-    smaller = remove(model, gone)
-    assert difference(zeroed(model, gone), smaller) < 1e-5
-    if any(gone[name]):
+    group = next(g for g in pruning_groups(model.config) if g.name == name)
+    pruned = {name: some(group, 0)}
+    smaller = remove(model, pruned)
+    assert difference(zeroed(model, pruned), smaller) < 1e-5
+    if any(pruned[name]):
         assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("kind", ["gdfn", "dfn", "fn"])
 def test_other_feed_forwards_too(kind):
     model = network(feed_forward=kind)
-    gone = {s.name: some(s, 1) for s in pruning_groups(model.config, ["ffn"])}
+    pruned = {g.name: some(g, 1) for g in pruning_groups(model.config, ["ffn"])}
     for role in ("reads", "writes"):
-        assert difference(zeroed(model, gone, role), remove(model, gone)) < 1e-5
+        assert difference(zeroed(model, pruned, role), remove(model, pruned)) < 1e-5
 
 
 def test_all_at_once():
     model = network()
-    gone = {s.name: some(s, 2) for s in pruning_groups(model.config) if s.name in EXACT}
-    assert difference(zeroed(model, gone), remove(model, gone)) < 1e-5
+    pruned = {g.name: some(g, 2) for g in pruning_groups(model.config) if g.name in EXACT}
+    assert difference(zeroed(model, pruned), remove(model, pruned)) < 1e-5
 
 
 def test_every_block_and_expert_can_go():
     model = network()
-    gone = {
-        s.name: [list(range(s.units))]
-        for s in pruning_groups(model.config, ["depth", "experts"])
-        if not s.name.endswith("gate")
+    pruned = {
+        g.name: [list(range(g.units))]
+        for g in pruning_groups(model.config, ["depth", "experts"])
+        if not g.name.endswith("gate")
     }
-    assert difference(zeroed(model, gone), remove(model, gone)) < 1e-5
+    assert difference(zeroed(model, pruned), remove(model, pruned)) < 1e-5
 
 
 def test_nothing_taken_out_is_the_same_network_bit_for_bit():
     model = network()
-    same = remove(model, {s.name: [[] for _ in s.axes] for s in pruning_groups(model.config)}, grams_of(model))
+    same = remove(model, {g.name: [[] for _ in g.dims] for g in pruning_groups(model.config)}, grams_of(model))
     assert same.config == model.config
     assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), model.state_dict().values(), strict=True))
     assert same.patch_embed.weight is not model.patch_embed.weight
 
 
-def test_structures_that_are_not_there_are_named():
+def test_groups_that_are_not_there_are_named():
     with pytest.raises(KeyError, match=r"latent\.9\.ffn"):
         remove(network(), {"latent.9.ffn": [[0], [0]]})
 
@@ -199,23 +200,23 @@ class KeptNorm(nn.Module):
         return out
 
 
-WIDTHS = {s.name: s for s in pruning_groups(network().config, ["width"])}
+WIDTHS = {g.name: g for g in pruning_groups(network().config, ["width"])}
 
 
 @pytest.mark.parametrize("name", WIDTHS)
 def test_channels_of_a_residual_path_go_with_all_that_reads_and_writes_them(name):
     """Against the full network whose norms see only the channels that stay."""
     model = network()
-    gone = {name: some(WIDTHS[name], 3)}
-    masked = zeroed(model, gone)
-    for place in WIDTHS[name].axes[0].places:
-        module, _, parameter = place.tensor.rpartition(".")
+    pruned = {name: some(WIDTHS[name], 3)}
+    masked = zeroed(model, pruned)
+    for part in WIDTHS[name].dims[0].slices:
+        module, _, parameter = part.tensor.rpartition(".")
         if ".norm" in module and parameter == "weight":
             norm = masked.get_submodule(module)
-            dead = set(place.units[gone[name][0]].flatten().tolist())
+            dead = set(part.units[pruned[name][0]].flatten().tolist())
             kept = [i for i in range(len(norm.weight)) if i not in dead]
             masked.set_submodule(module, KeptNorm(norm, kept))
-    assert difference(masked, remove(model, gone)) < 1e-5
+    assert difference(masked, remove(model, pruned)) < 1e-5
 
 
 class KeptAttention(nn.Module):
@@ -245,22 +246,22 @@ def test_channels_of_heads_go_from_q_k_and_v():
     """Against the full network whose attention looks only at those that stay. Not at once: where a selection of one
     layer is close, the others would differ."""
     model = network(16)
-    for structure in pruning_groups(model.config, ["heads"]):
-        if not structure.name.endswith("head_dim"):
+    for group in pruning_groups(model.config, ["heads"]):
+        if not group.name.endswith("head_dim"):
             continue
-        gone = some(structure, 4)
+        pruned = some(group, 4)
         masked = copy.deepcopy(model)
-        layer = structure.name.removesuffix(".head_dim")
-        left = [[i for i in range(structure.units) if i not in units] for units in gone]
+        layer = group.name.removesuffix(".head_dim")
+        left = [[i for i in range(group.units) if i not in units] for units in pruned]
         ks = model.config.kept(len(left[0]))
         masked.set_submodule(layer, KeptAttention(masked.get_submodule(layer), ks, left[::2], left[1::2]))
-        assert difference(masked, remove(model, {structure.name: gone})) < 1e-5, structure.name
+        assert difference(masked, remove(model, {group.name: pruned})) < 1e-5, group.name
 
 
 def grams_of(model: DRSformer) -> dict[str, Tensor]:
     """As they are measured, on one image."""
     picture = image(16, 24)[0]
-    return importances(model, [(picture, picture)], [], "magnitude")[1]
+    return importances(model, [], [(picture, picture)], "magnitude")[1]
 
 
 @pytest.mark.parametrize("name", ["decoder_level3.width", "decoder_level2.width"])
@@ -269,45 +270,45 @@ def test_scale_of_norms_makes_up_for_dead_channels(name):
     """Channels of a residual path whose weights are all zero, where the mean of the others is zero as well: then their
     number is all that LayerNorm would miss."""
     model = copy.deepcopy(network())
-    structure, state = WIDTHS[name], model.state_dict()
+    group, state = WIDTHS[name], model.state_dict()
     dead = [0, 3, 5]
-    kept = [i for i in range(structure.units) if i not in dead]
-    for place in structure.axes[0].places:
-        if place.role == "writes":
-            state[place.tensor][dead] = 0
-            state[place.tensor][kept] -= state[place.tensor][kept].mean(0)
-        elif place.tensor.endswith("bias"):
-            state[place.tensor][dead] = 0
-    gone = {name: [dead]}
-    assert difference(model, remove(model, gone, grams_of(model))) < 1e-5
-    assert difference(model, remove(model, gone)) > 1e-3
+    kept = [i for i in range(group.units) if i not in dead]
+    for part in group.dims[0].slices:
+        if part.role == "writes":
+            state[part.tensor][dead] = 0
+            state[part.tensor][kept] -= state[part.tensor][kept].mean(0)
+        elif part.tensor.endswith("bias"):
+            state[part.tensor][dead] = 0
+    pruned = {name: [dead]}
+    assert difference(model, remove(model, pruned, grams_of(model))) < 1e-5
+    assert difference(model, remove(model, pruned)) > 1e-3
 
 
 @torch.no_grad()
 def test_scale_of_norms_follows_the_variance_of_the_channels_that_stay():
     model = network()
-    gone = {"decoder_level2.width": [[1, 2, 7]]}
+    pruned = {"decoder_level2.width": [[1, 2, 7]]}
     seen = []
     norm = model.get_submodule("decoder_level2.1.norm1")
     handle = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     grams = grams_of(model)
     handle.remove()
-    kept = [i for i in range(len(norm.weight)) if i not in gone["decoder_level2.width"][0]]
+    kept = [i for i in range(len(norm.weight)) if i not in pruned["decoder_level2.width"][0]]
     scale = (seen[0][:, kept].var(1, correction=0).mean() / seen[0].var(1, correction=0).mean()).sqrt()
-    found = remove(model, gone, grams).get_submodule("decoder_level2.1.norm1").weight
+    found = remove(model, pruned, grams).get_submodule("decoder_level2.1.norm1").weight
     assert (found - scale * norm.weight[kept]).abs().max() < 1e-5
     assert abs(scale - 1) > 1e-3
 
 
-def test_every_tensor_of_a_network_has_its_axes():
+def test_every_tensor_of_a_network_has_its_dimensions():
     """Taking one unit out of everything makes every tensor smaller but those that have nothing to lose."""
     model = network()
-    gone = {
-        s.name: [[0]] * len(s.axes)
-        for s in pruning_groups(model.config)
-        if s.kind in ("ffn", "width", "heads") and not s.name.endswith("attn")
+    pruned = {
+        g.name: [[0]] * len(g.dims)
+        for g in pruning_groups(model.config)
+        if g.kind in ("ffn", "width", "heads") and not g.name.endswith("attn")
     }
-    before, after = model.state_dict(), remove(model, gone).state_dict()
+    before, after = model.state_dict(), remove(model, pruned).state_dict()
     same = {name for name in before if before[name].shape == after[name].shape}
     assert all(".mix." in name or "temperature" in name or "gate.2" in name or "gate.0.bias" in name for name in same)
-    assert set(KINDS) == {s.kind for s in pruning_groups(model.config)}
+    assert set(KINDS) == {g.kind for g in pruning_groups(model.config)}

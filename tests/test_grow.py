@@ -38,15 +38,15 @@ def test_gradients_reach_what_is_new():
 
 
 def test_refusals():
-    with pytest.raises(InputError, match="--depths: expected at least the 2 blocks of encoder_level2, found 1"):
+    with pytest.raises(InputError, match="`depths`: expected at least the 2 blocks of encoder_level2, found 1"):
         grow(small(), (1, 1, 1, 2), 1)
     with pytest.raises(InputError, match="even hidden width"):
         grow(small(expansion=2.66), (1, 2, 1, 2), 2)
-    with pytest.raises(InputError, match="--depths: expected 0 for encoder_level1, which has no block"):
+    with pytest.raises(InputError, match="`depths`: expected 0 for encoder_level1, which has no block"):
         grow(small(depths=(0, 2, 1, 2)), (1, 2, 1, 2), 1)
-    with pytest.raises(InputError, match="--hidden: expected at least 1"):
+    with pytest.raises(InputError, match="`hidden`: expected at least 1"):
         grow(small(), (1, 2, 1, 2), 0)
-    with pytest.raises(InputError, match=r"--seed: expected 0 to \d+, found -1"):
+    with pytest.raises(InputError, match=r"`seed`: expected 0 to \d+, found -1"):
         grow(small(), (1, 2, 1, 2), 1, seed=-1)
 
 
@@ -62,6 +62,6 @@ def test_a_grown_checkpoint_says_where_it_comes_from(tmp_path):
         grow_checkpoint(tmp_path / "small.safetensors", tmp_path / "larger.pth", (2, 2, 2, 2))
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "small.safetensors")
     for name in ("small", "link"):
-        with pytest.raises(InputError, match=f"--output: expected another file than --weights, found .*{name}"):
+        with pytest.raises(InputError, match=f"`output`: expected another file than `weights`, found .*{name}"):
             grow_checkpoint(tmp_path / "small.safetensors", tmp_path / f"{name}.safetensors", (2, 2, 2, 2))
     assert checkpoint.load(tmp_path / "small.safetensors").sha256 == larger.provenance["parent"]

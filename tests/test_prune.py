@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,11 +17,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from compress import cost
-from compress import prune as pruning
-from compress.groups import KINDS, config_after, pruning_groups
+from compress import counts, importance, latency, prune, sensitivity
+from compress.groups import config_after, pruning_groups
 from compress.grow import grow
-from compress.prune import Target, choose, importances, latency_model, prune, prune_network
+from compress.importance import importances
+from compress.latency import Latency, latency_model
+from compress.options import KINDS, Importance
+from compress.prune import PruneOptions
+from compress.selection import Target, choose, prune_network
 from drsformer import checkpoint
 from drsformer.config import LEVELS, DRSformerConfig, MEFCConfig, preset
 from drsformer.data import find_pairs
@@ -31,6 +36,7 @@ from drsformer.session import TorchSession
 from runtime.cli import main
 from runtime.errors import GateError, InputError
 from runtime.images import read_rgb
+from runtime.progress import silent
 from runtime.session import Derainer
 from tests.support.networks import fill, image
 
@@ -49,8 +55,18 @@ def network(**structure) -> DRSformer:
     )
 
 
+def pruned_to(
+    model: DRSformer,
+    goals: list[Target],
+    samples: list[tuple[Tensor, Tensor]],
+    measure: Importance = "taylor",
+    **options,
+) -> DRSformer:
+    return prune_network(model, goals, functools.partial(importances, patches=samples, importance=measure), **options)
+
+
 def target(model: DRSformer, ratio: float, name: str = "macs") -> Target:
-    count = getattr(cost, name)
+    count = getattr(counts, name)
     return Target(name, count, ratio * count(model.config))
 
 
@@ -66,14 +82,14 @@ def data(tmp_path) -> Path:
     return tmp_path / "data"
 
 
-@pytest.mark.parametrize("importance", ["taylor", "fisher", "magnitude"])
-def test_target_is_met_within_two_percent(importance):
+@pytest.mark.parametrize("measure", get_args(Importance))
+def test_target_is_met_within_two_percent(measure):
     model = network()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     goal = target(model, 0.6)
-    pruned = prune_network(model, patches(), [goal], importance, round_to=2, rounds=2)
-    assert 0.98 * goal.bound <= cost.macs(pruned.config) <= 1.02 * goal.bound
-    assert cost.macs(pruned.config) == sum(item.macs for item in cost.items(pruned.config))
+    pruned = pruned_to(model, [goal], patches(), measure, round_to=2, rounds=2)
+    assert 0.98 * goal.bound <= counts.macs(pruned.config) <= 1.02 * goal.bound
+    assert counts.macs(pruned.config) == sum(item.macs for item in counts.items(pruned.config))
     assert pruned(image(16, 16)).isfinite().all()
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -82,22 +98,24 @@ def test_target_is_met_within_two_percent(importance):
 def test_all_of_several_targets_are_met():
     model = network()
     goals = [target(model, 0.8), target(model, 0.5, "params")]
-    pruned = prune_network(model, patches(), goals, "magnitude", round_to=4, rounds=2)
+    pruned = pruned_to(model, goals, patches(), "magnitude", round_to=4, rounds=2)
     assert all(goal.cost(pruned.config) <= 1.02 * goal.bound for goal in goals)
 
 
 def test_the_whole_as_target_is_the_identity_bit_for_bit():
     model = network()
-    same = prune_network(model, patches(), [target(model, 1.0)])
+    same = pruned_to(model, [target(model, 1.0)], patches())
     assert same.config == model.config
     assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), model.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scope_leaves_other_structures_alone(kind):
+def test_scope_leaves_other_groups_alone(kind):
     model = network()
     ratio = {"experts": 0.9, "depth": 0.8, "heads": 0.9}.get(kind, 0.8)
-    after = prune_network(model, patches(1), [target(model, ratio)], "magnitude", (kind,), round_to=2, rounds=1).config
+    after = pruned_to(
+        model, [target(model, ratio)], patches(1), "magnitude", scope=(kind,), round_to=2, rounds=1
+    ).config
     before = model.config
 
     def blocks(config, *numbers):
@@ -114,7 +132,7 @@ def test_scope_leaves_other_structures_alone(kind):
 
 def test_widths_end_where_vectors_do():
     model = network()
-    after = prune_network(model, patches(1), [target(model, 0.6)], "magnitude", round_to=4, rounds=1).config
+    after = pruned_to(model, [target(model, 0.6)], patches(1), "magnitude", round_to=4, rounds=1).config
     for module in LEVELS:
         level = after.levels()[module]
         assert level.width % 4 == 0
@@ -126,13 +144,13 @@ def test_widths_end_where_vectors_do():
 
 def test_heads_and_their_channels_end_where_vectors_do_together():
     config, rng = DRSformerConfig.regular(16, (1, 1, 1, 1), (2, 4, 4, 8)), torch.Generator().manual_seed(0)
-    found = pruning_groups(config, ["heads"])
+    groups = pruning_groups(config, ["heads"])
     scores = {
-        s.name: [torch.rand(axis.units, generator=rng) * (1 if s.name.endswith("attn") else 0.2) for axis in s.axes]
-        for s in found
+        g.name: [torch.rand(each.units, generator=rng) * (1 if g.name.endswith("attn") else 0.2) for each in g.dims]
+        for g in groups
     }
-    goal = Target("macs", cost.macs, 0.85 * cost.macs(config))
-    after = config_after(config, found, choose(config, found, scores, [goal], {"macs": 0}, round_to=8))
+    goal = Target("macs", counts.macs, 0.85 * counts.macs(config))
+    after = config_after(config, groups, choose(config, groups, scores, [goal], {"macs": 0}, round_to=8))
     blocks = [(config.levels()[module].blocks[0], after.levels()[module].blocks[0]) for module in LEVELS]
     assert any(now.heads < was.heads and now.head_dim < was.head_dim for was, now in blocks)
     assert all(now.heads * now.head_dim % 8 == 0 for _, now in blocks)
@@ -142,24 +160,24 @@ def test_first_order_importance_is_the_slope_of_the_loss():
     """Scaling what reads a unit by 1 - t changes the loss by t times its importance, for a small t."""
     model = network().double().requires_grad_(False)
     rainy, clean = (each.double() for each in patches(1)[0])
-    found = [
-        s for s in pruning_groups(model.config) if s.name in ("latent.0.ffn", "latent.0.attn", "mefc_late.steps.0")
+    groups = [
+        g for g in pruning_groups(model.config) if g.name in ("latent.0.ffn", "latent.0.attn", "mefc_late.steps.0")
     ]
-    scores, _ = importances(model, [(rainy, clean)], found)
+    scores, _ = importances(model, groups, [(rainy, clean)])
 
     def loss() -> float:
         with torch.no_grad():
             return float((model(rainy[None]) - clean[None]).abs().mean())
 
     before = loss()
-    for structure in found:
-        for place in (*structure.axes[0].places, *structure.axes[0].zeroed):
-            if place.role == "reads":
-                weight = model.state_dict()[place.tensor]
-                weight = weight.flatten(0, 1) if place.dim is None else weight.movedim(place.dim, 0)
-                weight[place.units[1]] *= 1 - 1e-6
+    for group in groups:
+        for part in (*group.dims[0].slices, *group.dims[0].zeroed):
+            if part.role == "reads":
+                weight = model.state_dict()[part.tensor]
+                weight = weight.flatten(0, 1) if part.dim is None else weight.movedim(part.dim, 0)
+                weight[part.units[1]] *= 1 - 1e-6
         slope = abs(loss() - before) / 1e-6
-        assert slope == pytest.approx(float(scores[structure.name][0][1]), rel=1e-3)
+        assert slope == pytest.approx(float(scores[group.name][0][1]), rel=1e-3)
         before = loss()
 
 
@@ -167,7 +185,7 @@ def test_network_that_answers_with_nan_is_refused():
     model = network()
     model.state_dict()["output.weight"].fill_(1e38)
     with pytest.raises(InputError, match="NaN"):
-        importances(model, patches(1), pruning_groups(model.config, ["ffn"]))
+        importances(model, pruning_groups(model.config, ["ffn"]), patches(1))
 
 
 def test_magnitude_is_zero_where_a_unit_has_no_weights():
@@ -175,7 +193,7 @@ def test_magnitude_is_zero_where_a_unit_has_no_weights():
     state = model.state_dict()
     state["latent.0.ffn.project_in.weight"][4:6] = 0  # writes into unit 2 of the first half
     state["latent.0.attn.project_out.weight"][:, 16:32] = 0  # reads head 1
-    scores, _ = importances(model, patches(1), pruning_groups(model.config), "magnitude")
+    scores, _ = importances(model, pruning_groups(model.config), patches(1), "magnitude")
     assert (scores["latent.0.ffn"][0] == 0).nonzero().flatten().tolist() == [2]
     assert (scores["latent.0.attn"][0] == 0).nonzero().flatten().tolist() == [1]
 
@@ -184,7 +202,7 @@ def test_magnitude_tells_blocks_apart():
     model = network()
     for layer in ("attn", "ffn"):
         model.state_dict()[f"encoder_level1.1.{layer}.project_out.weight"].mul_(0.5)
-    scores, _ = importances(model, [], pruning_groups(model.config, ["depth"]), "magnitude")
+    scores, _ = importances(model, pruning_groups(model.config, ["depth"]), [], "magnitude")
     strong, weak = scores["encoder_level1"][0].tolist()
     assert weak < 0.5 * strong
     assert strong + weak == pytest.approx(2)  # a block of its level counts one on the average
@@ -195,22 +213,22 @@ def test_block_loses_only_what_is_left_in_it():
     """Hidden channels that are worth little go first. What is left of their block then is worth less a MAC than those
     of another block, though the whole of it was worth more."""
     model, (block, cheap, dear) = network(), ("encoder_level1", "encoder_level1.0.ffn", "encoder_level1.1.ffn")
-    found = [structure for structure in pruning_groups(model.config) if structure.name in (block, cheap, dear)]
-    units = next(structure.units for structure in found if structure.name == cheap)
-    thin = config_after(model.config, found, {cheap: [list(range(units - 1))] * 2})
+    groups = [group for group in pruning_groups(model.config) if group.name in (block, cheap, dear)]
+    units = next(group.units for group in groups if group.name == cheap)
+    thin = config_after(model.config, groups, {cheap: [list(range(units - 1))] * 2})
     shares = [
-        cost.macs(config) - cost.macs(config_after(config, found, {name: [[0]] * axes}))
-        for config, name, axes in ((thin, block, 1), (model.config, dear, 2))
+        counts.macs(config) - counts.macs(config_after(config, groups, {name: [[0]] * dims}))
+        for config, name, dims in ((thin, block, 1), (model.config, dear, 2))
     ]
     scores = {
         cheap: [torch.full((units,), 0.1 / units)] * 2,
         block: [torch.tensor([0.5, 100.0])],
         dear: [torch.full((units,), 0.4 * shares[1] / shares[0] / 2)] * 2,
     }
-    goal = Target("macs", cost.macs, cost.macs(thin) - 1)
-    gone = choose(model.config, found, scores, [goal], {"macs": 0}, round_to=1)
-    assert gone.keys() == {cheap, block}
-    assert gone[block] == [[0]]
+    goal = Target("macs", counts.macs, counts.macs(thin) - 1)
+    pruned = choose(model.config, groups, scores, [goal], {"macs": 0}, round_to=1)
+    assert pruned.keys() == {cheap, block}
+    assert pruned[block] == [[0]]
 
 
 def test_planted_redundancy_is_found_in_every_kind():
@@ -218,7 +236,7 @@ def test_planted_redundancy_is_found_in_every_kind():
     config = DRSformerConfig.regular(8, (1, 1, 1, 1), (1, 2, 2, 4), 2.0, mefc="both", experts=2)
     model = fill(DRSformer(config))
     larger = grow(model, (2, 3, 1, 3), hidden=3, experts=3)
-    assert cost.macs(larger.config) > 1.5 * cost.macs(config)
+    assert counts.macs(larger.config) > 1.5 * counts.macs(config)
     with torch.no_grad():
         assert (larger(image(24, 16)) - model(image(24, 16))).abs().max() < 1e-5
     gone = {
@@ -227,8 +245,8 @@ def test_planted_redundancy_is_found_in_every_kind():
         if (mefc := getattr(config, name))
     }
     expected = dataclasses.replace(config, **gone)  # gates stay in the softmax
-    goal = Target("macs", cost.macs, cost.macs(expected))
-    pruned = prune_network(larger, patches(), [goal], round_to=2, rounds=2)
+    goal = Target("macs", counts.macs, counts.macs(expected))
+    pruned = pruned_to(larger, [goal], patches(), round_to=2, rounds=2)
     assert pruned.config == expected
     with torch.no_grad():
         assert (pruned(image(24, 16)) - model(image(24, 16))).abs().max() < 1e-5
@@ -244,13 +262,13 @@ def grown_and_pruned() -> tuple[DRSformer, DRSformer, DRSformer]:
     dry = read_rgb(ROOT / "docs" / "photographs" / "coffee.jpg")[64:96, 96:128]
     wet = add_rain(dry, draw_streaks(np.random.default_rng(3), *dry.shape[:2]))
     patch = tuple(torch.from_numpy(each.transpose(2, 0, 1) / np.float32(255)) for each in (wet, dry))
-    goal = Target("macs", cost.macs, cost.macs(shipped.config))
-    return shipped, larger, prune_network(larger, [patch], [goal], rounds=1)
+    goal = Target("macs", counts.macs, counts.macs(shipped.config))
+    return shipped, larger, pruned_to(larger, [goal], [patch], rounds=1)
 
 
 def test_shipped_network_grown_to_full_depth_is_pruned_back(grown_and_pruned, data):
     shipped, larger, pruned = grown_and_pruned
-    assert cost.macs(larger.config) > 4 * cost.macs(shipped.config)
+    assert counts.macs(larger.config) > 4 * counts.macs(shipped.config)
     assert pruned.config == shipped.config
     assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), shipped.parameters(), strict=True))
     same_restoration(larger, pruned, *find_pairs(data)[0].load())
@@ -270,7 +288,7 @@ def same_restoration(larger: DRSformer, pruned: DRSformer, rainy: np.ndarray, cl
 def test_command_writes_a_checkpoint_that_loads_in_another_process(tmp_path, data, capsys):
     weights, output = tmp_path / "w.safetensors", tmp_path / "half.safetensors"
     checkpoint.save(weights, network(), {"trained_on": ["rain"], "steps": [{"command": "train", "options": {}}]})
-    pruned = prune(weights, [data], output, macs=0.5, round_to=2, rounds=1, samples=1, patch=16, limit=1)
+    pruned = go(weights, data, output, macs=0.5, round_to=2, rounds=1, samples=1, patch=16, limit=1)
     summary = json.loads(json.dumps(pruned.summary()))
     assert summary["ratio"]["macs"] == pytest.approx(0.5, rel=0.02)
     assert np.isfinite([summary["psnr"], summary["psnr_before"]]).all()
@@ -289,40 +307,49 @@ def test_command_writes_a_checkpoint_that_loads_in_another_process(tmp_path, dat
         assert float(done.stdout) == pytest.approx(float(loaded.model(torch.full((1, 3, 16, 16), 0.5)).sum()), rel=1e-5)
 
 
-def by_macs(networks, size):
+def by_macs(networks, size, on_progress=silent):
     """Stands for the clock: a millisecond for a million MACs of attention, two for one of anything else."""
     return [
-        cost.Latency(ms, ms, ms, 1)
+        Latency(ms, ms, ms, 1)
         for ms in (
-            sum(item.macs * (1 if item.part == "attention" else 2) for item in cost.items(network.config, *size)) / 1e6
+            sum(item.macs * (1 if item.part == "attention" else 2) for item in counts.items(network.config, *size))
+            / 1e6
             for network in networks
         )
     ]
 
 
 def test_latency_is_estimated_from_parts(monkeypatch):
-    monkeypatch.setattr(pruning, "time_networks", by_macs)
+    monkeypatch.setattr(latency, "time_networks", by_macs)
     model = network()
     estimate = latency_model(model.config, (64, 64))
-    pruned = prune_network(model, patches(1), [target(model, 0.7)], "magnitude", round_to=2, rounds=1)
+    pruned = pruned_to(model, [target(model, 0.7)], patches(1), "magnitude", round_to=2, rounds=1)
     ratio = by_macs([pruned], (64, 64))[0].ms / by_macs([model], (64, 64))[0].ms
     assert estimate(pruned.config) / estimate(model.config) == pytest.approx(ratio, rel=0.03)
 
 
-FAST = dict(rounds=1, importance="magnitude", round_to=2, samples=1, patch=16, limit=1, size="64x64")
+FAST = dict(rounds=1, importance="magnitude", round_to=2, samples=1, patch=16, limit=1, size=(64, 64))
+
+
+def go(weights: Path, data: Path | list[Path], output: Path | None = None, **options) -> prune.Pruned | None:
+    """The command, with its options by their names."""
+    measured = options.pop("sensitivity", None)
+    folders = data if isinstance(data, list) else [data]
+    return prune.command(weights, folders, output, PruneOptions(**options), measured)
 
 
 def clock(monkeypatch, more: float = 0) -> list:
     """Stand for the clock, with so many milliseconds on top that are no part's; what was timed comes into the list."""
     calls = []
 
-    def time(networks, size):
+    def time(networks, size, on_progress=silent):
         calls.append(networks)
-        return [cost.Latency(*[latency.ms + more] * 3, 1) for latency in by_macs(networks, size)]
+        return [Latency(*[taken.ms + more] * 3, 1) for taken in by_macs(networks, size)]
 
-    monkeypatch.setattr(pruning, "time_networks", by_macs)
-    monkeypatch.setattr(pruning, "time_sessions", time)
-    monkeypatch.setattr(pruning, "ship", lambda network, size: network)
+    monkeypatch.setattr(latency, "time_networks", by_macs)
+    for module in (latency, sensitivity):
+        monkeypatch.setattr(module, "time_sessions", time)
+        monkeypatch.setattr(module, "export_session", lambda network, size: network)
     return calls
 
 
@@ -331,7 +358,7 @@ def test_command_prunes_to_a_latency_that_the_parts_do_not_add_up_to(tmp_path, d
     """In a second attempt; but where another target takes it below at once, that is all."""
     calls = clock(monkeypatch, more=400)
     checkpoint.save(tmp_path / "w.safetensors", network(), {})
-    pruned = prune(tmp_path / "w.safetensors", [data], tmp_path / "p.safetensors", macs=macs, latency=0.8, **FAST)
+    pruned = go(tmp_path / "w.safetensors", data, tmp_path / "p.safetensors", macs=macs, latency=0.8, **FAST)
     assert (0 if macs else 0.784) <= pruned.summary()["ratio"]["latency"] <= 0.816
     assert pruned.missed is None
     assert len(calls) == measured
@@ -340,7 +367,7 @@ def test_command_prunes_to_a_latency_that_the_parts_do_not_add_up_to(tmp_path, d
 def test_missed_latency_is_a_failed_gate_though_the_network_is_written(tmp_path, data, monkeypatch, capsys):
     """Here the milliseconds of an export hardly depend on the network."""
     clock(monkeypatch, more=20000)
-    monkeypatch.setattr(pruning, "ATTEMPTS", 1)
+    monkeypatch.setattr(prune, "LATENCY_ATTEMPTS", 1)
     checkpoint.save(tmp_path / "w.safetensors", network(), {})
     words = [
         "--weights",
@@ -351,11 +378,12 @@ def test_missed_latency_is_a_failed_gate_though_the_network_is_written(tmp_path,
         tmp_path / "p.safetensors",
         "--latency",
         "0.8",
-        *(f"--{name.replace('_', '-')}={value}" for name, value in FAST.items()),
+        "--size=64x64",
+        *(f"--{name.replace('_', '-')}={value}" for name, value in FAST.items() if name != "size"),
     ]
     monkeypatch.setattr(sys, "argv", ["prune", *map(str, words)])
     with pytest.raises(SystemExit) as error:
-        main(prune, None, status=lambda pruned: 1 if pruned.missed else 0)
+        main(prune.command, None, status=lambda pruned: 1 if pruned.missed else 0)
     assert error.value.code == 1
     assert re.search(r"failed: --latency: expected 0\.800, measured 0\.9\d\d at best", capsys.readouterr().err)
     assert checkpoint.load(tmp_path / "p.safetensors")
@@ -364,52 +392,50 @@ def test_missed_latency_is_a_failed_gate_though_the_network_is_written(tmp_path,
 @pytest.mark.parametrize("what", ["macs", "latency", "sensitivity"])
 def test_killed_command_goes_on_from_its_last_round_or_measurement(tmp_path, data, monkeypatch, what):
     clock(monkeypatch, more=10)
-    monkeypatch.setattr(pruning, "RATIOS", (0.9, 0.8))
+    monkeypatch.setattr(prune, "RATIOS", (0.9, 0.8))
     monkeypatch.chdir(tmp_path)
     checkpoint.save("w.safetensors", fill(DRSformer(preset("drsformer-tiny"))), {})
     goal = {} if what == "sensitivity" else {what: 0.7}
     work = Path("s/work" if what == "sensitivity" else "p.safetensors.work")
 
-    def go(**options):
+    def run(**options):
         given = {"output": Path("p.safetensors"), **goal} if goal else {"sensitivity": Path("s")}
-        return prune(
-            Path("w.safetensors"), [data], **given, **{**FAST, "rounds": 2, "scope": ("ffn", "heads"), **options}
-        )
+        return go(Path("w.safetensors"), data, **given, **{**FAST, "rounds": 2, "scope": ("ffn", "heads"), **options})
 
     def result() -> bytes:
         return Path("p.safetensors" if goal else "s/sensitivity.json").read_bytes()
 
-    measured, turns = pruning.importances, []
+    measured, turns = importance.importances, []
 
     def killed_in_round(turn):
-        def importances(*args):
+        def importances(*args, **options):
             turns.append(args)
             if len(turns) == turn:
                 raise KeyboardInterrupt
-            return measured(*args)
+            return measured(*args, **options)
 
         turns.clear()
-        monkeypatch.setattr(pruning, "importances", importances)
+        monkeypatch.setattr(importance, "importances", importances)
 
     killed_in_round(None)
-    go()
+    run()
     whole, rounds = result(), len(turns)
     assert not work.exists()
     Path("p.safetensors").unlink(missing_ok=True)
 
     killed_in_round(rounds)
     with pytest.raises(KeyboardInterrupt):
-        go()
+        run()
     with pytest.raises(InputError, match=r"holds steps with samples=1, not 2; give the same options"):
-        go(samples=2)
+        run(samples=2)
     options = (work / "options.json").read_text()
     for damaged in ("", options[:-9], "[1]"):
         (work / "options.json").write_text(damaged)
         with pytest.raises(InputError, match="expected the options of the steps in this folder, found something else"):
-            go()
+            run()
     (work / "options.json").write_text(options)
     killed_in_round(None)
-    go()
+    run()
     assert len(turns) == 1
     assert result() == whole
     assert not work.exists()
@@ -417,9 +443,9 @@ def test_killed_command_goes_on_from_its_last_round_or_measurement(tmp_path, dat
 
 def test_sensitivity_is_written_as_table_and_plot(tmp_path, data, monkeypatch):
     calls = clock(monkeypatch)
-    monkeypatch.setattr(pruning, "RATIOS", (0.9, 0.89, 0.01))
+    monkeypatch.setattr(prune, "RATIOS", (0.9, 0.89, 0.01))
     checkpoint.save(tmp_path / "w.safetensors", network(), {})
-    prune(tmp_path / "w.safetensors", [data], sensitivity=tmp_path / "s", scope=("ffn", "depth"), **FAST)
+    go(tmp_path / "w.safetensors", data, sensitivity=tmp_path / "s", scope=("ffn", "depth"), **FAST)
     rows = json.loads((tmp_path / "s" / "sensitivity.json").read_text())
     assert [row["kind"] for row in rows] == ["nothing", "ffn", "ffn", "depth"]  # a block is a large step, counted once
     assert rows[0]["macs"] == 1
@@ -434,35 +460,33 @@ def test_sensitivity_is_written_as_table_and_plot(tmp_path, data, monkeypatch):
 
 def test_sensitivity_is_kept_until_the_network_is_pruned_too(tmp_path, data, monkeypatch):
     calls = clock(monkeypatch)
-    monkeypatch.setattr(pruning, "RATIOS", (0.9,))
+    monkeypatch.setattr(prune, "RATIOS", (0.9,))
     checkpoint.save(tmp_path / "w.safetensors", network(), {})
     given = {"output": tmp_path / "p.safetensors", "macs": 0.9, "sensitivity": tmp_path / "s", "scope": ("ffn",)}
-    monkeypatch.setattr(pruning, "_sensitivity_table", lambda rows: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(prune, "_sensitivity_table", lambda rows: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        prune(tmp_path / "w.safetensors", [data], **given, **FAST)
+        go(tmp_path / "w.safetensors", data, **given, **FAST)
     measured = len(calls)
-    monkeypatch.setattr(pruning, "_sensitivity_table", lambda rows: "")
-    prune(tmp_path / "w.safetensors", [data], **given, **FAST)
+    monkeypatch.setattr(prune, "_sensitivity_table", lambda rows: "")
+    go(tmp_path / "w.safetensors", data, **given, **FAST)
     assert len(calls) == measured
     assert not (tmp_path / "s" / "work").exists()
 
 
 @pytest.mark.parametrize("option", ["output", "sensitivity"])
 def test_place_that_cannot_be_written_is_noticed_at_once(tmp_path, data, monkeypatch, option):
-    monkeypatch.delattr(pruning, "importances")
+    monkeypatch.setattr(importance, "importances", None)  # cannot be called
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        prune(
-            SHIPPED, [data], **{option: tmp_path / "file" / "p.safetensors"}, macs=0.5 if option == "output" else None
-        )
+        go(SHIPPED, data, **{option: tmp_path / "file" / "p.safetensors"}, macs=0.5 if option == "output" else None)
 
 
 def test_psnr_follows_the_protocol(tmp_path, data, monkeypatch):
     clock(monkeypatch)
-    monkeypatch.setattr(pruning, "RATIOS", (0.9,))
+    monkeypatch.setattr(prune, "RATIOS", (0.9,))
     weights, output = tmp_path / "w.safetensors", tmp_path / "p.safetensors"
     checkpoint.save(weights, network(), {})
-    pruned = prune(weights, [data], output, macs=0.9, protocol="did", sensitivity=tmp_path / "s", **FAST)
+    pruned = go(weights, data, output, macs=0.9, protocol="did", sensitivity=tmp_path / "s", **FAST)
     (rows, made) = json.loads((tmp_path / "s" / "sensitivity.json").read_text()), checkpoint.load(output)
     before, other = (evaluate_model(network(), find_pairs(data)[:1], p).psnr for p in ("did", "rain200"))
     assert pruned.psnr[0] == rows[0]["psnr"] == pytest.approx(before)
@@ -474,34 +498,32 @@ def test_psnr_follows_the_protocol(tmp_path, data, monkeypatch):
 def test_target_out_of_reach_says_why_and_writes_nothing(tmp_path, data):
     weights, output = tmp_path / "w.safetensors", tmp_path / "p.safetensors"
     checkpoint.save(weights, network(), {})
-    with pytest.raises(GateError, match=r"--macs: expected 0\.100, reached 0\.\d+: .*--scope experts.*--round-to 8"):
-        prune(
-            weights, [data], output, macs=0.1, importance="magnitude", scope=("experts",), rounds=1, samples=1, patch=16
-        )
+    with pytest.raises(GateError, match=r"`macs`: expected 0\.100, reached 0\.\d+: .*`scope` experts.*`round_to` 8"):
+        go(weights, data, output, macs=0.1, importance="magnitude", scope=("experts",), rounds=1, samples=1, patch=16)
     assert not list(tmp_path.glob("p.*"))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"macs": 1.5}, "--macs: expected a fraction"),
-        ({"macs": 0.0}, "--macs: expected a fraction"),
-        ({"latency": -1.0}, "--latency: expected a fraction"),
+        ({"macs": 1.5}, "`macs`: expected a fraction"),
+        ({"macs": 0.0}, "`macs`: expected a fraction"),
+        ({"latency": -1.0}, "`latency`: expected a fraction"),
         ({}, "expected --output with"),
         ({"macs": 0.5, "output": None}, "expected --output with"),
         ({"macs": 0.5, "output": Path("p.pth")}, r"ending in \.safetensors"),
         ({"macs": 0.5, "output": Path("dir.safetensors")}, r"the name of a file ending in \.safetensors"),
         (
             {"macs": 0.5, "weights": Path("w.safetensors"), "output": Path("w.safetensors")},
-            r"--output: expected another file than --weights, found w\.safetensors for both",
+            r"`output`: expected another file than `weights`, found w\.safetensors for both",
         ),
-        ({"macs": 0.5, "round_to": 0}, "--round-to"),
-        ({"macs": 0.5, "samples": 0}, "--samples"),
-        ({"macs": 0.5, "patch": 20}, "--patch"),
-        ({"macs": 0.5, "size": "20x20"}, "--size"),
-        ({"macs": 0.5, "scope": ()}, "--scope"),
-        ({"macs": 0.5, "scope": ("experts",)}, "--scope experts: expected kinds that"),
-        ({"macs": 0.5, "data": []}, "--data"),
+        ({"macs": 0.5, "round_to": 0}, "`round_to`"),
+        ({"macs": 0.5, "samples": 0}, "`samples`"),
+        ({"macs": 0.5, "patch": 20}, "`patch`"),
+        ({"macs": 0.5, "size": (20, 20)}, "`size`"),
+        ({"macs": 0.5, "scope": ()}, "`scope`"),
+        ({"macs": 0.5, "scope": ("experts",)}, "`scope` experts: expected kinds that"),
+        ({"macs": 0.5, "data": []}, "`data`"),
         ({"macs": 0.5, "data": [Path("nowhere")]}, "nowhere"),
         ({"macs": 0.5, "weights": Path("nowhere.safetensors")}, "no such checkpoint"),
     ],
@@ -510,7 +532,7 @@ def test_bad_input_is_one_line(tmp_path, data, options, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("dir.safetensors").mkdir()
     Path("w.safetensors").touch()
-    given = {"weights": SHIPPED, "data": [data], "output": tmp_path / "p.safetensors", **options}
+    given = {"weights": SHIPPED, "data": data, "output": tmp_path / "p.safetensors", **options}
     with pytest.raises(InputError, match=message) as error:
-        prune(**given)
+        go(**given)
     assert "\n" not in str(error.value)

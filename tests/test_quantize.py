@@ -84,7 +84,7 @@ def mixtures(folder) -> Mixtures:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Time little."""
-    monkeypatch.setattr("compress.cost.SECONDS", 0)
+    monkeypatch.setattr("compress.latency.TIMING_SECONDS", 0)
 
 
 def metadata(path: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -15,10 +16,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from compress import cost
+from compress import counts, latency, sensitivity
 from compress import prune as pruning
 from compress import search as searching
-from compress.prune import prune
+from compress.latency import Latency
 from compress.search import search
 from drsformer import checkpoint
 from drsformer.config import DRSformerConfig
@@ -27,6 +28,7 @@ from drsformer.recipe import Hardware, Recipe
 from export.onnx import ExportOptions, export
 from runtime.bundle import load
 from runtime.errors import GateError, InputError
+from runtime.progress import silent
 from runtime.session import Derainer
 from tests.support.networks import fill
 
@@ -35,22 +37,22 @@ RECIPE = Recipe(iterations=2, constant=0, batch=1, patch=16)
 CPU = Hardware(accelerator="cpu", devices="1")
 
 
-def by_macs(networks, size):
+def by_macs(networks, size, on_progress=silent):
     """Stands for the clock, whose milliseconds are million MACs of anything but attention."""
-    counts = [
+    taken = [
         network
         if isinstance(network, float)
-        else sum(item.macs for item in cost.items(network.config, *size) if item.part != "attention") / 1e6
+        else sum(item.macs for item in counts.items(network.config, *size) if item.part != "attention") / 1e6
         for network in networks
     ]
-    return [cost.Latency(ms, ms, ms, 1) for ms in counts]
+    return [Latency(ms, ms, ms, 1) for ms in taken]
 
 
 def stand_in(patch: pytest.MonkeyPatch) -> None:
-    for module in (pruning, searching):
+    for module in (latency, sensitivity, searching):
         patch.setattr(module, "time_sessions", by_macs)
-        patch.setattr(module, "ship", lambda network, size: network)
-    patch.setattr(pruning, "time_networks", by_macs)
+        patch.setattr(module, "export_session", lambda network, size: network)
+    patch.setattr(latency, "time_networks", by_macs)
     patch.setattr(searching, "SAMPLES", 1)
     one_size = ExportOptions(height=24, width=24)  # is quicker
     patch.setattr(searching, "export", functools.partial(export, options=one_size))
@@ -76,14 +78,20 @@ def without_ends(monkeypatch):
 @pytest.fixture
 def by_size(monkeypatch, without_ends):
     """Stands for the eye: a network loses 10 dB times the part of its MACs that is gone. Nothing is trained."""
-    whole = cost.macs(CONFIG)
+    whole = counts.macs(CONFIG)
     monkeypatch.setattr(
         searching,
         "evaluate_model",
-        lambda network, pairs, protocol: types.SimpleNamespace(psnr=20 + 10 * cost.macs(network.config) / whole),
+        lambda network, pairs, protocol: types.SimpleNamespace(psnr=20 + 10 * counts.macs(network.config) / whole),
     )
     monkeypatch.setattr(searching.Candidates, "_plot", lambda candidates: Figure())  # an empty one is quicker
-    monkeypatch.setattr(searching, "prune", functools.partial(prune, importance="magnitude", rounds=1))
+    monkeypatch.setattr(
+        searching,
+        "prune",
+        lambda weights, data, output, options, *args: pruning.prune(
+            weights, data, output, dataclasses.replace(options, importance="magnitude", rounds=1), *args
+        ),
+    )
     monkeypatch.setattr(
         searching,
         "distill",
@@ -245,7 +253,7 @@ def test_without_a_target_the_budget_is_used_up(folder, by_size, monkeypatch):
 def test_budget_that_cannot_be_met_is_told(folder, by_size, macs):
     wanted = "0.700 of the MACs" if macs else "a smaller network"
     expected = (
-        rf"--max-drop-db 1: expected {wanted} within it, found whole, 1\.000 of the MACs.*: "
+        rf"`max_drop_db` 1: expected {wanted} within it, found whole, 1\.000 of the MACs.*: "
         r"the next step, distilled, 0\.\d+ of .*, (1\.9|2\.0)\d+ dB lost, is outside it"
     )
     with pytest.raises(GateError, match=expected) as error:
@@ -265,7 +273,7 @@ def test_target_near_the_whole_network_is_reached_by_a_smaller_one(folder, by_si
 
 def test_folders_that_cannot_be_told_apart_are_refused(folder):
     shutil.copytree(folder / "data", folder / "more" / folder.name / "data")
-    with pytest.raises(InputError, match="--validate: expected folders whose last two names differ"):
+    with pytest.raises(InputError, match="`validate`: expected folders whose last two names differ"):
         go(folder, validate=[folder / "data", folder / "more" / folder.name / "data"])
 
 
@@ -294,9 +302,9 @@ def test_everything_is_measured_by_the_protocol(folder, without_ends, monkeypatc
     )
     spy("evaluate_model", lambda args, options: args[2])
     spy("distill", lambda args, options: options["data_options"].protocol)
-    spy("compare", lambda args, options: args[3].protocol)
-    for name in ("measure_sensitivity", "prune"):
-        spy(name, lambda args, options: options["protocol"])
+    for name in ("prune", "compare"):
+        spy(name, lambda args, options: args[3].protocol)
+    spy("measure_sensitivity", lambda args, options: options["protocol"])
     go(folder, macs=0.8, protocol="did", quantize=True)
     assert seen == {name: {"did"} for name in seen}
     assert len(seen) == 6
@@ -314,7 +322,7 @@ def test_latency_is_reached_by_leaving_alone_what_takes_no_time(folder, by_size,
     scopes = []
     does = searching.prune
     monkeypatch.setattr(
-        searching, "prune", lambda *args, **options: (scopes.append(options["scope"]), does(*args, **options))
+        searching, "prune", lambda *args, **options: (scopes.append(args[3].scope), does(*args, **options))
     )
     found = go(folder, macs=None, latency=0.75)
     assert found.best.latency == pytest.approx(0.75, rel=0.02)
@@ -331,18 +339,18 @@ def test_network_that_never_gets_faster_is_told(folder, by_size, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_drop_db": -1.0}, "--max-drop-db: expected at least 0"),
-        ({"macs": 1.5}, "--macs: expected a fraction"),
+        ({"max_drop_db": -1.0}, "`max_drop_db`: expected at least 0"),
+        ({"macs": 1.5}, "`macs`: expected a fraction"),
         ({"latency": 0.5}, "expected --macs or --latency, found both"),
-        ({"step": 1.0}, "--step: expected a fraction"),
-        ({"size": "20x20"}, "--size"),
-        ({"limit": 0}, "--limit: expected at least 1"),
-        ({"round_to": 0}, "--round-to: expected at least 1"),
-        ({"hardware": Hardware(devices="2")}, "--devices: a search distils on 1, found 2"),
+        ({"step": 1.0}, "`step`: expected a fraction"),
+        ({"size": "20x20"}, "`size`"),
+        ({"limit": 0}, "`limit`: expected at least 1"),
+        ({"round_to": 0}, "`round_to`: expected at least 1"),
+        ({"hardware": Hardware(devices="2")}, "`devices`: a search distils on 1, found 2"),
         ({"validate": [Path("nowhere")]}, "nowhere"),
-        ({"output": "data"}, "--output: expected a folder that is not there yet"),
-        ({"output": "w.safetensors"}, "--output: expected a folder that is not there yet"),
-        ({"output": "/"}, "--output: expected the name of a folder, found /"),
+        ({"output": "data"}, "`output`: expected a folder that is not there yet"),
+        ({"output": "w.safetensors"}, "`output`: expected a folder that is not there yet"),
+        ({"output": "/"}, "`output`: expected the name of a folder, found /"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_done(folder, options, message):
