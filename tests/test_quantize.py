@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +12,9 @@ import numpy as np
 import onnx
 import pytest
 
-from compress.quantize import Feeds, Mixtures, quantize
+from compress.int8 import Feeds, Mixtures
+from compress.quantize import Quantised, QuantizeOptions, quantize
+from compress.quantize import run as command_line
 from drsformer import checkpoint
 from drsformer.config import DRSformerConfig, MEFCConfig
 from drsformer.metrics import psnr
@@ -91,6 +92,10 @@ def metadata(path: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
 
 
+def go(model: Path, data: Path, output: Path, max_drop_db: float, **options) -> Quantised:
+    return quantize(model, data, output, QuantizeOptions(max_drop_db, **options))
+
+
 def test_what_is_quantised(folder, mixtures):
     model = onnx.load(folder / "model.onnx")
     types = {node.name: node.op_type for node in model.graph.node}
@@ -154,9 +159,9 @@ def test_nothing_quantised_is_the_model(folder, mixtures, tmp_path):
     assert sum(node.op_type == "QuantizeLinear" for node in mixed.graph.node) == 2
 
 
-def test_large_budget_frees_nothing(folder, tmp_path):
-    done = quantize(folder / "model.onnx", folder / "pairs", tmp_path / "int8.onnx", max_drop_db=100)
-    assert done.freed == ()
+def test_large_budget_excludes_nothing(folder, tmp_path):
+    done = go(folder / "model.onnx", folder / "pairs", tmp_path / "int8.onnx", max_drop_db=100)
+    assert done.excluded == ()
     assert done.sensitivity == {}
     assert done.drop_db == done.all_db
     assert metadata(done.output)["precision"] == "int8"
@@ -170,16 +175,16 @@ def test_large_budget_frees_nothing(folder, tmp_path):
     assert open_candidate(done.output).multiple == 8
 
 
-def test_budget_frees_what_costs_most(folder, tmp_path):
+def test_budget_excludes_what_costs_most(folder, tmp_path):
     budget = 0.5
-    done = quantize(folder / "model.onnx", folder / "pairs", tmp_path / "deep" / "int8.onnx", budget, calibrate=2)
+    done = go(folder / "model.onnx", folder / "pairs", tmp_path / "deep" / "int8.onnx", budget, calibrate=2)
     assert done.drop_db <= budget < done.all_db
-    assert 0 < len(done.freed) < len(done.groups)
-    assert done.freed == tuple(done.sensitivity)[: len(done.freed)]
+    assert 0 < len(done.excluded) < len(done.groups)
+    assert done.excluded == tuple(done.sensitivity)[: len(done.excluded)]
     assert done.sensitivity.keys() == done.groups.keys()
     assert list(done.sensitivity.values()) == sorted(done.sensitivity.values(), reverse=True)
     assert min(done.sensitivity.values()) >= 0
-    assert {f"{OUTLIER}.weight", f"{OUTLIER}.dw3"} & set(done.freed[:3])
+    assert {f"{OUTLIER}.weight", f"{OUTLIER}.dw3"} & set(done.excluded[:3])
     before, after = (Derainer(OrtSession(path, "cpu")) for path in (done.model, done.output))
     drops = []
     for i in range(len(SIZES)):
@@ -187,28 +192,28 @@ def test_budget_frees_what_costs_most(folder, tmp_path):
         drops.append(psnr(before(rainy), clean) - psnr(after(rainy), clean))
     assert np.mean(drops) == pytest.approx(done.drop_db)
     told = json.loads(metadata(done.output)["quantization"])
-    assert told["float32"] == list(done.freed)
+    assert told["float32"] == list(done.excluded)
     assert sorted(told["int8"] + told["float32"]) == sorted(done.groups)
     assert [path.name for path in done.output.parent.iterdir()] == ["int8.onnx"]
 
 
 def test_budget_that_cannot_be_kept(folder, tmp_path):
     with pytest.raises(GateError, match="leave nothing to quantise"):
-        quantize(folder / "model.onnx", folder / "exact", tmp_path / "int8.onnx", max_drop_db=0, limit=1)
+        go(folder / "model.onnx", folder / "exact", tmp_path / "int8.onnx", max_drop_db=0, limit=1)
     assert not list(tmp_path.iterdir())
 
 
 def test_images_larger_than_the_model_are_cut(folder, tmp_path):
     for kind in ("input", "target"):
         Photo(np.random.default_rng(0).integers(0, 256, (56, 70, 3), dtype=np.uint8)).save(tmp_path / kind / "0.png")
-    assert quantize(folder / "model.onnx", tmp_path, tmp_path / "int8.onnx", max_drop_db=9.0).images == 1
+    assert go(folder / "model.onnx", tmp_path, tmp_path / "int8.onnx", max_drop_db=9.0).images == 1
 
 
 def test_images_in_and_out_of_fixed_size(folder, tmp_path):
-    done = quantize(folder / "camera.onnx", folder / "fixed", tmp_path / "int8.onnx", max_drop_db=0.5)
-    assert done.freed
+    done = go(folder / "camera.onnx", folder / "fixed", tmp_path / "int8.onnx", max_drop_db=0.5)
+    assert done.excluded
     assert done.size == SIZES[1]
-    others = quantize(folder / "camera.onnx", folder / "pairs", tmp_path / "int8.onnx", max_drop_db=9.0)
+    others = go(folder / "camera.onnx", folder / "pairs", tmp_path / "int8.onnx", max_drop_db=9.0)
     assert others.images == len(SIZES)  # padded, or in tiles
 
 
@@ -217,9 +222,8 @@ def test_command(folder, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(
             sys, "argv", ["quantize", "--data", str(folder / "pairs"), "--limit", "1", *map(str, arguments)]
         )
-        monkeypatch.delitem(sys.modules, "compress.quantize", raising=False)
         with pytest.raises(SystemExit) as stopped:
-            runpy.run_module("compress.quantize", run_name="__main__")
+            command_line()
         return stopped.value.code, *capsys.readouterr()
 
     status, printed, _ = run("--model", folder / "model.onnx", "--output", tmp_path / "q.onnx", "--max-drop-db", "9")
@@ -245,16 +249,16 @@ def test_tensorrt_for_rtx_parses_it(mixtures):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(max_drop_db=-0.1), "--max-drop-db: expected 0 or more"),
-        (dict(max_drop_db=float("nan")), "--max-drop-db: expected 0 or more"),
-        (dict(calibrate=0), "--calibrate: expected at least 1, found 0"),
-        (dict(limit=0), "--limit: expected at least 1, found 0"),
-        (dict(output="int8.engine"), "--output: expected a name ending in .onnx"),
-        (dict(output="model.onnx"), "--output: expected another file than --model"),
-        (dict(model="missing.onnx"), "--model: expected an ONNX file, found no file at"),
+        (dict(max_drop_db=-0.1), "`max_drop_db`: expected 0 or more"),
+        (dict(max_drop_db=float("nan")), "`max_drop_db`: expected 0 or more"),
+        (dict(calibrate=0), "`calibrate`: expected at least 1, found 0"),
+        (dict(limit=0), "`limit`: expected at least 1, found 0"),
+        (dict(output="int8.engine"), "`output`: expected a name ending in .onnx"),
+        (dict(output="model.onnx"), "`output`: expected another file than `model`"),
+        (dict(model="missing.onnx"), "`model`: expected an ONNX file, found no file at"),
         (dict(model="truncated.onnx"), "truncated.onnx"),
-        (dict(model="parts.onnx"), "--model: expected all weights of .*parts.onnx, found some missing"),
-        (dict(model="half.onnx"), "--model: expected a float32 model, found one in float16"),
+        (dict(model="parts.onnx"), "`model`: expected all weights of .*parts.onnx, found some missing"),
+        (dict(model="half.onnx"), "`model`: expected a float32 model, found one in float16"),
         (dict(model="reference.safetensors"), "reference.safetensors"),
         (dict(data="missing"), "missing: expected a folder of pairs"),
         (dict(data="empty"), "empty: expected .*; found nothing"),
@@ -276,7 +280,7 @@ def test_refuses_what_it_cannot_use(folder, tmp_path, options, message):
     output = folder / options.pop("output") if "output" in options else tmp_path / "int8.onnx"
     model, data = (folder / options.pop(key) for key in ("model", "data"))
     with pytest.raises(InputError, match=message) as error:
-        quantize(model, data, output, **options)
+        go(model, data, output, **options)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
     assert (folder / "model.onnx").read_bytes() == content

@@ -1,0 +1,285 @@
+"""INT8 in any part of an ONNX model, as pairs of QuantizeLinear and DequantizeLinear, and what that costs in dB.
+
+The pairs are what ONNX Runtime and TensorRT 10 and 11 both take: int8 with zero point 0, one scale for each channel of
+a weight and one for each activation, from the extremes that the activations reached on real images. ONNX Runtime's
+quantiser calibrates and makes the pairs. Biases stay float32, as TensorRT wants them; ONNX Runtime rounds them when it
+loads the model.
+
+Quantised are convolutions and the products with the image-sized features: of attention with V, of gated experts. Never
+quantised are LayerNorm, the norms and scores of attention, top-k, softmax and gates, which are small, and where such
+networks break. Two of the quantiser's habits are undone. It lets everyone read a rounded tensor, also the residual
+connections beside a convolution, and so rounds the image that is added to the output; here only what is quantised reads
+it. And it rounds before a ReLU, which spends half of the steps on what the ReLU drops.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+from drsformer.data import Pair
+from drsformer.metrics import Protocol, luma, psnr
+from runtime.errors import InputError
+from runtime.ort import OrtSession
+from runtime.pixels import Size, to_image
+from runtime.progress import OnProgress, silent, track
+from runtime.session import Derainer, Session
+
+ROUNDING_ERROR = 1 / 12
+"""Mean square of the error of rounding to whole numbers, in squared steps of 8 bits: no network's own error is taken
+for less."""
+
+Images = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+"""Rainy and clean, uint8 (H, W, 3) each."""
+
+
+class Feeds(CalibrationDataReader, Session):
+    """What a graph is fed with for each image, as ONNX Runtime's calibration asks for it; a session that keeps it.
+
+    Args:
+        session: Of the graph.
+        images: uint8 (H, W, 3) each.
+    """
+
+    def __init__(self, session: OrtSession, images: Iterable[NDArray[np.uint8]]) -> None:
+        self.multiple, self.limits = session.multiple, session.limits
+        self._takes_images = session.input.dtype == "uint8"
+        self._images = iter(images)
+        self._feed: NDArray
+
+    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        self._feed = to_image(batch)[None] if self._takes_images else batch
+        return batch
+
+    def get_next(self) -> dict[str, NDArray] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        image = next(self._images, None)
+        if image is None:
+            return None
+        Derainer(self)(image)
+        return {"input": self._feed}
+
+
+class Mixtures:
+    """A float32 model, of which any groups of nodes can be quantised.
+
+    Args:
+        model: The model.
+        feeds: What it is calibrated on.
+
+    Attributes:
+        groups: The names of the nodes of each group by its name, such as "latent.0.ffn.dw5", in the order of the graph.
+    """
+
+    def __init__(self, model: onnx.ModelProto, feeds: CalibrationDataReader) -> None:
+        self._model = model
+        self._nodes = {node.name: node for node in model.graph.node}
+        self._makers = {output: node.name for node in model.graph.node for output in node.output}
+        self.groups: dict[str, list[str]] = {}
+        for node in _quantisable(model):
+            self.groups.setdefault(_group(node, self._makers), []).append(node.name)
+        names = [name for group in self.groups.values() for name in group]
+        self._full = _with_pairs(model, names, feeds) if names else model
+
+    def mixed(self, groups: Collection[str]) -> onnx.ModelProto:
+        """The model with these groups quantised."""
+        quantised = {name for group in groups for name in self.groups[group]}
+        used, nodes = {output.name for output in self._model.graph.output}, []
+        for twin in reversed(self._full.graph.node):
+            node = onnx.NodeProto()
+            if twin.name in self._nodes:
+                node.CopyFrom(self._nodes[twin.name])
+                for i, tensor in enumerate(node.input):
+                    rounded = self._makers.get(tensor) in quantised and node.op_type != "Relu"
+                    if rounded or node.name in quantised:
+                        node.input[i] = twin.input[i]
+            elif used.isdisjoint(twin.output):
+                continue
+            else:
+                node.CopyFrom(twin)
+            used.update(node.input)
+            nodes.append(node)
+        mixed = onnx.ModelProto()
+        mixed.CopyFrom(self._model)
+        del mixed.graph.node[:], mixed.graph.initializer[:]
+        mixed.graph.node.extend(reversed(nodes))
+        tensors = {tensor.name: tensor for m in (self._full, self._model) for tensor in m.graph.initializer}
+        mixed.graph.initializer.extend(tensor for name, tensor in tensors.items() if name in used)
+        return mixed
+
+
+def _quantisable(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Convolutions, and products of two computed tensors that do not lead to the scores of attention, which the model's
+    metadata names."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    scores = set(json.loads(metadata.get("scores", "{}")).values())
+    leading = set(scores)
+    for node in reversed(model.graph.node):
+        if node.op_type != "Conv" and not leading.isdisjoint(node.output):
+            leading.update(node.input)
+    for node in model.graph.node:
+        computed = weights.isdisjoint(node.input)
+        convolution = node.op_type == "Conv" and not computed
+        product = node.op_type == "MatMul" and computed and bool(scores) and leading.isdisjoint(node.output)
+        if convolution or product:
+            yield node
+
+
+def _group(node: onnx.NodeProto, makers: dict[str, str]) -> str:
+    """Where in the network a node is: the name of its weight without the number of a piece, or that of the module."""
+    if node.op_type == "Conv" and node.input[1] not in makers:
+        return re.sub(r"^(network\.)+|(_\d+)+$", "", node.input[1].removesuffix(".weight"))
+    namespace = next((entry.value for entry in node.metadata_props if entry.key == "namespace"), "")
+    modules = re.findall(r"network\.([\w.]+): ", namespace)
+    return f"{modules[-1]}.product" if modules else node.name
+
+
+def _with_pairs(model: onnx.ModelProto, nodes: list[str], feeds: CalibrationDataReader) -> onnx.ModelProto:
+    """The model as ONNX Runtime's quantiser makes it, with pairs for all these nodes."""
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        plain, full = Path(folder) / "plain.onnx", Path(folder) / "full.onnx"
+        onnx.save(model, plain)
+        quantize_static(
+            plain,
+            full,
+            feeds,
+            QuantFormat.QDQ,
+            ["Conv", "MatMul"],
+            per_channel=True,
+            nodes_to_quantize=nodes,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
+        )
+        return onnx.load(full)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The quantiser advises to rewrite the graph first, which the exporter has done."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _derainer(model: onnx.ModelProto) -> Derainer:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save(model, path)
+        return Derainer(OrtSession(path, "cpu"))
+
+
+class Ranking:
+    """Tells what a model is expected to lose in PSNR.
+
+    Its error, in Y, is hardly correlated with the network's own where little of it is quantised, so the two mean
+    squares add up, which makes a drop of 10 log10(1 + added / own).
+
+    Args:
+        reference: The float32 model.
+        images: Rainy and clean.
+    """
+
+    def __init__(self, reference: Derainer, images: list[Images]) -> None:
+        self._rainy = [rainy for rainy, _ in images]
+        self._answers = [luma(reference(rainy), "did") for rainy in self._rainy]
+        errors = (answer - luma(clean, "did") for answer, (_, clean) in zip(self._answers, images, strict=True))
+        self._own = [max(float((error**2).mean()), ROUNDING_ERROR) for error in errors]
+
+    def expected_db(self, model: onnx.ModelProto) -> float:
+        """The mean over the images, at least 0."""
+        derain = _derainer(model)
+        drops = []
+        for rainy, answer, own in zip(self._rainy, self._answers, self._own, strict=True):
+            added = ((luma(derain(rainy), "did") - answer) ** 2).mean()
+            drops.append(10 * math.log10(1 + added / own))
+        return float(np.mean(drops))
+
+
+class Drop:
+    """Measures by how much the PSNR of a model is below that of the float32 model.
+
+    Args:
+        reference: The float32 model.
+        pairs: The drop is the mean over these.
+        protocol: How PSNR is measured.
+        on_progress: Is told of every pair.
+
+    Raises:
+        InputError: An image that the model cannot take.
+    """
+
+    def __init__(
+        self, reference: Derainer, pairs: Sequence[Pair], protocol: Protocol, on_progress: OnProgress = silent
+    ) -> None:
+        self._pairs, self._on_progress = pairs, on_progress
+        self._protocol: Protocol = protocol
+        self._reference = self._psnr(reference, "float32")
+
+    def __call__(self, model: onnx.ModelProto, description: str) -> float:
+        """The drop in dB, negative where the model is better."""
+        drops = [
+            0.0 if before == after else before - after  # both may be infinite
+            for before, after in zip(self._reference, self._psnr(_derainer(model), description), strict=True)
+        ]
+        return float(np.mean(drops))
+
+    def _psnr(self, derain: Derainer, description: str) -> list[float]:
+        found: list[float] = []
+        for pair in track(self._pairs, len(self._pairs), f"Measuring {description}", self._on_progress):
+            rainy, clean = pair.load()
+            try:
+                found.append(psnr(derain(rainy), clean, self._protocol))
+            except InputError as error:
+                raise InputError(f"{pair.name}: {error}") from error
+        return found
+
+
+def read_float32(path: Path) -> onnx.ModelProto:
+    """Read the model at a path. Raises InputError where there is none in float32."""
+    if not path.is_file():
+        raise InputError(f"`model`: expected an ONNX file, found no file at {path}")
+    try:
+        model = onnx.load(path)
+    except DecodeError as error:
+        raise InputError(f"`model`: expected an ONNX file, found another at {path}") from error
+    except (onnx.checker.ValidationError, FileNotFoundError) as error:  # weights in a file of their own
+        raise InputError(f"`model`: expected all weights of {path}, found some missing: {error}") from error
+    kinds = {tensor.data_type for tensor in model.graph.initializer}
+    for kind, name in ((onnx.TensorProto.FLOAT16, "float16"), (onnx.TensorProto.BFLOAT16, "bfloat16")):
+        if kind in kinds:
+            raise InputError(
+                f"`model`: expected a float32 model, found one in {name} at {path}; export it "
+                "without the --precision of python -m export.onnx"
+            )
+    if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+        raise InputError(f"`model`: expected a float32 model, found one that is quantised already at {path}")
+    return model
+
+
+def exported_size(session: OrtSession, side: int) -> Size:
+    """Height and width that the model was exported for, or `side` where it takes any."""
+    shape = session.input.shape
+    height, width = shape[1:3] if session.input.dtype == "uint8" else shape[2:]
+    return (side if height < 0 else height), (side if width < 0 else width)
+
+
+def describe(model: onnx.ModelProto, **found: Any) -> None:
+    """Write into the metadata that it is quantised, and what was found."""
+    entries = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, {**entries, "precision": "int8", "quantization": json.dumps(found)})
