@@ -9,167 +9,81 @@ LayerNorm and top-k count channels, and so do experts, since a gate that counts 
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
-import numpy as np
-import torch
-from torch import Tensor
+import tyro
 
 from compress.counts import macs, params
-from drsformer import checkpoint
-from drsformer.config import EXPERTS, LEVELS, BlockConfig, LevelConfig, MEFCConfig
-from drsformer.model import DRSformer
-from drsformer.recipe import LARGEST_SEED
 from runtime.cli import console, main
-from runtime.errors import InputError, expect_between
+from runtime.errors import InputError
 from runtime.files import expect_other_files
 
 
-def grow(
-    model: DRSformer, depths: tuple[int, int, int, int], hidden: int, experts: int = 0, seed: int = 0
-) -> DRSformer:
-    """The same function with blocks whose output is zero, up to `depths` in each level of the encoder and its mirror
-    image, `hidden` times the hidden channels of each MSFN, the new ones dead, and `experts` more of those in each step
-    of an MEFC, whose gates never open, in training neither. What is new has random weights elsewhere, and stands at
-    random places.
+@dataclass(frozen=True)
+class GrowOptions:
+    """What a network grows to.
 
-    Raises InputError where `depths` takes blocks away, and for what cannot be grown: odd hidden widths, whose channels
-    pair up in a ring (`compress.groups`), and feed-forward networks other than the MSFN.
+    Args:
+        depths: Blocks in each level of the encoder, and of the decoder in return; at least as many as there are.
+        hidden: Factor for the hidden channels of each feed-forward network.
+        seed: Seed of the new weights and of the places where they go.
     """
-    expect_between("hidden", hidden, 1)
-    expect_between("experts", experts, 0, len(EXPERTS))
-    expect_between("seed", seed, 0, LARGEST_SEED)
-    torch.manual_seed(seed)
-    rng, config = np.random.default_rng(seed), model.config
-    depth = dict(zip(("encoder_level1", "encoder_level2", "encoder_level3", "latent"), depths, strict=True))
-    depth |= {f"decoder_level{i}": depths[i - 1] for i in (1, 2, 3)}
-    levels, places = {}, {}
-    for module in LEVELS:
-        level = config.levels()[module]
-        if depth[module] < len(level.blocks):
-            raise InputError(
-                f"`depths`: expected at least the {len(level.blocks)} blocks of {module}, found {depth[module]}"
-            )
-        if depth[module] and not level.blocks:
-            raise InputError(
-                f"`depths`: expected 0 for {module}, which has no block to make others like, found {depth[module]}"
-            )
-        odd = any(block.hidden % 2 for block in level.blocks)
-        if hidden > 1 and (config.feed_forward != "msfn" or odd):
-            raise InputError(
-                f"{module}: expected blocks whose MSFN has an even hidden width, found others; leave --hidden out"
-            )
-        places[module] = sorted(rng.choice(depth[module], len(level.blocks), replace=False).tolist())
-        wide = [dataclasses.replace(block, hidden=hidden * block.hidden) for block in level.blocks]
-        blocks = wide[:1] * depth[module]
-        for place, block in zip(places[module], wide, strict=True):
-            blocks[place] = block
-        levels[module] = LevelConfig(level.width, tuple(blocks))
-    e1, e2, e3, latent, d3, d2, d1 = levels.values()
-    mefcs = {
-        name: _with_experts(mefc, experts) for name in ("mefc_early", "mefc_late") if (mefc := getattr(config, name))
-    }
-    larger = DRSformer(
-        dataclasses.replace(config, encoder=(e1, e2, e3), latent=latent, decoder=(d3, d2, d1), **mefcs)
-    ).eval()
-    old, new = model.state_dict(), larger.state_dict()
-    for module in LEVELS:
-        for i in range(depth[module]):
-            name = f"{module}.{i}"
-            if i not in places[module]:
-                new[f"{name}.attn.project_out.weight"].zero_()
-                new[f"{name}.ffn.project_out.weight"].zero_()
-                continue
-            source = f"{module}.{places[module].index(i)}"
-            block = config.levels()[module].blocks[places[module].index(i)]
-            for key in [key for key in old if key.startswith(f"{source}.") and (hidden == 1 or ".ffn." not in key)]:
-                new[key.replace(source, name, 1)].copy_(old[key])
-            if hidden > 1:
-                _widen(old, new, f"{source}.ffn", f"{name}.ffn", block, hidden, rng)
-    for key in old:
-        if not key.startswith(tuple(LEVELS)) and not key.startswith(tuple(mefcs)):
-            new[key].copy_(old[key])
-    for name in mefcs:
-        _add_experts(old, new, name, getattr(config, name), experts)
-    return larger
+
+    depths: tuple[int, int, int, int]
+    hidden: int = 1
+    seed: int = 0
 
 
-def _widen(
-    old: dict[str, Tensor],
-    new: dict[str, Tensor],
-    source: str,
-    name: str,
-    block: BlockConfig,
-    factor: int,
-    rng: np.random.Generator,
-) -> None:
-    """Spread the pairs of hidden channels of an MSFN among dead ones: what reads every other of those is zero, and what
-    writes into the rest."""
-    h, H = block.hidden, factor * block.hidden
-    for half, convolution in enumerate(("dwconv3x3_1", "dwconv5x5_1")):
-        units = torch.from_numpy(np.sort(rng.choice(H // 2, h // 2, replace=False)))
-        dead = torch.tensor([unit for unit in range(H // 2) if unit not in units.tolist()])
-        channels = half * H + torch.stack([2 * units, 2 * units + 1], 1).flatten()
-        outputs = torch.cat([units, H // 2 + units])
-        unread, unwritten = dead[::2], half * H + torch.stack([2 * dead[1::2], 2 * dead[1::2] + 1], 1).flatten()
-        new[f"{name}.project_in.weight"][unwritten] = 0
-        new[f"{name}.project_out.weight"][:, half * H + torch.cat([unread, H // 2 + unread])] = 0
-        for layer in ("project_in", "dwconv3x3", "dwconv5x5"):
-            new[f"{name}.{layer}.weight"][channels] = old[f"{source}.{layer}.weight"][half * h : (half + 1) * h]
-        new[f"{name}.{convolution}.weight"][outputs] = old[f"{source}.{convolution}.weight"]
-        columns = old[f"{source}.project_out.weight"][:, half * h : (half + 1) * h]
-        new[f"{name}.project_out.weight"][:, half * H + outputs] = columns
-
-
-def _with_experts(mefc: MEFCConfig, more: int) -> MEFCConfig:
-    return MEFCConfig(mefc.gate_hidden, tuple((*step, *EXPERTS[-more:]) if more else step for step in mefc.steps))
-
-
-def _add_experts(old: dict[str, Tensor], new: dict[str, Tensor], name: str, mefc: MEFCConfig, more: int) -> None:
-    steps, count = len(mefc.steps), len(mefc.steps[0])
-    for key in [key for key in old if key.startswith(f"{name}.")]:
-        if ".gate.2." in key:
-            gates = new[key].unflatten(0, (steps, count + more))
-            gates[:, :count] = old[key].unflatten(0, (steps, count))
-            gates[:, count:] = -40 if key.endswith("bias") else 0
-        elif key.endswith(".out.weight"):
-            new[key][:, : old[key].shape[1]] = old[key]
-        else:
-            new[key].copy_(old[key])
-
-
-def grow_checkpoint(
-    weights: Path,
-    output: Path,
-    depths: tuple[int, int, int, int],
-    hidden: int = 1,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Grow a checkpoint and return the "gmacs" (at 256x256) and "params" before and after.
+def grow(weights: Path, output: Path, options: GrowOptions) -> dict[str, float]:
+    """Grow a checkpoint.
 
     Args:
         weights: Checkpoint, .safetensors or the authors' .pth.
         output: Larger checkpoint to write, .safetensors.
-        depths: Blocks in each level of the encoder, and of the decoder in return; at least as many as there are.
-        hidden: How many times the hidden channels of each feed-forward network.
-        seed: Of the new weights and of the places where they go.
+        options: What to grow it to.
+
+    Returns:
+        "gmacs_before", "params_before", "gmacs_after" and "params_after"; MACs are those for an image of 256x256.
+
+    Raises:
+        InputError: Arguments or the checkpoint cannot be used.
     """
+    from compress.net2net import enlarge
+    from drsformer import checkpoint
+
     if output.suffix != ".safetensors":
         raise InputError(f"`output`: expected a name ending in .safetensors, found {output}")
     expect_other_files(output, weights=weights)
     small = checkpoint.load(weights)
-    larger = grow(small.model, depths, hidden, seed=seed)
-    options = {"depths": depths, "hidden": hidden, "seed": seed}
-    checkpoint.save(output, larger, checkpoint.provenance_after(small, "compress.grow", options))
+    larger = enlarge(small.model, options.depths, options.hidden, seed=options.seed)
+    checkpoint.save(output, larger, checkpoint.provenance_after(small, "compress.grow", asdict(options)))
     summary = {}
     for name, config in (("before", small.model.config), ("after", larger.config)):
         summary |= {f"gmacs_{name}": macs(config) / 1e9, f"params_{name}": params(config)}
+    return summary
+
+
+def command(weights: Path, output: Path, options: Annotated[GrowOptions, tyro.conf.arg(name="")]) -> dict[str, float]:
+    """Grow a checkpoint, and print by how much.
+
+    Args:
+        weights: Checkpoint, .safetensors or the authors' .pth.
+        output: Larger checkpoint to write, .safetensors.
+        options: What to grow it to.
+    """
+    summary = grow(weights, output, options)
     console.print(
         "{gmacs_before:.2f} -> {gmacs_after:.2f} GMAC, {params_before} -> {params_after} parameters".format(**summary)
     )
     return summary
 
 
+def run() -> None:
+    """The command line."""
+    main(command, __doc__, summary=lambda summary: summary)
+
+
 if __name__ == "__main__":
-    main(grow_checkpoint, __doc__, summary=lambda summary: summary)
+    run()

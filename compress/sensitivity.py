@@ -76,7 +76,7 @@ def measure_sensitivity(
             "kind": kind,
             "macs": counts.macs(pruned.config) / macs,
             "params": counts.params(pruned.config),
-            "psnr": evaluate_model(pruned, pairs, protocol).psnr,
+            "psnr": evaluate_model(pruned, pairs, protocol, on_progress=on_progress).psnr,
             "latency": after.ms / before.ms,
             "ms": after.ms,
             "ms_low": after.low,

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from compress import counts, importance, latency, prune, sensitivity
 from compress.groups import config_after, pruning_groups
-from compress.grow import grow
 from compress.importance import importances
 from compress.latency import Latency, latency_model
+from compress.net2net import enlarge
 from compress.options import KINDS, Importance
 from compress.prune import PruneOptions
 from compress.selection import Target, choose, prune_network
@@ -235,7 +235,7 @@ def test_planted_redundancy_is_found_in_every_kind():
     """Blocks, hidden channels and experts that do nothing go, and nothing else: the network is itself again."""
     config = DRSformerConfig.regular(8, (1, 1, 1, 1), (1, 2, 2, 4), 2.0, mefc="both", experts=2)
     model = fill(DRSformer(config))
-    larger = grow(model, (2, 3, 1, 3), hidden=3, experts=3)
+    larger = enlarge(model, (2, 3, 1, 3), hidden=3, experts=3)
     assert counts.macs(larger.config) > 1.5 * counts.macs(config)
     with torch.no_grad():
         assert (larger(image(24, 16)) - model(image(24, 16))).abs().max() < 1e-5
@@ -258,7 +258,7 @@ def grown_and_pruned() -> tuple[DRSformer, DRSformer, DRSformer]:
     what was left of that when pruned to the MACs of the shipped one."""
     shipped = checkpoint.load(SHIPPED).model
     full = preset("drsformer")
-    larger = grow(shipped, tuple(len(level.blocks) for level in (*full.encoder, full.latent)), hidden=3)
+    larger = enlarge(shipped, tuple(len(level.blocks) for level in (*full.encoder, full.latent)), hidden=3)
     dry = read_rgb(ROOT / "docs" / "photographs" / "coffee.jpg")[64:96, 96:128]
     wet = add_rain(dry, draw_streaks(np.random.default_rng(3), *dry.shape[:2]))
     patch = tuple(torch.from_numpy(each.transpose(2, 0, 1) / np.float32(255)) for each in (wet, dry))
