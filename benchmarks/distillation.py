@@ -14,26 +14,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import torch
 
 from benchmarks.harness import Row, Sheet
 from benchmarks.training import pair_folders
-from compress.distill import Level, Terms, distill, heads
+from compress.distill import DistillOptions, distill
+from compress.distillation import last_heads
+from compress.options import LossWeights
 from drsformer import checkpoint
+from drsformer.config import LEVELS
 from drsformer.data import dataset_name, find_pairs
 from drsformer.evaluation import evaluate_model
 from drsformer.recipe import DataOptions, Hardware, Recipe, Schedule
+from drsformer.train import training_shown
 from runtime.cli import main
 
 VARIANTS = {
-    "ground truth alone": Terms(l1_teacher=0),
-    "teacher's output alone": Terms(l1=0),
-    "both": Terms(),
-    "both and features": Terms(features=0.01),
-    "both and attention": Terms(attention=1.0),
-    "both and frequency": Terms(frequency=0.1),
+    "ground truth alone": LossWeights(l1_teacher=0),
+    "teacher's output alone": LossWeights(l1=0),
+    "both": LossWeights(),
+    "both and features": LossWeights(features=0.01),
+    "both and attention": LossWeights(attention=1.0),
+    "both and frequency": LossWeights(frequency=0.1),
 }
 """Weights of the further terms are such that each starts at a fraction of the first two. Attention is compared in all
 levels where student and teacher have the same heads."""
@@ -77,26 +80,27 @@ def distillation(
         return row
 
     configs = [checkpoint.load(path).model.config for path in (teacher, student)]
-    found = {level: {heads(config, level) for config in configs} for level in get_args(Level)}
+    found = {level: {last_heads(config, level) for config in configs} for level in LEVELS}
     shared = [level for level, shapes in found.items() if len(shapes) == 1 and None not in shapes]
     sheet.measure("teacher", lambda: scored(teacher))
     sheet.measure("student before", lambda: scored(student))
     for number, (name, variant) in enumerate(VARIANTS.items()):
 
-        def run(number: int = number, variant: Terms = variant) -> Row:
-            folder, terms = run_dir / str(number), replace(variant, attention_levels=shared)
-            distill(
-                folder,
+        def run(number: int = number, variant: LossWeights = variant) -> Row:
+            options = DistillOptions(
+                run_dir / str(number),
                 teacher,
                 str(student),
                 pair_folders(data, "train"),
-                terms=terms,
+                loss_weights=replace(variant, attention_levels=shared),
                 recipe=recipe,
                 data_options=DataOptions(dry=0.05),
                 hardware=Hardware(devices="1", channels_last=True),
                 schedule=Schedule(log_every=max(1, iterations // 10)),
             )
-            return scored(folder / "last.safetensors")
+            with training_shown() as on_progress:
+                distill(options, on_progress)
+            return scored(options.output / "last.safetensors")
 
         sheet.measure(name, run)
     return sheet.summary()

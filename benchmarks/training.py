@@ -20,7 +20,9 @@ from torch import nn
 
 from benchmarks import parts
 from benchmarks.harness import Row, Sheet, Stage, milliseconds, peak_memory, protected, synchronize
-from compress import distill
+from compress.distill import DistillOptions, distill
+from compress.distillation import Distillation
+from compress.options import LossWeights
 from drsformer import checkpoint
 from drsformer.data import find_pairs
 from drsformer.evaluation import evaluate_model
@@ -169,7 +171,7 @@ class Train(Stage):
         network = untrained(plan.network).to(device)
         stepped, loss = place(network), l1_loss
         if plan.teacher:
-            loss = distill.Distillation(place(untrained(PLANS[plan.teacher].network)), network, distill.Terms())
+            loss = Distillation(place(untrained(PLANS[plan.teacher].network)), network, LossWeights())
         optimizer = torch.optim.AdamW(network.parameters(), 1e-5, fused=device.type == "cuda")
         shape = plan.recipe.batch, 3, plan.recipe.patch, plan.recipe.patch
         rainy, clean = (torch.rand(shape, device=device).contiguous(memory_format=layout) for _ in range(2))
@@ -260,12 +262,13 @@ class Train(Stage):
 
         def work() -> Row:
             init = self.init or (self.run_dir / plan.start / "last.safetensors" if plan.start else None)
-            if plan.teacher:
-                teacher = self.teacher or self.run_dir / plan.teacher / "last.safetensors"
-                result = distill.distill(teacher=teacher, student=str(init or plan.network), **options)
-            else:
-                network = None if init else plan.network
-                with training_shown() as on_progress:
+            with training_shown() as on_progress:
+                if plan.teacher:
+                    teacher = self.teacher or self.run_dir / plan.teacher / "last.safetensors"
+                    student = str(init or plan.network)
+                    result = distill(DistillOptions(teacher=teacher, student=student, **options), on_progress)
+                else:
+                    network = None if init else plan.network
                     result = train(
                         TrainOptions(network=network, init=init, **options),
                         form=unchanged if self.readable else trainable,

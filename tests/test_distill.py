@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from compress.distill import Distillation, PatchesOfPhotographs, Terms, distill
+from compress.distill import DistillOptions, command, distill
+from compress.distillation import Distillation, PatchesOfPhotographs
+from compress.options import LossWeights
 from drsformer import checkpoint
 from drsformer.config import DRSformerConfig
 from drsformer.data import dataset_name, find_pairs
@@ -28,7 +30,7 @@ from runtime.errors import InputError
 from tests.support.networks import fill, image
 
 CPU = Hardware(accelerator="cpu", devices="1")
-ALL = Terms(1.0, 1.0, 0.1, 0.1, 0.1)
+ALL = LossWeights(1.0, 1.0, 0.1, 0.1, 0.1)
 SHALLOW = {"depths": (0, 0, 0, 1)}
 ROOT = Path(__file__).parents[1]
 
@@ -66,8 +68,10 @@ def shallow(tmp_path) -> tuple[Path, str]:
     return tmp_path / "tutor.safetensors", str(tmp_path / "student.safetensors")
 
 
-def terms_of(terms: Terms, student: DRSformer, clean: Tensor, teacher: DRSformer | None = None) -> dict[str, float]:
-    loss = Distillation(trainable(teacher or network()), student, terms)
+def terms_of(
+    weights: LossWeights, student: DRSformer, clean: Tensor, teacher: DRSformer | None = None
+) -> dict[str, float]:
+    loss = Distillation(trainable(teacher or network()), student, weights)
     return {name: term.item() for name, term in loss(trainable(student), image(16, 16), clean).items()}
 
 
@@ -98,18 +102,18 @@ def test_terms_are_what_their_sources_say():
         "attention": ((seen["student", "a"] - seen["teacher", "a"]) ** 2).mean().item(),
         "frequency": (np.abs(spectrum.real).mean() + np.abs(spectrum.imag).mean()) / 2,
     }
-    terms = terms_of(Terms(0, 2, 2, 2, 2, ["decoder_level2"]), student, rainy, teacher)
+    terms = terms_of(LossWeights(0, 2, 2, 2, 2, ["decoder_level2"]), student, rainy, teacher)
     assert terms == pytest.approx({name: 2 * value for name, value in expected.items()}, rel=1e-3)
     assert min(terms.values()) > 1e-6
 
 
 def test_patches_without_a_clean_version_count_in_all_terms_but_l1():
     student, clean = network(4), torch.full((1, 3, 16, 16), torch.nan)
-    terms = terms_of(Terms(1.0, 1.0, 0.0, 0.0, 0.1), student, clean)
+    terms = terms_of(LossWeights(1.0, 1.0, 0.0, 0.0, 0.1), student, clean)
     assert terms["l1"] == 0
     assert terms["l1_teacher"] > 0
     assert terms["frequency"] > 0
-    loss = Distillation(trainable(network()), student, Terms())
+    loss = Distillation(trainable(network()), student, LossWeights())
     pair = torch.cat([image(16, 16), image(16, 16, seed=1)])
     loss(trainable(student), pair, torch.cat([image(16, 16, seed=2), clean]))["l1"].backward()
     alone, half = network(4), student.output.weight.grad
@@ -120,12 +124,12 @@ def test_patches_without_a_clean_version_count_in_all_terms_but_l1():
 def test_loss_holds_only_what_it_learns():
     """The adapter where widths differ at the bottleneck; never the teacher, which gets no gradients either."""
     teacher, narrow = trainable(network()), network(4)
-    loss = Distillation(teacher, narrow, Terms(features=1.0))
+    loss = Distillation(teacher, narrow, LossWeights(features=1.0))
     assert {name: tuple(p.shape) for name, p in loss.named_parameters()} == {"adapter.weight": (64, 32, 1, 1)}
     sum(loss(trainable(narrow), image(16, 16), image(16, 16)).values()).backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(parameter.grad is not None for parameter in (*narrow.parameters(), *loss.parameters()))
-    for student, terms in ((narrow, Terms()), (network(), Terms(features=1.0))):
+    for student, terms in ((narrow, LossWeights()), (network(), LossWeights(features=1.0))):
         assert not list(Distillation(trainable(network()), student, terms).parameters())
 
 
@@ -146,8 +150,13 @@ def test_attention_of_other_heads_is_refused(student, levels, found):
 
 def go(output: Path, teacher: Path, student: str, data: Path, iterations: int = 6, **changes):
     recipe = Recipe(iterations=iterations, batch=2, patch=16, ema=0.5, constant=0, **changes.pop("recipe", {}))
-    options = {"schedule": Schedule(100, 1, 0), "hardware": CPU, "terms": Terms(1, 1, 0.1, 0, 0.1), **changes}
-    return distill(output, teacher, student, [data], recipe=recipe, **options)
+    options = {
+        "schedule": Schedule(100, 1, 0),
+        "hardware": CPU,
+        "loss_weights": LossWeights(1, 1, 0.1, 0, 0.1),
+        **changes,
+    }
+    return distill(DistillOptions(output, teacher, student, [data], recipe=recipe, **options))
 
 
 def test_student_comes_closer_and_says_where_it_comes_from(data, shallow, tmp_path):
@@ -158,7 +167,7 @@ def test_student_comes_closer_and_says_where_it_comes_from(data, shallow, tmp_pa
         30,
         recipe={"lr": 3e-3, "clip": 1.0},
         data_options=DataOptions([data], protocol="did"),
-        terms=Terms(0.1, 1, 0.1, 0, 0.1),
+        loss_weights=LossWeights(0.1, 1, 0.1, 0, 0.1),
     )
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     for name in ("l1_teacher", "features", "frequency"):
@@ -198,7 +207,7 @@ def test_stopped_run_continues_exactly_with_its_adapter(data, shallow, tmp_path)
 def test_run_is_not_continued_with_another_teacher_or_other_terms(data, teacher, tmp_path):
     go(tmp_path / "run", teacher, "drsformer-tiny", data, 1)
     with pytest.raises(InputError, match=r"l1_teacher=1, not 2"):
-        go(tmp_path / "run", teacher, "drsformer-tiny", data, 1, terms=Terms(1, 2, 0.1, 0, 0.1))
+        go(tmp_path / "run", teacher, "drsformer-tiny", data, 1, loss_weights=LossWeights(1, 2, 0.1, 0, 0.1))
     checkpoint.save(teacher, network(expansion=2.0), {})
     with pytest.raises(InputError, match=r"teacher="):
         go(tmp_path / "run", teacher, "drsformer-tiny", data, 1)
@@ -280,7 +289,7 @@ def test_mistakes_end_with_status_2(data, teacher, tmp_path, options, message, m
         Path(f"run/{name}.safetensors").touch()
     monkeypatch.setattr(sys, "argv", ["distill", *words, *options])
     with pytest.raises(SystemExit) as error:
-        main(distill, distill.__doc__)
+        main(command, None)
     assert error.value.code == 2
     said = " ".join(capsys.readouterr().err.split())
     assert message in said

@@ -9,7 +9,7 @@ from PIL import Image
 
 from benchmarks import distillation
 from benchmarks.distillation import VARIANTS
-from compress.distill import Terms
+from compress.options import LossWeights
 from drsformer import checkpoint
 from drsformer.config import preset
 from drsformer.model import DRSformer
@@ -48,4 +48,4 @@ def test_every_variant_is_distilled_and_scored_once(data, tmp_path):
 
 
 def test_the_default_is_one_of_them():
-    assert Terms() in VARIANTS.values()
+    assert LossWeights() in VARIANTS.values()
