@@ -134,23 +134,27 @@ class _Lines(logging.Handler):
 
 
 @contextmanager
-def training_shown() -> Iterator[OnProgress]:
-    """Show on standard error, in one process for all, what the training loop says and how far it is; where there is no
-    terminal to draw bars on, also the lines of its log."""
+def training_shown(*others: logging.Logger) -> Iterator[OnProgress]:
+    """Show on standard error, in one process for all, what the training loop and `others` say and how far they are;
+    where there is no terminal to draw bars on, also the lines of the loop's log."""
     from drsformer.loop import is_first_process, logger
 
     if not is_first_process():
         yield silent
         return
     handler = _Lines()
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO if console.is_terminal else logging.DEBUG)
+    for each in (logger, *others):
+        each.addHandler(handler)
+        each.setLevel(logging.INFO)
+    if not console.is_terminal:
+        logger.setLevel(logging.DEBUG)
     try:
         with progress_shown() as on_progress:
             yield on_progress
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(logging.NOTSET)
+        for each in (logger, *others):
+            each.removeHandler(handler)
+            each.setLevel(logging.NOTSET)
 
 
 def first_process_summary(result: dict[str, Any]) -> dict[str, Any] | None:

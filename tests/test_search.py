@@ -16,11 +16,12 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from compress import candidates as trying
 from compress import counts, latency, sensitivity
 from compress import prune as pruning
 from compress import search as searching
 from compress.latency import Latency
-from compress.search import search
+from compress.search import SearchOptions, search
 from drsformer import checkpoint
 from drsformer.config import DRSformerConfig
 from drsformer.model import DRSformer
@@ -49,7 +50,7 @@ def by_macs(networks, size, on_progress=silent):
 
 
 def stand_in(patch: pytest.MonkeyPatch) -> None:
-    for module in (latency, sensitivity, searching):
+    for module in (latency, sensitivity, trying):
         patch.setattr(module, "time_sessions", by_macs)
         patch.setattr(module, "export_session", lambda network, size: network)
     patch.setattr(latency, "time_networks", by_macs)
@@ -70,8 +71,8 @@ ROWS = [{"kind": kind, "latency": latency} for kind, latency in (("nothing", 1.0
 @pytest.fixture
 def without_ends(monkeypatch):
     """Only the steps: no sensitivity, no export and no proof."""
-    monkeypatch.setattr(searching, "measure_sensitivity", lambda *args, **options: ROWS)
-    monkeypatch.setattr(searching, "export", lambda weights, model: model.touch())
+    monkeypatch.setattr(sensitivity, "measure_sensitivity", lambda *args, **options: ROWS)
+    monkeypatch.setattr(searching, "export", lambda weights, model, on_progress: model.touch())
     monkeypatch.setattr(searching, "_bundle", lambda candidates, *args: candidates.work / "step1")
 
 
@@ -80,11 +81,13 @@ def by_size(monkeypatch, without_ends):
     """Stands for the eye: a network loses 10 dB times the part of its MACs that is gone. Nothing is trained."""
     whole = counts.macs(CONFIG)
     monkeypatch.setattr(
-        searching,
+        trying,
         "evaluate_model",
-        lambda network, pairs, protocol: types.SimpleNamespace(psnr=20 + 10 * counts.macs(network.config) / whole),
+        lambda network, pairs, protocol, on_progress: types.SimpleNamespace(
+            psnr=20 + 10 * counts.macs(network.config) / whole
+        ),
     )
-    monkeypatch.setattr(searching.Candidates, "_plot", lambda candidates: Figure())  # an empty one is quicker
+    monkeypatch.setattr(trying.Candidates, "_plot", lambda candidates: Figure())  # an empty one is quicker
     monkeypatch.setattr(
         searching,
         "prune",
@@ -95,7 +98,7 @@ def by_size(monkeypatch, without_ends):
     monkeypatch.setattr(
         searching,
         "distill",
-        lambda folder, teacher, student, *args, **options: shutil.copyfile(student, folder / "last.safetensors"),
+        lambda options, on_progress: shutil.copyfile(options.student, options.output / "last.safetensors"),
     )
 
 
@@ -110,8 +113,9 @@ def fill_folder(folder: Path) -> None:
 
 
 def go(folder: Path, output: str = "bundle", **options):
-    given = {"max_drop_db": 9.0, "macs": 0.7, "size": "64x64", "round_to": 1, "recipe": RECIPE, "hardware": CPU}
-    return search(folder / "w.safetensors", [folder / "data"], folder / output, **{**given, **options})
+    given = {"max_drop_db": 9.0, "macs": 0.7, "size": (64, 64), "round_to": 1, "recipe": RECIPE, "hardware": CPU}
+    wanted = SearchOptions(**{**given, **options})
+    return search(folder / "w.safetensors", [folder / "data"], folder / output, wanted)
 
 
 @pytest.fixture
@@ -133,7 +137,7 @@ def searched(tmp_path_factory) -> Path:
 
 def forbid(monkeypatch, *names: str) -> None:
     for name in names:
-        monkeypatch.delattr(searching, name)
+        monkeypatch.setattr(name, None)  # cannot be called
 
 
 def test_bundle_holds_the_proven_network_and_what_was_tried(searched):
@@ -163,7 +167,8 @@ def test_bundle_holds_the_proven_network_and_what_was_tried(searched):
 
 
 def test_same_command_finds_everything_done(searched, monkeypatch):
-    forbid(monkeypatch, "prune", "distill", "measure_sensitivity", "export", "compare", "evaluate_model")
+    forbid(monkeypatch, "compress.search.prune", "compress.search.distill", "compress.candidates.evaluate_model")
+    forbid(monkeypatch, "compress.sensitivity.measure_sensitivity", "compress.search.export", "compress.search.validate")
     found = go(searched)
     summary = json.loads(json.dumps(found.summary()))
     assert summary["macs"] == pytest.approx(0.7, rel=0.02)
@@ -172,9 +177,9 @@ def test_same_command_finds_everything_done(searched, monkeypatch):
         go(searched, macs=0.6)
 
 
-@pytest.mark.parametrize("name", ["distill", "evaluate_model"])
-def test_killed_search_goes_on_to_the_same_network(searched, folder, without_ends, monkeypatch, name):
-    does, calls = getattr(searching, name), []
+@pytest.mark.parametrize(("module", "name", "times"), [(searching, "distill", 3), (trying, "evaluate_model", 6)])
+def test_killed_search_goes_on_to_the_same_network(searched, folder, without_ends, monkeypatch, module, name, times):
+    does, calls = getattr(module, name), []
 
     def killed(*args, **options):
         calls.append(name)
@@ -183,12 +188,12 @@ def test_killed_search_goes_on_to_the_same_network(searched, folder, without_end
             raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(searching, name, killed)
+    monkeypatch.setattr(module, name, killed)
     with pytest.raises(KeyboardInterrupt):
         go(folder)
     assert not (folder / "bundle").exists()
     go(folder)
-    assert len(calls) == {"distill": 3, "evaluate_model": 6}[name]
+    assert len(calls) == times
     networks = [
         checkpoint.load(each / "bundle.work" / "step2" / "last.safetensors").model.state_dict()
         for each in (searched, folder)
@@ -200,12 +205,12 @@ def test_search_killed_while_it_proves_leaves_no_bundle_and_goes_on(searched, tm
     folder = tmp_path / searched.name
     shutil.copytree(searched, folder)
     shutil.rmtree(folder / "bundle")
-    compare = searching.compare
-    monkeypatch.setattr(searching, "compare", lambda *args, **options: compare(*args, **options) and sys.exit(9))
+    validate = searching.validate
+    monkeypatch.setattr(searching, "validate", lambda *args: validate(*args) and sys.exit(9))
     with pytest.raises(SystemExit):
         go(folder)
     assert not (folder / "bundle").exists()
-    monkeypatch.setattr(searching, "compare", compare)
+    monkeypatch.setattr(searching, "validate", validate)
     go(folder)
     load(folder / "bundle").verify()
 
@@ -214,9 +219,8 @@ def test_bundle_that_fails_its_proof_is_not_left(searched, tmp_path, monkeypatch
     folder = tmp_path / searched.name
     shutil.copytree(searched, folder)
     shutil.rmtree(folder / "bundle")
-    monkeypatch.setattr(
-        searching, "compare", lambda *args, **options: types.SimpleNamespace(passed=False, totals={"drop_db": 9.5})
-    )
+    failed = types.SimpleNamespace(passed=False, totals={"drop_db": 9.5})
+    monkeypatch.setattr(searching, "validate", lambda *args: failed)
     with pytest.raises(GateError, match=r"expected at most 9 dB lost on .*data, found 9\.5000 dB in its bundle"):
         go(folder)
     assert not (folder / "bundle").exists()
@@ -224,16 +228,16 @@ def test_bundle_that_fails_its_proof_is_not_left(searched, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(("drop", "speed", "taken"), [(0.5, 0.5, True), (5.0, 0.5, False), (0.5, 1.5, False)])
 def test_int8_is_taken_where_it_is_faster_and_within_the_budget(folder, by_size, monkeypatch, drop, speed, taken):
-    def quantize(model, data, output, max_drop_db, limit, protocol):
-        assert (data, limit, protocol) == (folder / "data", 20, "rain200")
-        assert max_drop_db == pytest.approx(1, abs=0.1)
+    def quantize(model, data, output, options, on_progress):
+        assert (data, options.limit, options.protocol) == (folder / "data", 20, "rain200")
+        assert options.max_drop_db == pytest.approx(1, abs=0.1)
         output.touch()
 
-    monkeypatch.setitem(sys.modules, "compress.quantize", types.SimpleNamespace(quantize=quantize))
+    monkeypatch.setattr(searching, "quantize", quantize)
     monkeypatch.setattr(
-        searching, "compare", lambda *args, **options: types.SimpleNamespace(totals={"candidate_psnr": 28 - drop})
+        trying, "validate", lambda *args, **options: types.SimpleNamespace(totals={"candidate_psnr": 28 - drop})
     )
-    monkeypatch.setattr(searching, "OrtSession", lambda path, provider: speed if "int8" in path.name else 1.0)
+    monkeypatch.setattr(trying, "OrtSession", lambda path, provider: speed if "int8" in path.name else 1.0)
     found = go(folder, quantize=True, macs=0.8, max_drop_db=3.0)
     assert found.best.kind == ("int8" if taken else "distilled")
     rows = json.loads((folder / "bundle.work" / "search.json").read_text())["candidates"]
@@ -280,10 +284,10 @@ def test_folders_that_cannot_be_told_apart_are_refused(folder):
 def test_everything_is_measured_by_the_protocol(folder, without_ends, monkeypatch):
     seen = {}
 
-    def spy(name, protocol_of):
-        does = getattr(searching, name)
+    def spy(module, name, protocol_of):
+        does = getattr(module, name)
         monkeypatch.setattr(
-            searching,
+            module,
             name,
             lambda *args, **options: (
                 seen.setdefault(name, set()).add(protocol_of(args, options)),
@@ -292,19 +296,16 @@ def test_everything_is_measured_by_the_protocol(folder, without_ends, monkeypatc
         )
 
     monkeypatch.setattr(
-        searching, "compare", lambda *args, **options: types.SimpleNamespace(totals={"candidate_psnr": 20.0})
+        trying, "validate", lambda *args, **options: types.SimpleNamespace(totals={"candidate_psnr": 20.0})
     )
-    monkeypatch.setattr(searching, "OrtSession", lambda path, provider: 1.0)
-    monkeypatch.setitem(
-        sys.modules,
-        "compress.quantize",
-        types.SimpleNamespace(quantize=lambda *args, **options: seen.update(quantize={options["protocol"]})),
-    )
-    spy("evaluate_model", lambda args, options: args[2])
-    spy("distill", lambda args, options: options["data_options"].protocol)
-    for name in ("prune", "compare"):
-        spy(name, lambda args, options: args[3].protocol)
-    spy("measure_sensitivity", lambda args, options: options["protocol"])
+    monkeypatch.setattr(trying, "OrtSession", lambda path, provider: 1.0)
+    monkeypatch.setattr(searching, "quantize", lambda *args: None)
+    spy(trying, "evaluate_model", lambda args, options: args[2])
+    spy(searching, "distill", lambda args, options: args[0].data_options.protocol)
+    for name in ("prune", "quantize"):
+        spy(searching, name, lambda args, options: args[3].protocol)
+    spy(sensitivity, "measure_sensitivity", lambda args, options: options["protocol"])
+    spy(trying, "validate", lambda args, options: args[3].protocol)
     go(folder, macs=0.8, protocol="did", quantize=True)
     assert seen == {name: {"did"} for name in seen}
     assert len(seen) == 6
@@ -313,7 +314,7 @@ def test_everything_is_measured_by_the_protocol(folder, without_ends, monkeypatc
 
 
 def test_target_that_nothing_reaches_is_told(folder, by_size):
-    with pytest.raises(GateError, match=r"0\.010 of the MACs within it, found .*: nothing more can be taken out"):
+    with pytest.raises(GateError, match=r"0\.010 of the MACs within it, found .*: nothing more can be removed"):
         go(folder, macs=0.01, step=0.02, round_to=8)
 
 
@@ -331,8 +332,8 @@ def test_latency_is_reached_by_leaving_alone_what_takes_no_time(folder, by_size,
 
 def test_network_that_never_gets_faster_is_told(folder, by_size, monkeypatch):
     rows = [{"kind": "nothing", "latency": 1.0}, {"kind": "ffn", "latency": 1.2}]
-    monkeypatch.setattr(searching, "measure_sensitivity", lambda *args, **options: rows)
-    with pytest.raises(GateError, match="gets no faster, whatever is taken out"):
+    monkeypatch.setattr(sensitivity, "measure_sensitivity", lambda *args, **options: rows)
+    with pytest.raises(GateError, match="gets no faster, whatever is removed"):
         go(folder)
 
 
@@ -341,9 +342,9 @@ def test_network_that_never_gets_faster_is_told(folder, by_size, monkeypatch):
     [
         ({"max_drop_db": -1.0}, "`max_drop_db`: expected at least 0"),
         ({"macs": 1.5}, "`macs`: expected a fraction"),
-        ({"latency": 0.5}, "expected --macs or --latency, found both"),
+        ({"latency": 0.5}, "expected `macs` or `latency`, found both"),
         ({"step": 1.0}, "`step`: expected a fraction"),
-        ({"size": "20x20"}, "`size`"),
+        ({"size": (20, 20)}, "`size`"),
         ({"limit": 0}, "`limit`: expected at least 1"),
         ({"round_to": 0}, "`round_to`: expected at least 1"),
         ({"hardware": Hardware(devices="2")}, "`devices`: a search distils on 1, found 2"),

@@ -1,0 +1,183 @@
+"""The networks that a search tries, all measured alike against the whole network, with their table and plot."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from compress import counts
+from compress.latency import export_session, time_sessions
+from compress.step_cache import StepCache
+from drsformer import checkpoint
+from drsformer.data import Pair, dataset_name
+from drsformer.evaluation import evaluate_model
+from drsformer.metrics import Protocol
+from drsformer.model import DRSformer
+from export.validate import ValidateOptions, validate
+from runtime.files import writing
+from runtime.ort import OrtSession
+from runtime.pixels import Size
+from runtime.progress import OnProgress, silent
+
+logger = logging.getLogger(__name__)
+
+TABLE_FILE, PLOT_FILE = "search.json", "pareto.png"
+"""All candidates, and their drop in dB against their measured latency."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network on the way.
+
+    Attributes:
+        kind: "whole", "pruned", "distilled" or "int8".
+        file: Where it is, below the folder of the work; None for the whole network.
+        params: Its parameters.
+        macs: Its MACs, as a fraction of the whole network's.
+        latency: Its milliseconds, as a fraction of the whole network's.
+        ms: Its milliseconds, as measured.
+        psnr: Its PSNR in dB, by validation folder.
+        drop_db: The largest drop against the whole network, in dB.
+    """
+
+    kind: str
+    file: str | None
+    params: int
+    macs: float
+    latency: float
+    ms: float
+    psnr: dict[str, float]
+    drop_db: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kind}, {self.macs:.3f} of the MACs, {self.latency:.3f} of the milliseconds, "
+            f"{self.drop_db:.3f} dB lost"
+        )
+
+
+class Candidates:
+    """All candidates so far, of which the whole network is the first.
+
+    Args:
+        weights: Checkpoint of the whole network.
+        folders: The validation pairs, by their folders.
+        protocol: How they are measured.
+        size: Height and width of the image that is timed.
+        budget_db: Largest drop that is allowed, for the plot.
+        work: Folder that gets the table and the plot.
+        cache: Where measurements are kept.
+        on_progress: Is told of every stage.
+
+    Attributes:
+        rows: The candidates, in the order in which they came.
+    """
+
+    def __init__(
+        self,
+        weights: Path,
+        folders: dict[Path, list[Pair]],
+        protocol: Protocol,
+        size: Size,
+        budget_db: float,
+        work: Path,
+        cache: StepCache,
+        on_progress: OnProgress = silent,
+    ) -> None:
+        self.weights, self.folders, self.size, self.budget_db = weights, folders, size, budget_db
+        self.work, self.cache, self.on_progress = work, cache, on_progress
+        self.protocol: Protocol = protocol
+        self.network = checkpoint.load(weights).model
+        self.session = functools.cache(lambda: export_session(self.network, size))
+        self.rows: list[Candidate] = []
+        self._keep("whole", None, self._whole)
+
+    def add(self, kind: str, file: str, make: Callable[[Path], Any], like: Candidate | None = None) -> Candidate:
+        """Have a checkpoint made, unless that is done, and measure it; one of the same widths as `like` takes its
+        time."""
+
+        def measure() -> dict[str, Any]:
+            make(self.work / file)
+            network = checkpoint.load(self.work / file).model
+            if like:
+                return self._scored(network) | {"latency": like.latency, "ms": like.ms}
+            sessions = [self.session(), export_session(network, self.size)]
+            before, after = time_sessions(sessions, self.size, self.on_progress)
+            return self._scored(network) | {"latency": after.ms / before.ms, "ms": after.ms}
+
+        return self._keep(kind, file, measure)
+
+    def add_quantized(self, file: str, model: Path, origin: Candidate, make: Callable[[Path], Any]) -> Candidate:
+        """Have the quantised form of a model made, which is that of the candidate `origin`, and measure it."""
+
+        def measure() -> dict[str, Any]:
+            make(self.work / file)
+            sessions = [OrtSession(path, "cpu") for path in (model, self.work / file)]
+            before, after = time_sessions(sessions, self.size, self.on_progress)
+            psnr = {}
+            for folder, pairs in self.folders.items():
+                options = ValidateOptions(protocol=self.protocol, limit=len(pairs))
+                found = validate(self.weights, self.work / file, folder, options, self.on_progress)
+                psnr[dataset_name(folder)] = found.totals["candidate_psnr"]
+            return {
+                "params": origin.params,
+                "macs": origin.macs,
+                "latency": origin.latency * after.ms / before.ms,
+                "ms": after.ms,
+                "psnr": psnr,
+            }
+
+        return self._keep("int8", file, measure)
+
+    def _whole(self) -> dict[str, Any]:
+        (timing,) = time_sessions([self.session()], self.size, self.on_progress)
+        return self._scored(self.network) | {"latency": 1.0, "ms": timing.ms}
+
+    def _scored(self, network: DRSformer) -> dict[str, Any]:
+        return {
+            "params": counts.params(network.config),
+            "macs": counts.macs(network.config) / counts.macs(self.network.config),
+            "psnr": {
+                dataset_name(folder): evaluate_model(network, pairs, self.protocol, on_progress=self.on_progress).psnr
+                for folder, pairs in self.folders.items()
+            },
+        }
+
+    def _keep(self, kind: str, file: str | None, measure: Callable[[], dict[str, Any]]) -> Candidate:
+        measured = self.cache.json(f"candidate{len(self.rows)}", measure)
+        whole = self.rows[0].psnr if self.rows else measured["psnr"]
+        drop = max(whole[folder] - psnr for folder, psnr in measured["psnr"].items())
+        candidate = Candidate(kind, file, **measured, drop_db=drop)
+        self.rows.append(candidate)
+        logger.info(str(candidate))
+        with writing(self.work / TABLE_FILE) as temporary:
+            table = {
+                "max_drop_db": self.budget_db,
+                "protocol": self.protocol,
+                "candidates": [asdict(each) for each in self.rows],
+            }
+            temporary.write_text(json.dumps(table, indent=1) + "\n")
+        with writing(self.work / PLOT_FILE) as temporary:
+            self._plot().savefig(temporary, dpi=120)
+        return candidate
+
+    def _plot(self) -> Figure:
+        """Drop in dB, better upwards, against measured latency."""
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for kind, mark in (("pruned", "x"), ("distilled", "o-"), ("int8", "s"), ("whole", "D")):
+            if points := [each for each in self.rows if each.kind == kind]:
+                axes.plot([each.latency for each in points], [each.drop_db for each in points], mark, label=kind)
+        axes.axhline(self.budget_db, color="grey", linewidth=1, label=f"budget, {self.budget_db:g} dB")
+        axes.invert_yaxis()
+        axes.set(xlabel=f"fraction of the whole network's {self.rows[0].ms:.1f} ms", ylabel="drop in PSNR, dB")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        return figure
