@@ -1,0 +1,78 @@
+"""Making a DRSformer smaller: what it costs, pruning, distillation, quantisation, and the search over all three.
+
+    from compress import PruneOptions, macs
+    from compress.prune import prune
+
+    pruned = prune(Path("full.safetensors"), [Path("Rain200H/train")], Path("half.safetensors"), PruneOptions(macs=0.5))
+
+Each command `python -m compress.NAME` is a function of the same name in its file: `prune`, `distill`, `quantize`,
+`search`, `grow`; of `cost`, `count` and `time_costs`. The names below are what other programs may rely on besides.
+`import compress` does not load PyTorch; the first use of a name that needs it does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .counts import macs, params
+from .options import KINDS, LossWeights
+
+if TYPE_CHECKING:
+    from .distill import DistillOptions
+    from .distillation import Distillation
+    from .groups import PruningGroup, pruning_groups, remove
+    from .grow import GrowOptions
+    from .importance import importances
+    from .latency import Latency, latency_model
+    from .net2net import enlarge
+    from .prune import PruneOptions
+    from .quantize import QuantizeOptions
+    from .search import SearchOptions
+    from .selection import Target, prune_network
+
+__all__ = [
+    "KINDS",
+    "DistillOptions",
+    "Distillation",
+    "GrowOptions",
+    "Latency",
+    "LossWeights",
+    "PruneOptions",
+    "PruningGroup",
+    "QuantizeOptions",
+    "SearchOptions",
+    "Target",
+    "enlarge",
+    "importances",
+    "latency_model",
+    "macs",
+    "params",
+    "prune_network",
+    "pruning_groups",
+    "remove",
+]
+
+_LAZY = {
+    "DistillOptions": "distill",
+    "Distillation": "distillation",
+    "GrowOptions": "grow",
+    "Latency": "latency",
+    "PruneOptions": "prune",
+    "PruningGroup": "groups",
+    "QuantizeOptions": "quantize",
+    "SearchOptions": "search",
+    "Target": "selection",
+    "enlarge": "net2net",
+    "importances": "importance",
+    "latency_model": "latency",
+    "prune_network": "selection",
+    "pruning_groups": "groups",
+    "remove": "groups",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

@@ -74,7 +74,7 @@ class Candidates:
         budget_db: Largest drop that is allowed, for the plot.
         work: Folder that gets the table and the plot.
         cache: Where measurements are kept.
-        on_progress: Is told of every stage.
+        on_progress: See `runtime.progress`.
 
     Attributes:
         rows: The candidates, in the order in which they came.

@@ -105,7 +105,7 @@ def time_costs(costs: Costs, size: Size = (SIDE, SIDE), on_progress: OnProgress 
     Args:
         costs: From `count`; the checkpoints are read again.
         size: Height and width of the image that is timed, multiples of 8.
-        on_progress: Is told of every export.
+        on_progress: See `runtime.progress`.
     """
     from compress.latency import time_networks
     from drsformer import checkpoint

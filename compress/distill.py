@@ -79,7 +79,7 @@ def distill(options: DistillOptions, on_progress: OnProgress = silent) -> dict[s
 
     Args:
         options: Who learns from whom, on what and how.
-        on_progress: Is told of every stage.
+        on_progress: See `runtime.progress`.
 
     Returns:
         What `drsformer.loop.fit` returns.

@@ -52,7 +52,7 @@ def importances(
         groups: Of this network.
         patches: Rainy and clean, (3, P, P) float32 in [0, 1] each.
         importance: The measure.
-        on_progress: Is told of every patch.
+        on_progress: See `runtime.progress`.
 
     Returns:
         The scores, and the grams that `compress.groups.remove` takes.

@@ -218,7 +218,7 @@ class Drop:
         reference: The float32 model.
         pairs: The drop is the mean over these.
         protocol: How PSNR is measured.
-        on_progress: Is told of every pair.
+        on_progress: See `runtime.progress`.
 
     Raises:
         InputError: An image that the model cannot take.

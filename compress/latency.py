@@ -1,7 +1,7 @@
 """Milliseconds of networks as `export.onnx` exports them, in ONNX Runtime on the CPU, measured or estimated from parts.
 
 A measurement takes seconds and an export more, so pruning to a latency asks an estimate, `latency_model`: MACs, each
-counted with what a MAC took in its part of the network when that was timed.
+counted with what a MAC took where it is in the network when that was timed.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def latency_model(
         config: Of the network that is to be pruned.
         size: Height and width of the image that is timed, multiples of 8.
         cache: Where the measurement is kept.
-        on_progress: Is told of the measurement.
+        on_progress: See `runtime.progress`.
 
     Returns:
         A function from the config of a pruned network to its estimated milliseconds.

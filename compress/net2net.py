@@ -17,7 +17,7 @@ from runtime.errors import InputError, expect_between
 def enlarge(
     model: DRSformer, depths: tuple[int, int, int, int], hidden: int, experts: int = 0, seed: int = 0
 ) -> DRSformer:
-    """Grow a network. What is new has random weights, stands at random places, and adds nothing to the output.
+    """Grow a network. What is new has random weights, stands at random positions, and adds nothing to the output.
 
     Args:
         model: Stays as it is.
@@ -39,7 +39,7 @@ def enlarge(
     torch.manual_seed(seed)
     rng, config = np.random.default_rng(seed), model.config
     depth = dict(zip(LEVELS, (*depths, *depths[-2::-1]), strict=True))  # the decoder mirrors the encoder
-    levels, places = {}, {}
+    levels, positions = {}, {}
     for module, level in config.levels().items():
         if depth[module] < len(level.blocks):
             raise InputError(
@@ -54,11 +54,11 @@ def enlarge(
             raise InputError(
                 f"{module}: expected blocks whose MSFN has an even hidden width, found others; leave `hidden` at 1"
             )
-        places[module] = sorted(rng.choice(depth[module], len(level.blocks), replace=False).tolist())
+        positions[module] = sorted(rng.choice(depth[module], len(level.blocks), replace=False).tolist())
         wide = [dataclasses.replace(block, hidden=hidden * block.hidden) for block in level.blocks]
         blocks = wide[:1] * depth[module]
-        for place, block in zip(places[module], wide, strict=True):
-            blocks[place] = block
+        for position, block in zip(positions[module], wide, strict=True):
+            blocks[position] = block
         levels[module] = LevelConfig(level.width, tuple(blocks))
     mefcs = {
         name: _with_experts(mefc, experts) for name in ("mefc_early", "mefc_late") if (mefc := getattr(config, name))
@@ -68,12 +68,12 @@ def enlarge(
     for module in LEVELS:
         for i in range(depth[module]):
             name = f"{module}.{i}"
-            if i not in places[module]:
+            if i not in positions[module]:
                 new[f"{name}.attn.project_out.weight"].zero_()
                 new[f"{name}.ffn.project_out.weight"].zero_()
                 continue
-            source = f"{module}.{places[module].index(i)}"
-            block = config.levels()[module].blocks[places[module].index(i)]
+            source = f"{module}.{positions[module].index(i)}"
+            block = config.levels()[module].blocks[positions[module].index(i)]
             for key in [key for key in old if key.startswith(f"{source}.") and (hidden == 1 or ".ffn." not in key)]:
                 new[key.replace(source, name, 1)].copy_(old[key])
             if hidden > 1:

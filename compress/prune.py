@@ -5,7 +5,7 @@
     python -m compress.prune --weights W --output P --data light/train heavy/train --latency 0.6 --size 320x480
     python -m compress.prune --weights W --data DIR --sensitivity runs/sensitivity
 
-What is removed is gone: the result is an ordinary checkpoint with smaller tensors, which loads without this program.
+The result is an ordinary checkpoint with smaller tensors, which loads without this program.
 Expect it to have lost quality, and train it on (`drsformer.train --init`, `compress.distill`).
 
 What can be removed, by --scope, is listed in `compress.groups`: hidden channels, heads and their channels, experts,
@@ -64,7 +64,7 @@ LATENCY_ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """How far to prune, and how. Raises InputError for values out of range.
+    """How far to prune, and how.
 
     Args:
         macs: Fraction of the MACs that may remain.
@@ -77,8 +77,11 @@ class PruneOptions:
         samples: Patches that importance is measured on.
         patch: Height and width of these patches, a multiple of 8.
         limit: Pairs of each folder whose PSNR is measured, the first ones.
-        protocol: How to measure; rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
+        protocol: Protocol of PSNR; rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
         size: Height and width of the image that is timed, multiples of 8.
+
+    Raises:
+        InputError: A value is out of range.
     """
 
     macs: float | None = None
@@ -223,7 +226,7 @@ def prune(
         data: Folders of rainy and clean images, to measure importance and PSNR on.
         output: Pruned checkpoint to write, .safetensors; rounds are kept in OUTPUT.work until it is written.
         options: How far to prune, and how; at least one target.
-        on_progress: Is told of every stage.
+        on_progress: See `runtime.progress`.
 
     Returns:
         What was made. A network that misses only the measured latency is written too: see `Pruned.missed`.
@@ -297,7 +300,7 @@ def sensitivity_of(
         output: Folder that gets `sensitivity.json`, `.csv` and `.png`.
         options: How to prune; targets and rounds do not count.
         keep: Leave the measurements in OUTPUT/work, where the same call finds them.
-        on_progress: Is told of every stage.
+        on_progress: See `runtime.progress`.
 
     Returns:
         The rows, see `compress.sensitivity.measure_sensitivity`.

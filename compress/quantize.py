@@ -3,7 +3,7 @@
     python -m compress.quantize --model model.onnx --data Rain200H/train --output int8.onnx --max-drop-db 0.1
     python -m compress.quantize --model camera.onnx --data DIR --output int8.onnx --max-drop-db 0.05 --limit 50
 
-What is quantised, and how, is told in `compress.int8`: convolutions and products, as pairs of QuantizeLinear and
+What is quantised, and how, stands in `compress.int8`: convolutions and products, as pairs of QuantizeLinear and
 DequantizeLinear that ONNX Runtime and TensorRT both take.
 
 Where all of that together loses too much, the groups of nodes that cost most dB are excluded, which is to leave them in
@@ -54,13 +54,16 @@ ROWS_SHOWN = 20
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """How far to quantise. Raises InputError for values out of range.
+    """How far to quantise.
 
     Args:
         max_drop_db: Budget for the drop in PSNR against the float32 model, in dB, mean over the images.
         calibrate: Images to calibrate and to rank with, at most, spread over the folder.
         limit: Images to use, the first ones; all if not given.
-        protocol: How to measure; rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
+        protocol: Protocol of PSNR; rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
+
+    Raises:
+        InputError: A value is out of range.
     """
 
     max_drop_db: float
@@ -139,7 +142,7 @@ def quantize(
         data: Folder of rainy and clean images.
         output: The .onnx file to write.
         options: How far.
-        on_progress: Is told of every stage.
+        on_progress: See `runtime.progress`.
 
     Raises:
         InputError: Arguments, the model or images cannot be used.

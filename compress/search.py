@@ -78,7 +78,7 @@ class SearchOptions:
         round_to: Multiple at which widths end, where hardware has vectors.
         size: Height and width of the image that is timed, multiples of 8.
         limit: Images of each validation folder to use, the first ones.
-        protocol: How to measure; rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
+        protocol: Protocol of PSNR; rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
         recipe: How to distil in each step.
         hardware: What to distil on: one device.
 
@@ -160,7 +160,7 @@ def search(
         data: Folders of pairs to measure importance on and to distil with.
         output: Folder of the bundle, which is not there yet; everything else is kept in OUTPUT.work.
         options: What to look for, and how.
-        on_progress: Is told of every stage.
+        on_progress: See `runtime.progress`.
 
     Raises:
         InputError: Arguments or files cannot be used.

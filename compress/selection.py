@@ -1,7 +1,7 @@
 """Which units to remove: greedily, always where least importance is lost for what is saved, until targets are met.
 
 Importance is measured anew in every round, since what a unit is worth depends on the others, and the target is
-approached in equal steps. What measures a network and what mends it after a removal are functions that are passed in.
+approached in equal steps. What measures a network, and what makes up for a removal, are functions that are passed in.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def prune_network(
         rounds: How often importance is measured.
         below: Fraction of its target by which a network may end below it.
         cache: Where the network is kept after each round.
-        on_progress: Is told of every round.
+        on_progress: See `runtime.progress`.
 
     Raises:
         GateError: A target cannot be met within `TOLERANCE`; the message says what stands in the way.

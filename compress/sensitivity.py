@@ -58,7 +58,7 @@ def measure_sensitivity(
         round_to: Widths end at multiples of this.
         protocol: How PSNR is measured.
         cache: Where networks and measurements are kept.
-        on_progress: Is told of every network, with its row.
+        on_progress: See `runtime.progress`.
 
     Returns:
         The rows: first "nothing", the network itself, then by kind the ratios that it reaches; each with "kind",
