@@ -95,7 +95,7 @@ class Candidates:
         self.work, self.cache, self.on_progress = work, cache, on_progress
         self.protocol: Protocol = protocol
         self.network = checkpoint.load(weights).model
-        self.session = functools.cache(lambda: export_session(self.network, size))
+        self.session = functools.cache(lambda: export_session(self.network, size, on_progress))
         self.rows: list[Candidate] = []
         self._keep("whole", None, self._whole)
 
@@ -108,7 +108,7 @@ class Candidates:
             network = checkpoint.load(self.work / file).model
             if like:
                 return self._scored(network) | {"latency": like.latency, "ms": like.ms}
-            sessions = [self.session(), export_session(network, self.size)]
+            sessions = [self.session(), export_session(network, self.size, self.on_progress)]
             before, after = time_sessions(sessions, self.size, self.on_progress)
             return self._scored(network) | {"latency": after.ms / before.ms, "ms": after.ms}
 

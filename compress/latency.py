@@ -49,12 +49,15 @@ class Latency:
         return f"{self.ms:.1f} ms (quartiles {self.low:.1f} to {self.high:.1f}, {self.runs} runs)"
 
 
-def export_session(network: DRSformer, size: Size) -> OrtSession:
+def export_session(network: DRSformer, size: Size, on_progress: OnProgress = silent) -> OrtSession:
     """The network as `export.onnx` exports it, for images of this size, in ONNX Runtime on the CPU."""
+    on_progress("Exporting", 0, 1)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "network.onnx"
         onnx.save(to_onnx(fold(with_pattern(network, "threshold")), size=size), path)
-        return OrtSession(path, "cpu")
+        session = OrtSession(path, "cpu")
+    on_progress("Exporting", 1, 1)
+    return session
 
 
 def time_sessions(sessions: Sequence[OrtSession], size: Size, on_progress: OnProgress = silent) -> list[Latency]:

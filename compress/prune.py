@@ -52,10 +52,10 @@ if TYPE_CHECKING:  # they load PyTorch, which takes its time
     from drsformer.checkpoint import Checkpoint
     from drsformer.model import DRSformer
 
-WORK = "work"
+WORK_FOLDER = "work"
 """Folder below that of the sensitivity, for its measurements."""
 
-RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
+SENSITIVITY_RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
 """Fractions of the MACs at which sensitivity is measured."""
 
 LATENCY_ATTEMPTS = 3
@@ -313,14 +313,14 @@ def sensitivity_of(
     from compress.step_cache import StepCache
 
     inputs = read_inputs(weights, data, options)
-    cache = StepCache(output / WORK, inputs.key)
+    cache = StepCache(output / WORK_FOLDER, inputs.key)
     rows = measure_sensitivity(
         inputs.trained.model,
         inputs.pairs,
         functools.partial(importances, patches=inputs.patches, importance=options.importance, on_progress=on_progress),
         options.size,
         output,
-        RATIOS,
+        SENSITIVITY_RATIOS,
         scope=options.scope,
         round_to=options.round_to,
         protocol=options.protocol,
@@ -349,10 +349,10 @@ def _prune_to_latency(
 
     estimate = latency_model(network.config, size, cache, on_progress)
     bound = latency * estimate(network.config)
-    whole, attempts = functools.cache(lambda: export_session(network, size)), []
+    whole, attempts = functools.cache(lambda: export_session(network, size, on_progress)), []
 
     def measure(pruned: DRSformer) -> list[dict[str, Any]]:
-        sessions = [whole(), export_session(pruned, size)]
+        sessions = [whole(), export_session(pruned, size, on_progress)]
         return [asdict(taken) for taken in time_sessions(sessions, size, on_progress)]
 
     for attempt in range(LATENCY_ATTEMPTS):
@@ -429,7 +429,7 @@ def _forget(sensitivity: Path | None) -> None:
     from compress.step_cache import StepCache
 
     if sensitivity:
-        StepCache(sensitivity / WORK).remove()
+        StepCache(sensitivity / WORK_FOLDER).remove()
 
 
 def _table(pruned: Pruned) -> Table:

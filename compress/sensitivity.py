@@ -66,11 +66,11 @@ def measure_sensitivity(
     """
     macs = counts.macs(network.config)
     kinds: list[Kind] = [kind for kind in scope if pruning_groups(network.config, [kind])]
-    whole = functools.cache(lambda: export_session(network, size))
+    whole = functools.cache(lambda: export_session(network, size, on_progress))
     rows: list[dict[str, Any]] = []
 
     def measured(kind: str, pruned: DRSformer) -> dict[str, Any]:
-        session = whole() if pruned is network else export_session(pruned, size)
+        session = whole() if pruned is network else export_session(pruned, size, on_progress)
         before, after = time_sessions([whole(), session], size, on_progress)
         return {
             "kind": kind,

@@ -193,7 +193,7 @@ def test_train_goes_on_where_it_stopped(tmp_path: Path, data: Path) -> None:
 
 
 def test_probe(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.train, "compile_blocks", lambda network: None)
+    monkeypatch.setattr(training, "compile_blocks", lambda network: None)
     stage = tiny_training(tmp_path, data, recipe=("tiny-teacher", "tiny-student"), probe=True)
     assert stage.measure()["errors"] == []
     found = rows(tmp_path / "out", "train")

@@ -349,7 +349,7 @@ def clock(monkeypatch, more: float = 0) -> list:
     monkeypatch.setattr(latency, "time_networks", by_macs)
     for module in (latency, sensitivity):
         monkeypatch.setattr(module, "time_sessions", time)
-        monkeypatch.setattr(module, "export_session", lambda network, size: network)
+        monkeypatch.setattr(module, "export_session", lambda network, size, on_progress: network)
     return calls
 
 
@@ -392,7 +392,7 @@ def test_missed_latency_is_a_failed_gate_though_the_network_is_written(tmp_path,
 @pytest.mark.parametrize("what", ["macs", "latency", "sensitivity"])
 def test_killed_command_goes_on_from_its_last_round_or_measurement(tmp_path, data, monkeypatch, what):
     clock(monkeypatch, more=10)
-    monkeypatch.setattr(prune, "RATIOS", (0.9, 0.8))
+    monkeypatch.setattr(prune, "SENSITIVITY_RATIOS", (0.9, 0.8))
     monkeypatch.chdir(tmp_path)
     checkpoint.save("w.safetensors", fill(DRSformer(preset("drsformer-tiny"))), {})
     goal = {} if what == "sensitivity" else {what: 0.7}
@@ -443,7 +443,7 @@ def test_killed_command_goes_on_from_its_last_round_or_measurement(tmp_path, dat
 
 def test_sensitivity_is_written_as_table_and_plot(tmp_path, data, monkeypatch):
     calls = clock(monkeypatch)
-    monkeypatch.setattr(prune, "RATIOS", (0.9, 0.89, 0.01))
+    monkeypatch.setattr(prune, "SENSITIVITY_RATIOS", (0.9, 0.89, 0.01))
     checkpoint.save(tmp_path / "w.safetensors", network(), {})
     go(tmp_path / "w.safetensors", data, sensitivity=tmp_path / "s", scope=("ffn", "depth"), **FAST)
     rows = json.loads((tmp_path / "s" / "sensitivity.json").read_text())
@@ -460,7 +460,7 @@ def test_sensitivity_is_written_as_table_and_plot(tmp_path, data, monkeypatch):
 
 def test_sensitivity_is_kept_until_the_network_is_pruned_too(tmp_path, data, monkeypatch):
     calls = clock(monkeypatch)
-    monkeypatch.setattr(prune, "RATIOS", (0.9,))
+    monkeypatch.setattr(prune, "SENSITIVITY_RATIOS", (0.9,))
     checkpoint.save(tmp_path / "w.safetensors", network(), {})
     given = {"output": tmp_path / "p.safetensors", "macs": 0.9, "sensitivity": tmp_path / "s", "scope": ("ffn",)}
     monkeypatch.setattr(prune, "_sensitivity_table", lambda rows: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -483,7 +483,7 @@ def test_place_that_cannot_be_written_is_noticed_at_once(tmp_path, data, monkeyp
 
 def test_psnr_follows_the_protocol(tmp_path, data, monkeypatch):
     clock(monkeypatch)
-    monkeypatch.setattr(prune, "RATIOS", (0.9,))
+    monkeypatch.setattr(prune, "SENSITIVITY_RATIOS", (0.9,))
     weights, output = tmp_path / "w.safetensors", tmp_path / "p.safetensors"
     checkpoint.save(weights, network(), {})
     pruned = go(weights, data, output, macs=0.9, protocol="did", sensitivity=tmp_path / "s", **FAST)

@@ -52,7 +52,7 @@ def by_macs(networks, size, on_progress=silent):
 def stand_in(patch: pytest.MonkeyPatch) -> None:
     for module in (latency, sensitivity, trying):
         patch.setattr(module, "time_sessions", by_macs)
-        patch.setattr(module, "export_session", lambda network, size: network)
+        patch.setattr(module, "export_session", lambda network, size, on_progress: network)
     patch.setattr(latency, "time_networks", by_macs)
     patch.setattr(searching, "SAMPLES", 1)
     one_size = ExportOptions(height=24, width=24)  # is quicker
