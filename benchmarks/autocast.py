@@ -1,9 +1,9 @@
 """Our half-precision network against the one that NVIDIA ModelOpt's AutoCast makes of our float32 one.
 
     python -m export.onnx --weights weights/drsformer-xs.safetensors --output ours.onnx --precision fp16
-    python -m modelopt.onnx.autocast --onnx_path weights/drsformer-xs.onnx --output_path theirs.onnx -t fp16 \
+    python -m modelopt.onnx.autocast --onnx_path runtime/drsformer-xs.onnx --output_path theirs.onnx -t fp16 \
         --keep_io_types -d calibration/
-    python -m benchmarks.autocast --ours ours.onnx --theirs theirs.onnx --reference weights/drsformer-xs.onnx \
+    python -m benchmarks.autocast --ours ours.onnx --theirs theirs.onnx --reference runtime/drsformer-xs.onnx \
         --data Rain100L/val Rain200H/val --output results
 
 AutoCast comes with `nvidia-modelopt[onnx]` and wants other versions of ONNX than this project, so it takes a virtual

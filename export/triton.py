@@ -7,9 +7,10 @@
     tritonserver --model-repository repository
 
 With the python backend a model takes `input` and returns `output`, both uint8 (H, W, 3) RGB of any size, so that a
-client has nothing to get wrong. It needs this package in the server's Python, and runs whatever the bundle has, an
-engine of TensorRT for RTX as well. The other two are the server's own; with them a model takes what its graph takes:
-uint8 (1, H, W, 3) of any size after `export.onnx --io image`, else float32 (1, 3, H, W) in [0, 1] and padded.
+client has nothing to get wrong. It needs the distribution `derainer` in the server's Python (pip install ./runtime),
+and runs whatever the bundle has, an engine of TensorRT for RTX as well. The other two are the server's own; with them a
+model takes what its graph takes: uint8 (1, H, W, 3) of any size after `export.onnx --io image`, else float32
+(1, 3, H, W) in [0, 1] and padded.
 
 A request is one image. Images differ in size and the graph takes one at a time, so that there is nothing to batch:
 `max_batch_size` is 0, and what Triton calls dynamic batching only limits the queue. Requests run side by side in
@@ -51,9 +52,9 @@ DATA_TYPES = {"float32": "TYPE_FP32", "uint8": "TYPE_UINT8"}
 """As Triton names what NumPy does."""
 
 BUNDLE_FOLDER = "bundle"
-"""Where `runtime.triton` looks for the bundle, beside `model.py`."""
+"""Where `derainer.triton` looks for the bundle, beside `model.py`."""
 
-MODEL_PY = "from runtime.triton import TritonPythonModel\n\n__all__ = ['TritonPythonModel']\n"
+MODEL_PY = "from derainer.triton import TritonPythonModel\n\n__all__ = ['TritonPythonModel']\n"
 
 WARM_UP_PIXELS = 64
 """Height and width of the image that warms up a network for images of any size."""
@@ -257,7 +258,7 @@ def _copy(bundle: Bundle, folder: Path, public_key: Path | None) -> None:
 def _needs(backend: Backend, engines: Sequence[Engine]) -> str:
     match backend:
         case "python":
-            return "drsformer-deploy in the server's Python"
+            return "derainer in the server's Python"
         case "onnxruntime":
             return "Triton's onnxruntime backend"
         case "tensorrt_plan":

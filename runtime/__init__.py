@@ -2,15 +2,18 @@
 
     import numpy as np
     from PIL import Image
-    from runtime import Derainer
+    from derainer import Derainer                 # in the checkout: from runtime import Derainer
 
     derain = Derainer()                           # the network that ships with the project; or Derainer("model.onnx")
     rainy = np.asarray(Image.open("rainy.jpg").convert("RGB"))   # uint8 (H, W, 3), any size
     clean = derain(rainy)                         # the same shape and type
     Image.fromarray(clean).save("clean.png")
 
-`Derainer` is the whole interface; `runtime.images` reads and writes files with everything around the pixels, and
-`python -m runtime.derain` does both for files and folders. What a user got wrong raises `InputError`, with one line.
+`Derainer` is the whole interface; `derainer.images` reads and writes files with everything around the pixels, and the
+command `derain` does both for files and folders. What a user got wrong raises `InputError`, with one line.
+
+A product installs this package as the distribution `derainer` (pyproject.toml beside this file), as `runtime` is a name
+that it may have itself; in the checkout the same files are the package `runtime`.
 """
 
 from .errors import GateError, InputError, MismatchError

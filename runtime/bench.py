@@ -26,13 +26,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+# First of all, as it says what to install where tyro is missing.
+from .cli import hxw, main, progress_shown
+
+# isort: split
 import numpy as np
 import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .cli import hxw, main, progress_shown
 from .errors import InputError, expect_between
 from .pixels import Size, size_text
 from .progress import OnProgress, silent

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import GateError, InputError, one_line
@@ -29,14 +30,15 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 except ModuleNotFoundError as error:  # only commands import this file
-    sys.exit(f"error: commands need the package {error.name}, which is not installed: pip install 'derainer[cli]'")
+    print(
+        f"error: needs the package {error.name}, which is not installed: pip install 'derainer[cli]'", file=sys.stderr
+    )
+    sys.exit(2)
 
 console = Console(stderr=True)
 """Where progress and remarks go; results go to standard output."""
 
 EXTRAS = {
-    "av": "derainer[video]",
-    "cryptography": "derainer[sign]",
     **dict.fromkeys(("torch", "safetensors", "lightning_fabric", "tensorboard", "click"), "drsformer-deploy[torch]"),
     **dict.fromkeys(("onnx", "onnxscript", "polygraphy", "matplotlib", "jinja2"), "drsformer-deploy[export]"),
     "torch_pruning": "drsformer-deploy[compress]",
@@ -76,8 +78,11 @@ def main(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
-        spec = sys.modules["__main__"].__spec__  # None for a script; tyro would show the module's path
-        prog = f"python -m {spec.name}" if spec else None
+        spec = sys.modules["__main__"].__spec__  # None for a script
+        prog = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+        if description is not None:  # a script of the distribution has a name of its own, and so has its package
+            verb = (spec.name if spec else function.__module__).rpartition(".")[2]
+            description = description.replace(f"python -m runtime.{verb}", prog)
         result = tyro.cli(function, prog=prog, description=description, config=(tyro.conf.DisallowNone,))
         line = summary(result) if summary else None
         if line is not None:

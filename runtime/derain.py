@@ -7,8 +7,8 @@
     python -m runtime.derain panorama.tif clean.tif --memory 8GB --max-pixels 1000000000
     python -m runtime.derain rainy.mp4 clean.mp4 --crf 16
 
-Images are PNG, JPEG, WebP, BMP and TIFF; EXIF data, ICC profile and transparency are kept. Videos, which need PyAV (pip
-install av), become H.264 in MP4, MOV or Matroska; sound, subtitles, time, colours and rotation are kept, see
+Images are PNG, JPEG, WebP, BMP and TIFF; EXIF data, ICC profile and transparency are kept. Videos, which need PyAV
+(extra: video), become H.264 in MP4, MOV or Matroska; sound, subtitles, time, colours and rotation are kept, see
 runtime/video.py. A file at OUTPUT is replaced.
 
 A folder is not searched below its first level, and its images keep their file names. An image whose result is in OUTPUT
@@ -32,10 +32,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+# First of all, as it says what to install where tyro is missing.
+from .cli import byte_count, hxw, main, progress_shown, share
+
+# isort: split
 import tyro
 from PIL import Image
 
-from .cli import byte_count, hxw, main, progress_shown, share
 from .errors import InputError, expect_between, one_line
 from .images import SUFFIXES, Photo, list_images, load
 from .pipeline import pipeline

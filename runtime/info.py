@@ -14,6 +14,10 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
+# First of all, as it says what to install where tyro is missing.
+from .cli import main
+
+# isort: split
 import tyro
 from rich import box
 from rich.console import Console
@@ -21,7 +25,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from .bundle import Bundle, load
-from .cli import main
 from .manifest import SIGNATURE, Manifest
 
 

@@ -38,7 +38,8 @@ FALLBACKS = {
 DTYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
 """As NumPy names what ONNX Runtime does."""
 
-SHIPPED = "drsformer-xs.onnx"
+SHIPPED = Path(__file__).with_name("drsformer-xs.onnx")
+"""The network that ships with the project."""
 
 MAX_THREADS = 256
 """ONNX Runtime starts as many as it is told, until the process dies of it."""
@@ -84,7 +85,7 @@ class OrtSession:
             # Nothing verifies weights outside, which ONNX Runtime would look for in the current directory.
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
         else:
-            self.path = content = Path(model) if model is not None else shipped_model()
+            self.path = content = Path(model) if model is not None else SHIPPED
             if not self.path.is_file():
                 raise InputError(f"expected a bundle or an ONNX file, found nothing at {self.path}")
             if self.path.suffix in (".safetensors", ".pth", ".pt"):
@@ -146,19 +147,6 @@ class OrtSession:
         if answer.shape != array.shape:
             raise InputError(f"expected an output of shape {array.shape}, found {answer.shape}")
         return answer
-
-
-def shipped_model() -> Path:
-    """The network that ships with the project: inside the installed package, or in the source tree. Raises
-    InputError where neither has it."""
-    package = Path(__file__).parent
-    for folder in (package / "weights", package.parent / "weights"):
-        if (folder / SHIPPED).is_file():
-            return folder / SHIPPED
-    raise InputError(
-        f"the default model {SHIPPED} is not here; name a model, or make this one: python -m export.onnx "
-        f"--weights weights/drsformer-xs.safetensors --output weights/{SHIPPED}"
-    )
 
 
 def _choose(provider: str) -> list[str]:

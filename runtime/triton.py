@@ -1,6 +1,6 @@
 """What Triton Inference Server's python backend runs, in a model repository made by `export.triton`.
 
-    pip install .                                      # this package, into the server's Python
+    pip install ./runtime                              # the distribution `derainer`, into the server's Python
     tritonserver --model-repository repository
 
 Only the server imports this, through the `model.py` of the repository. Each instance of the model is a process of its

@@ -1,7 +1,7 @@
 """Video files with everything around the pictures: what goes in with them comes out with them.
 
-    from runtime import Derainer
-    from .video import restore
+    from derainer import Derainer  # in the checkout: runtime
+    from derainer.video import restore
 
     restore(Derainer(), "rainy.mp4", "clean.mp4")
 
@@ -45,6 +45,8 @@ try:
     import av
 except ImportError as error:
     raise InputError("videos are read and written by PyAV, which is not installed; run: pip install av") from error
+if int(av.__version__.partition(".")[0]) < 18:
+    raise InputError(f"expected PyAV 18 or later, found {av.__version__}; run: pip install --upgrade av")
 from av.container import InputContainer, OutputContainer
 from av.error import ArgumentError, FFmpegError, InvalidDataError
 from av.packet import Packet

@@ -51,7 +51,7 @@ from export.triton import ServeOptions, export
 from runtime.bundle import save
 from runtime.cli import main
 from runtime.errors import GateError, InputError
-from runtime.ort import shipped_model
+from runtime.ort import SHIPPED
 from runtime.session import Derainer, describe_onnx, open_session
 
 MODEL = "drsformer"
@@ -314,7 +314,7 @@ def serve(
         if bundle is None:
             bundle = folder / "bundle"
             bundle.mkdir()
-            save(describe_onnx(Path(shutil.copy(shipped_model(), bundle))), bundle)
+            save(describe_onnx(Path(shutil.copy(SHIPPED, bundle))), bundle)
         busy = os.getloadavg()[0]
         derain = Derainer(open_session(bundle, "cpu", threads))
         photographs = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(PHOTOGRAPHS.glob("*.jpg"))]

@@ -7,8 +7,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from runtime import Derainer, InputError
-from runtime import ort as runtime_ort
-from runtime.ort import OrtSession, shipped_model
+from runtime.ort import SHIPPED, OrtSession
 from tests.support.onnx_files import FLOAT, UINT8, write_network
 
 
@@ -179,11 +178,5 @@ def test_cuda_that_does_not_start(tmp_path, monkeypatch, capsys):
     assert "libcudart" in printed.err
 
 
-def test_shipped_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime_ort, "__file__", str(tmp_path / "runtime" / "ort.py"))
-    assert "python -m export.onnx --weights" in refusal()
-    for folder in ("weights", "runtime/weights"):
-        (tmp_path / folder).mkdir(parents=True)
-        path = write_network(tmp_path / folder / "drsformer-xs.onnx")
-        assert shipped_model() == path
-        assert OrtSession().path == path
+def test_shipped_model():
+    assert OrtSession().path == SHIPPED

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from runtime import Derainer, InputError, footprint, memory, tiling
 from runtime.footprint import Footprint
 from runtime.images import read_rgb
-from runtime.ort import OrtSession, shipped_model
+from runtime.ort import SHIPPED, OrtSession
 from runtime.pixels import to_batch
 from runtime.session import AMPLE_BYTES, IMAGE_BYTES
 from tests.golden.tiling import golden
@@ -351,7 +351,7 @@ def test_the_footprint_of_a_network_is_measured(tmp_path):
 def test_what_cannot_be_measured_is_not_known(tmp_path, monkeypatch):
     assert footprint.measure(tmp_path / "none.onnx") is None
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    assert footprint.measure(shipped_model()) is None
+    assert footprint.measure(SHIPPED) is None
 
 
 def test_no_program_but_python_is_started(tmp_path, monkeypatch):
@@ -360,10 +360,10 @@ def test_no_program_but_python_is_started(tmp_path, monkeypatch):
     application.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     application.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(application))
-    assert footprint.measure(shipped_model()) is None
+    assert footprint.measure(SHIPPED) is None
     monkeypatch.setattr(sys, "executable", str(application.rename(tmp_path / "python3")))
     monkeypatch.setattr(sys, "frozen", True, raising=False)
-    assert footprint.measure(shipped_model()) is None
+    assert footprint.measure(SHIPPED) is None
     assert not (tmp_path / "started").exists()
 
 
@@ -373,7 +373,7 @@ def test_measurement_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
     slow.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(slow))
     monkeypatch.setattr(footprint, "TIMEOUT_SECONDS", 0.2)
-    assert footprint.measure(shipped_model()) is None
+    assert footprint.measure(SHIPPED) is None
 
 
 def test_available_memory(tmp_path, monkeypatch):

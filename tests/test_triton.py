@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import runpy
 import shutil
@@ -17,6 +18,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+import runtime
 from export.triton import ServeOptions, export
 from runtime import Derainer
 from runtime.bundle import Bundle, describe_file, load, save
@@ -306,6 +308,8 @@ def started(folder: Path, monkeypatch):
     """The model of a repository as the server starts it."""
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Backend)
     monkeypatch.delitem(sys.modules, "runtime.triton", raising=False)
+    monkeypatch.setitem(sys.modules, "derainer", runtime)  # by the name that its distribution gives it
+    monkeypatch.setitem(sys.modules, "derainer.triton", importlib.import_module("runtime.triton"))
     model = runpy.run_path(str(folder / "1" / "model.py"))["TritonPythonModel"]()
     parameters = {key: {"string_value": value.string_value} for key, value in config(folder).parameters.items()}
     model.initialize(

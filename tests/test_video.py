@@ -638,3 +638,14 @@ def test_without_the_library(tmp_path, monkeypatch, capsys):
     source.touch()
     assert command(monkeypatch, source, tmp_path / "b.mp4", "--model", write_network(tmp_path / "half.onnx")) == 2
     assert "which is not installed; run: pip install av" in capsys.readouterr().err
+
+
+def test_with_a_library_that_is_too_old(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(av, "__version__", "16.1.0")
+    monkeypatch.delitem(sys.modules, "runtime.video", raising=False)
+    monkeypatch.delattr("runtime.video", raising=False)
+    source = tmp_path / "a.mp4"
+    source.touch()
+    assert command(monkeypatch, source, tmp_path / "b.mp4", "--model", write_network(tmp_path / "half.onnx")) == 2
+    told = "error: expected PyAV 18 or later, found 16.1.0; run: pip install --upgrade av\n"
+    assert capsys.readouterr().err == told

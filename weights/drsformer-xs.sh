@@ -30,4 +30,4 @@ from drsformer import checkpoint
 trained = checkpoint.load(sys.argv[1])
 checkpoint.save("weights/drsformer-xs.safetensors", trained.model, trained.provenance, dtype=torch.float16)
 END
-python -m export.onnx --weights weights/drsformer-xs.safetensors --output weights/drsformer-xs.onnx
+python -m export.onnx --weights weights/drsformer-xs.safetensors --output runtime/drsformer-xs.onnx
