@@ -3,8 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 SERVE := .venv-serve
+FLOORS := .venv-floors
+RUNTIME_TESTS := $(addprefix tests/test_,$(addsuffix .py, \
+	bench cli derain images info manifest ort pipeline robustness session tiling trt video))
 
-.PHONY: demo test serve-test clean
+.PHONY: demo test floors-test serve-test clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,6 +28,16 @@ demo: .venv/installed
 	@echo "The images: $(DEMO)/rain/input (rainy)  $(DEMO)/derained (restored)  $(DEMO)/rain/target (clean)"
 	@echo "The bundle: $(DEMO)/bundle, the model and an engine for RTX cards, with their manifest"
 
+# The oldest versions of its dependencies that the runtime takes, which are in its pyproject.toml.
+floors-test: $(FLOORS)/installed
+	$(FLOORS)/bin/python -m pytest $(RUNTIME_TESTS)
+
+$(FLOORS)/installed: runtime/pyproject.toml constraints-floors.txt
+	$(PYTHON) -m venv $(FLOORS)
+	$(FLOORS)/bin/pip install --quiet --constraint constraints-floors.txt --editable './runtime[cli,sign,video]' \
+		pytest hypothesis onnx
+	touch $@
+
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,13 +45,14 @@ test: .venv/installed
 	$(BIN)/pytest
 
 # A Triton server on the CPU, well and badly treated. In an environment of its own: nvidia-pytriton wants older versions.
-$(SERVE)/installed: pyproject.toml constraints-serve.txt
+$(SERVE)/installed: pyproject.toml runtime/pyproject.toml constraints-serve.txt
 	$(PYTHON) -m venv $(SERVE)
-	$(SERVE)/bin/pip install --quiet --constraint constraints-serve.txt --editable . nvidia-pytriton
+	$(SERVE)/bin/pip install --quiet --constraint constraints-serve.txt --editable . --editable ./runtime \
+		nvidia-pytriton
 	touch $@
 
 serve-test: $(SERVE)/installed
 	$(SERVE)/bin/python -m tests.serve
 
 clean:
-	rm -rf .venv $(SERVE) $(DEMO)
+	rm -rf .venv $(FLOORS) $(SERVE) $(DEMO) runtime/build

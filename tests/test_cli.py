@@ -51,7 +51,7 @@ def test_summary_is_the_last_line_and_the_status_is_the_gate(monkeypatch, capsys
 
 
 def test_want_of_memory_in_pytorch_is_one_line(monkeypatch, capsys):
-    import torch
+    torch = pytest.importorskip("torch")
 
     def divide(number: int) -> None:
         if number == 1:

@@ -102,10 +102,11 @@ def test_decompression_bombs_are_refused_before_they_take_memory(tmp_path):
         assert path.stat().st_size < 3_000_000
     *lines, grown = python(LOAD_ALL, *paths).stdout.splitlines()
     for path, line in zip(paths, lines, strict=True):
-        reason = (
-            "broken image: Decompressed data too large" if path.name == "png-profile" else "more than 89478485 pixels"
-        )
-        assert line.startswith(f"{path}: {reason}")
+        reasons = {
+            "png-profile": ["broken image: Decompressed data too large"],
+            "webp": ["more than 89478485 pixels", "broken image: could not create decoder"],  # before Pillow 12.3
+        }.get(path.name, ["more than 89478485 pixels"])
+        assert any(line.startswith(f"{path}: {reason}") for reason in reasons)
     assert int(grown) < 40, f"{grown} MiB for files of a few bytes"
 
 
