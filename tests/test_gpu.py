@@ -198,7 +198,7 @@ def test_probe(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert stage.measure()["errors"] == []
     found = rows(tmp_path / "out", "train")
     assert len(found) == 2 * (8 + 1)
-    assert found["probe tiny-student live compiled NHWC batch 2 patch 32"]["patches/s"] > 0
+    assert found["probe tiny-student trainable compiled NHWC batch 2 patch 32"]["patches/s"] > 0
     assert found["probe tiny-student: patches of 32 cut by 0 workers"]["patches/s"] > 0
 
 

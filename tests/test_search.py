@@ -168,7 +168,9 @@ def test_bundle_holds_the_proven_network_and_what_was_tried(searched):
 
 def test_same_command_finds_everything_done(searched, monkeypatch):
     forbid(monkeypatch, "compress.search.prune", "compress.search.distill", "compress.candidates.evaluate_model")
-    forbid(monkeypatch, "compress.sensitivity.measure_sensitivity", "compress.search.export", "compress.search.validate")
+    forbid(
+        monkeypatch, "compress.sensitivity.measure_sensitivity", "compress.search.export", "compress.search.validate"
+    )
     found = go(searched)
     summary = json.loads(json.dumps(found.summary()))
     assert summary["macs"] == pytest.approx(0.7, rel=0.02)
