@@ -12,8 +12,9 @@ Each command `python -m compress.NAME` is a function of the same name in its fil
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from runtime.lazy import lazy_names
 
 from .counts import macs, params
 from .options import KINDS, LossWeights
@@ -53,26 +54,23 @@ __all__ = [
     "remove",
 ]
 
-_LAZY = {
-    "DistillOptions": "distill",
-    "Distillation": "distillation",
-    "GrowOptions": "grow",
-    "Latency": "latency",
-    "PruneOptions": "prune",
-    "PruningGroup": "groups",
-    "QuantizeOptions": "quantize",
-    "SearchOptions": "search",
-    "Target": "selection",
-    "enlarge": "net2net",
-    "importances": "importance",
-    "latency_model": "latency",
-    "prune_network": "selection",
-    "pruning_groups": "groups",
-    "remove": "groups",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "DistillOptions": "distill",
+        "Distillation": "distillation",
+        "GrowOptions": "grow",
+        "Latency": "latency",
+        "PruneOptions": "prune",
+        "PruningGroup": "groups",
+        "QuantizeOptions": "quantize",
+        "SearchOptions": "search",
+        "Target": "selection",
+        "enlarge": "net2net",
+        "importances": "importance",
+        "latency_model": "latency",
+        "prune_network": "selection",
+        "pruning_groups": "groups",
+        "remove": "groups",
+    },
+)

@@ -10,8 +10,9 @@ that needs it does.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from runtime.lazy import lazy_names
 
 from .config import PRESETS, DRSformerConfig, preset
 
@@ -22,16 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = ["PRESETS", "Checkpoint", "DRSformer", "DRSformerConfig", "evaluate_model", "load", "preset", "save"]
 
-_LAZY = {
-    "Checkpoint": "checkpoint",
-    "DRSformer": "model",
-    "evaluate_model": "evaluation",
-    "load": "checkpoint",
-    "save": "checkpoint",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Checkpoint": "checkpoint",
+        "DRSformer": "model",
+        "evaluate_model": "evaluation",
+        "load": "checkpoint",
+        "save": "checkpoint",
+    },
+)

@@ -12,8 +12,9 @@ are made of has the names below. `import export` does not load PyTorch; the firs
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .comparison import Comparison, Validation
@@ -38,22 +39,19 @@ __all__ = [
     "with_pattern",
 ]
 
-_LAZY = {
-    "Agreement": "verification",
-    "Comparison": "comparison",
-    "Pattern": "options",
-    "Precision": "options",
-    "Validation": "comparison",
-    "fold": "folding",
-    "render": "report",
-    "to_onnx": "graph",
-    "trainable": "folding",
-    "verify": "verification",
-    "with_pattern": "topk",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Agreement": "verification",
+        "Comparison": "comparison",
+        "Pattern": "options",
+        "Precision": "options",
+        "Validation": "comparison",
+        "fold": "folding",
+        "render": "report",
+        "to_onnx": "graph",
+        "trainable": "folding",
+        "verify": "verification",
+        "with_pattern": "topk",
+    },
+)

@@ -21,7 +21,7 @@ PACKAGES = {
 """What each package may import."""
 
 RUNTIME = [
-    *("version", "errors", "files", "progress", "pixels", "memory", "tiling"),  # the ground
+    *("version", "lazy", "errors", "files", "progress", "pixels", "memory", "tiling"),  # the ground
     *("manifest", "bundle"),
     *("ort", "trt", "choice", "footprint"),
     *("session", "images", "pipeline", "video"),  # the roof, and the files that it restores
