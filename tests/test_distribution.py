@@ -216,6 +216,12 @@ def test_one_name_for_all_commands(whole, tmp_path):
     assert "All 4 files are as the manifest says" in output(whole / "drsformer", "runtime.info", bundle, cwd=tmp_path)
 
 
+def test_help_needs_no_extra(whole, tmp_path):
+    for module in COMMANDS:
+        text = output(whole / "python", "-m", module, "--help", cwd=tmp_path)
+        assert text.startswith(f"usage: python -m {module} ")
+
+
 def test_every_command_has_its_name():
     packages = {module.partition(".")[0] for module in COMMANDS}
     files = [file for package in packages for file in (ROOT / package).glob("*.py")]
