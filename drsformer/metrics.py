@@ -1,10 +1,11 @@
 """PSNR and SSIM as the paper reports them: on luma (Y of YCbCr), by one of two protocols.
 
-The paper's numbers come from two MATLAB scripts that differ in one step, so a number means something only with its
-protocol beside it:
+The paper's numbers come from two MATLAB scripts that differ, so a number means something only with its protocol beside
+it:
 
 - `rain200`, for Rain200L, Rain200H and SPA-Data: Y is rounded to whole numbers before anything is measured.
-- `did`, for DID-Data and DDN-Data: Y stays as computed.
+- `did`, for DID-Data and DDN-Data: Y stays as computed, and SSIM is taken of a smaller copy of large images, from 384
+  pixels of the shorter side on (see `ssim`).
 
 Both take Y in the studio range of BT.601 (16 to 235) and 255 as the peak, PSNR on the whole image and SSIM where its
 window lies inside the image. Written in plain numpy, without SciPy or scikit-image: a Gaussian filter is all that is
@@ -72,11 +73,14 @@ def psnr_rgb(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
 def ssim(restored: NDArray[np.uint8], target: NDArray[np.uint8], protocol: Protocol = "rain200") -> float:
     """Structural similarity on luma (Wang et al., IEEE TIP 2004).
 
+    By `did`, as in Wang's script of 2009, images are first brought near 256 pixels of their shorter side: both are
+    averaged over f x f pixels, and of these means every f-th is taken, with f that side / 256, rounded, halves up.
+
     Args:
         restored: uint8 (H, W, 3) RGB of at least 11x11 pixels: SSIM is the mean over all places of an 11x11 window
             inside the image, so for less it is not defined.
         target: The same.
-        protocol: How luma is rounded.
+        protocol: How luma is rounded, and whether large images are made smaller.
 
     Returns:
         At most 1, which equal images have.
@@ -91,6 +95,9 @@ def ssim(restored: NDArray[np.uint8], target: NDArray[np.uint8], protocol: Proto
         )
     c1, c2 = (0.01 * PEAK_LEVEL) ** 2, (0.03 * PEAK_LEVEL) ** 2
     a, b = luma(restored, protocol), luma(target, protocol)
+    if protocol == "did":
+        factor = max(1, (min(a.shape) + 128) // 256)
+        a, b = _decimated(a, factor), _decimated(b, factor)
     mean_a, mean_b, mean_aa, mean_bb, mean_ab = _filter(np.stack([a, b, a * a, b * b, a * b]))
     variances = mean_aa - mean_a**2 + mean_bb - mean_b**2
     covariance = mean_ab - mean_a * mean_b
@@ -171,6 +178,14 @@ class Scores:
 def _psnr(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     error = float(np.mean((a - b) ** 2))
     return 10 * math.log10(PEAK_LEVEL**2 / error) if error else math.inf
+
+
+def _decimated(image: NDArray[np.float64], factor: int) -> NDArray[np.float64]:
+    """Means over factor x factor pixels, at every factor-th pixel: MATLAB's imfilter(image, means, "symmetric"), then
+    (1:f:end, 1:f:end). An even window has its centre at the first of its two middle pixels."""
+    before, after = (factor - 1) // 2, factor // 2
+    windows = sliding_window_view(np.pad(image, (before, after), "symmetric"), (factor, factor))
+    return windows[::factor, ::factor].mean((2, 3))
 
 
 def _filter(images: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -21,6 +21,16 @@ KNOWN = [
     ("rain200h/val/102061", 13.7756, 0.296385, 13.7755, 0.296453),
 ]
 
+# The same of larger images, by protocol `did` alone: their SSIM is that of copies of half the size.
+KNOWN_HALVED = [
+    ("test-1", 17.4929, 0.541232),
+    ("test-85", 15.5496, 0.616204),
+    ("train-230", 19.4709, 0.815021),
+    ("train-330", 17.6847, 0.623592),
+    ("train-37", 18.1331, 0.555903),
+    ("train-53", 16.8977, 0.714875),
+]
+
 PROTOCOLS = ("rain200", "did")
 
 
@@ -45,6 +55,14 @@ def test_authors_scripts(real_data, name, psnr_a, ssim_a, psnr_b, ssim_b):
     ]
 
 
+@pytest.mark.parametrize(("name", "psnr_b", "ssim_b"), KNOWN_HALVED)
+def test_authors_scripts_on_large_images(real_data, name, psnr_b, ssim_b):
+    files = [next((real_data / "rain800/val" / kind).glob(f"{name}.*")) for kind in ("input", "target")]
+    rainy, clean = map(read_rgb, files)
+    assert f"{psnr(rainy, clean, 'did'):.4f}" == f"{psnr_b:.4f}"
+    assert f"{ssim(rainy, clean, 'did'):.6f}" == f"{ssim_b:.6f}"
+
+
 @pytest.mark.parametrize(
     ("colour", "exact", "rounded"),
     [
@@ -62,25 +80,64 @@ def test_luma(colour, exact, rounded):
     assert luma(flat(*colour), "rain200")[0, 0] == rounded
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("size", [(11, 11), (11, 30), (17, 12), (23, 31)])
-def test_ssim_is_the_mean_over_windows(size, protocol):
-    """The formula of the paper (Wang et al., Eq. 13), window by window."""
-    first, second = noise(*size), (noise(*size) // 2 + noise(*size, seed=1) // 2).astype(np.uint8)
-    a, b = luma(first, protocol), luma(second, protocol)
+def rough(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two images that have something in common at every scale."""
+    common = np.repeat(np.repeat(noise(height // 8 + 1, width // 8 + 1), 8, 0), 8, 1)[:height, :width]
+    first, second = (common // 2 + noise(height, width, seed) // 4 for seed in (1, 2))
+    return first.astype(np.uint8), second.astype(np.uint8)
+
+
+def mean_over_windows(a: np.ndarray, b: np.ndarray) -> float:
+    """The formula of the paper (Wang et al., Eq. 13), window by window, all windows of a row of them at once."""
     offsets = np.arange(11) - 5
     window = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 1.5**2))
     window /= window.sum()
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     values = []
-    for y in range(size[0] - 10):
-        for x in range(size[1] - 10):
-            p, q = a[y : y + 11, x : x + 11], b[y : y + 11, x : x + 11]
-            mp, mq = (window * p).sum(), (window * q).sum()
-            vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
-            covariance = (window * (p - mp) * (q - mq)).sum()
-            values.append((2 * mp * mq + c1) * (2 * covariance + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
-    assert ssim(first, second, protocol) == pytest.approx(np.mean(values), abs=1e-10)
+    for y in range(a.shape[0] - 10):
+        p, q = (np.stack([image[y : y + 11, x : x + 11] for x in range(a.shape[1] - 10)]) for image in (a, b))
+        mp, mq = ((window * image).sum((1, 2), keepdims=True) for image in (p, q))
+        vp, vq = ((window * (image - mean) ** 2).sum((1, 2)) for image, mean in ((p, mp), (q, mq)))
+        covariance = (window * (p - mp) * (q - mq)).sum((1, 2))
+        mp, mq = mp[:, 0, 0], mq[:, 0, 0]
+        values.append((2 * mp * mq + c1) * (2 * covariance + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
+    return float(np.mean(values))
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("size", [(11, 11), (11, 30), (17, 12), (23, 31)])
+def test_ssim_is_the_mean_over_windows(size, protocol):
+    first, second = rough(*size)
+    expected = mean_over_windows(luma(first, protocol), luma(second, protocol))
+    assert ssim(first, second, protocol) == pytest.approx(expected, abs=1e-10)
+
+
+def decimated(image: np.ndarray, factor: int) -> np.ndarray:
+    """MATLAB's imfilter with ones(f) / f^2, "symmetric" and "same", then (1:f:end, 1:f:end), as its manual has it: the
+    centre of a window is at floor((size + 1) / 2), counted from 1."""
+    H, W = image.shape
+    centre = (factor + 1) // 2 - 1
+
+    def sources(length: int, offset: int) -> list[int]:
+        places = [place + offset - centre for place in range(0, length, factor)]
+        return [-1 - p if p < 0 else 2 * length - 1 - p if p >= length else p for p in places]
+
+    shifted = [image[sources(H, i)][:, sources(W, j)] for i in range(factor) for j in range(factor)]
+    return np.sum(shifted, 0) / factor**2
+
+
+@pytest.mark.parametrize(("size", "factor"), [((383, 387), 1), ((384, 387), 2), ((641, 640), 3), ((896, 897), 4)])
+def test_ssim_of_large_images(size, factor):
+    first, second = rough(*size)
+    a, b = (decimated(luma(image, "did"), factor) for image in (first, second))
+    assert ssim(first, second, "did") == pytest.approx(mean_over_windows(a, b), abs=1e-10)
+
+
+def test_protocol_rain200_never_measures_a_smaller_copy():
+    """SSIM of the whole is the mean of that of its parts, which share the rows that windows of both reach."""
+    first, second = rough(394, 410)
+    parts = [ssim(first[rows], second[rows]) for rows in (slice(0, 202), slice(192, 394))]
+    assert ssim(first, second) == pytest.approx(np.mean(parts), abs=1e-12)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
