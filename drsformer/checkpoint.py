@@ -2,17 +2,21 @@
 
 Our file holds the tensors, the config that rebuilds the network and where it comes from, so that any pruned network
 loads from its file alone. The authors' files hold only tensors, but every width and depth can be read off their shapes.
-Nothing pickled is ever executed: PyTorch's restricted unpickler reads tensors and plain containers and refuses the
-rest. Loading is strict: every tensor has its place and its shape, or there is one line that says which has not.
+So can those of the same tensors as other programs leave them: in any file of `torch.save` or safetensors whatever its
+suffix, under any keys, with names that share a prefix, in half precision, beside whatever a training script keeps.
+Nothing pickled is ever executed (`drsformer.unpickling`). Loading is strict: every tensor has its place and its shape,
+or there is one line that says which has not.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +24,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialised
-from torch import Tensor
+from torch import Tensor, nn
 
+from drsformer import unpickling
 from drsformer.config import EXPERTS, LEVELS, RELEASED_TOPK, BlockConfig, DRSformerConfig, LevelConfig, MEFCConfig
 from drsformer.model import DRSformer
 from runtime.errors import InputError
 from runtime.files import writing
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Version of what `METADATA_KEY` holds."""
@@ -36,7 +43,7 @@ several is not kept, and the same content shall give the same file."""
 
 # The released names of the parameters, and ours.
 RENAMES = [
-    (r"^module\.", ""),
+    (r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", r"\1"),
     (r"^patch_embed\.proj\.", "patch_embed."),
     (r"\.norm([12])\.body\.", r".norm\1."),
     (r"\.attn\.attn(\d)$", lambda m: f".attn.mix.{int(m[1]) - 1}"),
@@ -48,6 +55,16 @@ RENAMES = [
     (r"^(mefc_\w+)\.layers\.1\._ops\.(\d)\._ops\.(\d)\.op\.", r"\1.steps.\2.experts.\3."),
     (r"^(mefc_\w+)\.layers\.1\._ops\.(\d)\._out\.0\.", r"\1.steps.\2.out."),
 ]
+
+WRAPPERS = ("params", "params_ema", "state_dict", "model_state_dict", "model", "net", "generator", "weights")
+"""Keys under which training scripts keep the weights; those of the first one are taken, `params` as in the authors'
+script. Other keys come after them."""
+
+DEPTH = 4
+"""How many keys may lead to the weights."""
+
+LEFTOVERS = ("total_ops", "total_params", "n_averaged")
+"""Last parts of the names of tensors that others than the network leave: the profiler thop, and PyTorch's averaging."""
 
 
 @dataclass(frozen=True)
@@ -65,30 +82,78 @@ class Checkpoint:
     sha256: str
 
 
-def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a network.
+def load(path: str | os.PathLike[str], params: str | None = None) -> Checkpoint:
+    """Read a checkpoint of ours, or one with the tensors of a DRSformer as the authors' code or another program saved
+    it; the content decides, not the suffix. What is peculiar about the latter is logged.
 
     Args:
-        path: A `.safetensors` of ours, or a `.pth` or `.pt` in the authors' format.
+        path: File of safetensors or `torch.save`.
+        params: Key of the weights to take where a file holds several, such as "params_ema"; keys that lead to it are
+            joined by dots. If not given, the first of `WRAPPERS`.
 
     Raises:
         InputError: The file is missing, damaged, of another kind, would have to execute code, or does not hold exactly
-            one DRSformer.
+            one DRSformer under `params`; told in one line.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; expected a .safetensors or .pth file")
-    if path.suffix == ".safetensors":
-        config, state, provenance = _read_safetensors(path)
-    elif path.suffix in (".pth", ".pt"):
-        config, state, provenance = _read_pickle(path)
+    with path.open("rb") as file:
+        start = file.read(16)
+    description = None
+    if start[8:9] == b"{":  # behind the length of the header, which is JSON; in no file of torch.save
+        content, description = _read_safetensors(path)
+    elif start.startswith((b"PK", b"\x80")):  # a zip archive or, formerly, a pickle
+        content = unpickling.read(path)
     else:
-        raise InputError(f"{path}: expected a checkpoint ending in .safetensors, .pth or .pt")
-    with torch.device("meta"):  # nothing is allocated before the shapes are known to be those of the file
-        model = DRSformer(config)
-    _check_strictly(path, model.state_dict(), state)
-    model.to_empty(device="cpu").load_state_dict(state)
-    return Checkpoint(model.eval(), provenance, file_sha256(path))
+        raise InputError(
+            f"{path}: expected a checkpoint of safetensors or torch.save, found a file that is damaged or of another "
+            f"kind and begins with {start!r}; was it downloaded in full?"
+        )
+    if description is None:
+        model, provenance = from_tensors(path, _choose(path, content, params)), {"source": path.name}
+    elif params is not None:
+        raise InputError(f"`params`: {path} holds the weights of one network only; expected none, found {params!r}")
+    else:
+        config, provenance = _parse(path, description)
+        model = _build(path, config, content, {})
+    return Checkpoint(model, provenance, file_sha256(path))
+
+
+def from_tensors(source: str | os.PathLike[str], tensors: dict[str, Tensor]) -> DRSformer:
+    """The network of these tensors, in evaluation mode, float32, on the CPU; its structure is read off their shapes.
+
+    Args:
+        source: Where they come from, for messages.
+        tensors: By the released names or ours, which may share a prefix.
+
+    Raises:
+        InputError: They are not exactly those of a DRSformer.
+    """
+    names = our_names(tensors)
+    dropped = {name.rpartition(".")[2] for name in tensors.keys() - names.values()}
+    if not dropped <= set(LEFTOVERS):
+        raise InputError(f"{source}: expected every tensor once, found some under two names")
+    try:
+        config = config_from_shapes({ours: tuple(tensors[name].shape) for ours, name in names.items()})
+    except (KeyError, IndexError, ValueError, ArithmeticError) as error:
+        raise InputError(f"{source}: not the tensors of a DRSformer ({error})") from None
+    model = _build(source, config, {ours: tensors[name] for ours, name in names.items()}, names)
+    if dropped:
+        logger.warning("%s: tensors of no part of the network are dropped: %s", source, ", ".join(sorted(dropped)))
+    if not config.topk:
+        logger.warning("%s: without tensors attn1 to attn4, so its attention is taken for dense, without top-k", source)
+    return model
+
+
+def our_names(names: Iterable[str]) -> dict[str, str]:
+    """The names of a network's tensors by what we call them, which knows no prefix that all share. `LEFTOVERS` have
+    none."""
+    kept = [name for name in names if name.rpartition(".")[2] not in LEFTOVERS]
+    parts = [name.split(".")[:-1] for name in kept]
+    shared = itertools.takewhile(lambda part: len(set(part)) == 1, zip(*parts, strict=False))
+    prefix = "".join(f"{part[0]}." for part in shared)
+    return {_rename(name.removeprefix(prefix)): name for name in kept}
 
 
 def save(
@@ -150,50 +215,70 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_safetensors(path: Path) -> tuple[DRSformerConfig, dict[str, Tensor], dict[str, Any]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors, and our description of them if it is there."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: damaged, or not a .safetensors file ({error})") from None
-    if METADATA_KEY not in metadata:
-        raise InputError(f"{path}: expected a checkpoint saved by drsformer, found a .safetensors without its metadata")
+    return state, metadata.get(METADATA_KEY)
+
+
+def _parse(path: Path, description: str) -> tuple[DRSformerConfig, dict[str, Any]]:
+    """Config and provenance from our description."""
     try:
-        description = json.loads(metadata[METADATA_KEY])
-        if description["format"] != FORMAT:
-            raise InputError(f"{path}: expected format {FORMAT}, found {description['format']!r}; update this program")
-        config, provenance = DRSformerConfig.from_dict(description["config"]), dict(description["provenance"])
+        parts = json.loads(description)
+        if parts["format"] != FORMAT:
+            raise InputError(f"{path}: expected format {FORMAT}, found {parts['format']!r}; update this program")
+        return DRSformerConfig.from_dict(parts["config"]), dict(parts["provenance"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: its metadata cannot be read ({error})") from None
-    return config, state, provenance
 
 
-def _read_pickle(path: Path) -> tuple[DRSformerConfig, dict[str, Tensor], dict[str, Any]]:
-    with path.open("rb") as file:
-        start = file.read(16)
-    if not start.startswith((b"PK", b"\x80")):
-        raise InputError(
-            f"{path}: expected a PyTorch checkpoint, found a file that begins with {start!r}; was it "
-            "downloaded in full?"
-        )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a hostile or damaged file provokes
-        reason = "it holds pickled code" if "nsupported" in str(error) else "damaged, or not a PyTorch file"
-        raise InputError(f"{path}: refused: {reason}; expected tensors only") from None
-    if isinstance(content, dict):
-        content = next((content[key] for key in ("params_ema", "params", "state_dict") if key in content), content)
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(f"{path}: expected a state dict, bare or under 'params', found something else")
-    state = {_rename(str(name)): tensor for name, tensor in content.items()}
-    if len(state) < len(content):
-        raise InputError(f"{path}: expected every tensor once, found some under two names")
-    try:
-        config = config_from_shapes({name: tuple(tensor.shape) for name, tensor in state.items()})
-    except (KeyError, IndexError, ValueError, ArithmeticError) as error:
-        raise InputError(f"{path}: not the tensors of a DRSformer ({error})") from None
-    return config, state, {"source": path.name}
+def _choose(path: Path, content: Any, params: str | None) -> dict[str, Tensor]:
+    """The tensors among what a file holds that are taken for those of the network, by their names there."""
+    ranks = {key: rank for rank, key in enumerate(WRAPPERS)}
+    states = sorted(_states(content), key=lambda item: ranks.get(item[0].rpartition(".")[2], len(ranks)))
+    if not states:
+        tensors = [".".join(keys) for keys, value in _walk(content) if isinstance(value, Tensor)]
+        found = f"{len(tensors)} others, such as {tensors[0]}" if tensors else "none"
+        raise InputError(f"{path}: expected the tensors of a DRSformer, found {found}")
+    keys = [key or "the file itself" for key, _ in states]
+    if params is not None and params not in keys:
+        raise InputError(f"`params`: expected where {path} holds weights, {', '.join(keys)}, found {params!r}")
+    taken = keys.index(params) if params is not None else 0
+    if params is None and len(states) > 1:
+        logger.warning("%s: holds %s; %s is taken", path, " and ".join(keys), keys[0])
+    return states[taken][1]
+
+
+def _states(content: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """All dictionaries of tensors with an attention like DRSformer's among them, and the keys that lead to each."""
+    for keys, value in ((), content), *_walk(content):
+        if isinstance(value, dict):
+            state = {str(name): tensor for name, tensor in value.items() if _is_plain(tensor)}
+            if any(name.endswith("attn.temperature") for name in state):
+                yield ".".join(keys), state
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor with all its values in memory: not sparse, quantized, nested or one without any."""
+    return (
+        type(value) in (Tensor, nn.Parameter)
+        and value.layout == torch.strided
+        and not value.is_meta
+        and not (value.is_nested or value.is_quantized)
+    )
+
+
+def _walk(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """All values in dictionaries of dictionaries, and the keys that lead to each. A pickle can hold itself."""
+    if isinstance(content, dict) and len(keys) < DEPTH:
+        for key, value in content.items():
+            yield (*keys, str(key)), value
+            yield from _walk(value, (*keys, str(key)))
 
 
 def _rename(name: str) -> str:
@@ -260,20 +345,33 @@ def config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> DRSformerConfig:
     )
 
 
-def _check_strictly(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+def _build(
+    source: str | os.PathLike[str], config: DRSformerConfig, state: dict[str, Tensor], names: dict[str, str]
+) -> DRSformer:
+    """A network with these tensors. `names`: what their source calls them, where that is something else."""
+    with torch.device("meta"):  # nothing is allocated before the shapes are known to be those of the file
+        model = DRSformer(config)
+    _check_strictly(source, model.state_dict(), state, names)
+    model.to_empty(device="cpu").load_state_dict(state)
+    return model.eval()
+
+
+def _check_strictly(
+    source: str | os.PathLike[str], expected: dict[str, Tensor], found: dict[str, Tensor], names: dict[str, str]
+) -> None:
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unknown:
         parts = [
-            f"{len(names)} {what} (such as {names[0]})"
-            for what, names in (("missing", missing), ("unknown", unknown))
-            if names
+            f"{len(wrong)} {what} (such as {names.get(wrong[0], wrong[0])})"
+            for what, wrong in (("missing", missing), ("unknown", unknown))
+            if wrong
         ]
-        raise InputError(f"{path}: expected the {len(expected)} tensors of a DRSformer, found {' and '.join(parts)}")
+        raise InputError(f"{source}: expected the {len(expected)} tensors of a DRSformer, found {' and '.join(parts)}")
     for name, tensor in expected.items():
         if found[name].shape != tensor.shape or not found[name].is_floating_point():
             raise InputError(
-                f"{path}: {name}: expected floats of shape {tuple(tensor.shape)}, "
+                f"{source}: {name}: expected floats of shape {tuple(tensor.shape)}, "
                 f"found {found[name].dtype} {tuple(found[name].shape)}"
             )
-        if not found[name].isfinite().all():
-            raise InputError(f"{path}: {name} holds values that are not finite numbers")
+        if not found[name].float().isfinite().all():
+            raise InputError(f"{source}: {name} holds values that are not finite numbers")

@@ -48,6 +48,7 @@ class EvaluateOptions:
         device: Device of the network or of NIQE and BRISQUE; auto is CUDA where there is one, else the CPU.
         limit: Number of images to use, the first ones; all if not given.
         save: Folder for the images that the network restores, as PNG.
+        params: Weights to take from a checkpoint that holds several, such as params_ema.
 
     Raises:
         InputError: The options do not go together.
@@ -62,6 +63,7 @@ class EvaluateOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     limit: int | None = None
     save: Path | None = None
+    params: str | None = None
 
     def __post_init__(self) -> None:
         expect_between("limit", 1 if self.limit is None else self.limit, 1)
@@ -86,7 +88,7 @@ def command(options: Annotated[EvaluateOptions, tyro.conf.OmitArgPrefixes, tyro.
     protocol, limit = options.protocol, options.limit
     if weights and data:
         pairs = find_pairs(data)[:limit]
-        trained = checkpoint.load(weights)
+        trained = checkpoint.load(weights, options.params)
         model = trained.model.to(torch_device(options.device))
         print(f"{weights} ({origin(trained.provenance)}) on {data}, protocol {protocol}", flush=True)
         score = partial(evaluate_model, model, pairs, protocol, options.save)

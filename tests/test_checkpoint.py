@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
 import dataclasses
+import datetime
+import decimal
+import fractions
+import functools
 import json
+import operator
+import os
 import pickle
 import random
+import re
 import resource
+import runpy
 import subprocess
 import sys
+import types
+import uuid
 import zipfile
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
+import numpy as np
 import pytest
 import torch
+from lightning_fabric.utilities.data import AttributeDict
 from safetensors.torch import save_file
+from torch import nn
 
 from benchmarks.released import ReleasedDRSformer
-from drsformer import checkpoint
+from drsformer import checkpoint, unpickling
 from drsformer.config import EXPERTS, FEED_FORWARDS, BlockConfig, DRSformerConfig, LevelConfig, MEFCConfig, preset
 from drsformer.model import DRSformer
 from runtime.errors import InputError
@@ -106,13 +121,30 @@ def test_loads_in_a_new_process_from_the_file_alone(tmp_path):
     assert run.stdout.strip() == checkpoint.file_sha256(tmp_path / "m.safetensors"), run.stderr
 
 
+def prefixed(state: dict, prefix: str) -> dict:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
 WRAPPERS = {
-    "params": lambda state: {"params": state},
-    "params_ema": lambda state: {"params_ema": state, "params": {}},
-    "state_dict": lambda state: {"state_dict": state, "epoch": 3},
+    **{key: lambda state, key=key: {key: state} for key in checkpoint.WRAPPERS},
+    "params_ema beside none": lambda state: {"params_ema": state, "params": {}},
+    "beside others": lambda state: {
+        "state_dict": state, "epoch": 3, "discriminator": {"conv.weight": torch.zeros(3)},
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 3e-4}]},
+    },
     "bare": lambda state: state,
-    "data parallel": lambda state: {"params": {f"module.{name}": tensor for name, tensor in state.items()}},
-}
+    "bare, beside others": lambda state: {**state, "epoch": 3, "name": "net"},
+    "two keys": lambda state: {"model": {"state_dict": state}},
+    "a key of one's own": lambda state: {"netG_A": state},
+    **{
+        f"prefix {prefix}": lambda state, prefix=prefix: {"params": prefixed(state, prefix)}
+        for prefix in ("module.", "_orig_mod.", "net_g.", "model.", "generator.", "module.module.",
+                       "module._orig_mod.net_g.", "model.generator._orig_mod.", "trainer.my_net.")
+    },
+    "compiled by blocks": lambda state: {
+        re.sub(r"^(latent\.\d|encoder_level1\.0)\.", r"\1._orig_mod.", name): value for name, value in state.items()
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("mefc", [True, False])
@@ -125,6 +157,175 @@ def test_authors_format_in_every_wrapping(tmp_path, mefc, wrapper):
     assert loaded.provenance == {"source": "net.pth"}
     assert torch.equal(loaded.model.patch_embed.weight, state["patch_embed.proj.weight"])
     assert torch.equal(loaded.model.latent[1].attn.mix[3], state["latent.1.attn.attn4"])
+
+
+def two_networks() -> tuple[dict, dict]:
+    """The same with and without averaging, as in the authors' training."""
+    state = fill(ReleasedDRSformer(**SMALL, mefc=False)).state_dict()
+    return state, {name: 2 * tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("first", ["params", "params_ema"])
+def test_the_authors_weights_are_taken_and_others_on_demand(tmp_path, caplog, first):
+    both = dict(zip(("params", "params_ema"), two_networks(), strict=True))
+    torch.save({first: both[first], **both}, tmp_path / "net.pth")
+    assert torch.equal(checkpoint.load(tmp_path / "net.pth").model.output.weight, both["params"]["output.weight"])
+    assert caplog.messages == [f"{tmp_path / 'net.pth'}: holds params and params_ema; params is taken"]
+    caplog.clear()
+    for key in both:
+        loaded = checkpoint.load(tmp_path / "net.pth", params=key)
+        assert torch.equal(loaded.model.output.weight, both[key]["output.weight"])
+    assert not caplog.messages
+    with pytest.raises(InputError, match=r"^`params`: .*net\.pth holds weights, params, params_ema, found 'ema'"):
+        checkpoint.load(tmp_path / "net.pth", params="ema")
+
+
+def test_one_network_has_nothing_to_choose_from(tmp_path):
+    checkpoint.save(tmp_path / "m.safetensors", DRSformer(preset("drsformer-tiny")), {})
+    with pytest.raises(InputError, match=r"`params`: .* one network only"):
+        checkpoint.load(tmp_path / "m.safetensors", params="params_ema")
+    torch.save(two_networks()[0], tmp_path / "net.pth")
+    with pytest.raises(InputError, match=r"`params`: .* the file itself, found 'params_ema'"):
+        checkpoint.load(tmp_path / "net.pth", params="params_ema")
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a.bin", "a.pth.tar", "a.PTH", "a.pt", "a", "a.safetensors"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_content_decides_and_not_the_suffix(tmp_path, name, zipped):
+    state, _ = two_networks()
+    torch.save({"params": state}, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    assert torch.equal(checkpoint.load(tmp_path / name).model.output.weight, state["output.weight"])
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.ckpt", "a.SAFETENSORS"])
+def test_our_files_under_other_names(tmp_path, name):
+    model = fill(DRSformer(odd_config(3)))
+    checkpoint.save(tmp_path / "a.safetensors", model, {"x": 1})
+    (tmp_path / "a.safetensors").rename(tmp_path / name)
+    loaded = checkpoint.load(tmp_path / name)
+    assert (loaded.model.config, loaded.provenance) == (model.config, {"x": 1})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_safetensors_of_others(tmp_path, dtype, metadata):
+    state = {name: tensor.to(dtype) for name, tensor in two_networks()[0].items()}
+    save_file(prefixed(state, "module."), tmp_path / "net.safetensors", metadata)
+    torch.save(state, tmp_path / "net.pth")
+    for name in ("net.safetensors", "net.pth"):
+        loaded = checkpoint.load(tmp_path / name)
+        assert loaded.provenance == {"source": name}
+        assert loaded.model.output.weight.dtype == torch.float32
+        assert torch.equal(loaded.model.output.weight, state["output.weight"].float())
+
+
+def test_what_a_profiler_leaves_is_dropped_and_said(tmp_path, caplog):
+    state = two_networks()[0]
+    left = {f"{module}{what}": torch.zeros(1, dtype=torch.float64) for what in ("total_ops", "total_params")
+            for module in ("", "latent.0.", "latent.0.attn.")}  # fmt: skip
+    torch.save({"params": prefixed({**state, **left}, "module.")}, tmp_path / "net.pth")
+    loaded = checkpoint.load(tmp_path / "net.pth")
+    assert torch.equal(loaded.model.output.weight, state["output.weight"])
+    [remark] = caplog.messages
+    assert remark.endswith("tensors that are no part of the network are dropped: total_ops, total_params")
+
+
+def test_average_of_weights(tmp_path, caplog):
+    """PyTorch's own, which counts beside the network how many were averaged."""
+    averaged = torch.optim.swa_utils.AveragedModel(ReleasedDRSformer(**SMALL, mefc=False))
+    torch.save(averaged.state_dict(), tmp_path / "net.pth")
+    checkpoint.load(tmp_path / "net.pth")
+    assert "n_averaged" in caplog.text
+
+
+def test_dense_attention_is_said(tmp_path, caplog):
+    state = {name: tensor for name, tensor in two_networks()[0].items() if ".attn.attn" not in name}
+    torch.save(state, tmp_path / "net.pth")
+    assert checkpoint.load(tmp_path / "net.pth").model.config.topk == ()
+    assert "without tensors attn1 to attn4, so its attention is taken for dense" in caplog.text
+
+
+def harmless() -> dict:
+    """What training scripts keep beside the weights."""
+    by_default = collections.defaultdict(list)
+    by_default["loss"].append(np.float64(0.5))
+    return {
+        "best_psnr": np.float64(33.5), "step": np.int64(7), "flag": np.bool_(True), "half": np.float16(2),
+        "curve": np.arange(6.0).reshape(2, 3), "names": np.array(["a", "b"]), "odd": np.array([{"a": 1}, None]),
+        "record": np.zeros(2, [("a", "f4"), ("b", "i8")]), "dtype": np.dtype("f4"), "type": np.float32,
+        "rng": np.random.RandomState(0), "rng_state": np.random.get_state(), "generator": np.random.default_rng(0),
+        "python_rng": random.getstate(), "cuda_rng": [torch.get_rng_state()],
+        "saved": datetime.datetime(2024, 5, 1, 12, tzinfo=datetime.UTC), "day": datetime.date(2024, 5, 1),
+        "took": datetime.timedelta(hours=3), "time": datetime.time(3, 4),
+        "root": Path("data/train"), "windows": PureWindowsPath("C:/data"), "id": uuid.UUID(int=7),
+        "args": argparse.Namespace(lr=np.float32(3e-4), data=Path("x"), betas=(0.9, 0.999)),
+        "namespace": types.SimpleNamespace(a=1, nested=types.SimpleNamespace(b={1, 2})),
+        "history": by_default, "factory": collections.defaultdict(dict, a=1),
+        "ordered": collections.OrderedDict(a=1), "counted": collections.Counter("aab"),
+        "recent": collections.deque([1.0, 2.0], maxlen=5), "set": {1}, "frozen": frozenset([1]),
+        "price": decimal.Decimal("1.5"), "ratio": fractions.Fraction(2, 3), "number": 1j, "raw": b"\xff\0",
+        "bytes": bytearray(b"x"), "slice": slice(1, 2), "range": range(3), "huge": 2**80, "none": None,
+        "torch": torch.__version__, "size": torch.Size([1, 2]), "device": torch.device("cuda:0"), "kind": int,
+        "dtype_of_torch": torch.float16, "hyper_parameters": AttributeDict(lr=1, more=AttributeDict(a=np.float64(1))),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("key", [None, *harmless()])
+def test_harmless_values_beside_the_tensors(tmp_path, caplog, key, zipped):
+    state = two_networks()[0]
+    values = harmless() if key is None else {key: harmless()[key]}
+    torch.save({**values, "state_dict": state}, tmp_path / "net.pth", _use_new_zipfile_serialization=zipped)
+    loaded = checkpoint.load(tmp_path / "net.pth")
+    assert torch.equal(loaded.model.output.weight, state["output.weight"])
+    assert not caplog.messages
+
+
+def test_tensors_in_a_default_dictionary(tmp_path):
+    state = two_networks()[0]
+    torch.save({"params": collections.defaultdict(list, state)}, tmp_path / "net.pth")
+    assert torch.equal(checkpoint.load(tmp_path / "net.pth").model.output.weight, state["output.weight"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"params": {"conv_first.weight": torch.zeros(3), "body.0.bias": torch.zeros(3)}},
+         r"found 2 others, such as params\.conv_first\.weight"),
+        ({"epoch": 3}, "found none"),
+        ([{"a": 1}], "found none"),
+        (torch.zeros(3), "found none"),
+        ({**two_networks()[0], "refinement.0.norm1.body.weight": torch.zeros(24)},
+         r"1 unknown \(such as refinement\.0\.norm1\.body\.weight\)"),
+        (prefixed({**two_networks()[0], "vgg.conv1.weight": torch.zeros(3)}, "module.net_g."),
+         r"1 unknown \(such as module\.net_g\.vgg\.conv1\.weight\)"),
+    ],
+)  # fmt: skip
+def test_foreign_networks_are_refused_by_name(tmp_path, content, message):
+    torch.save(content, tmp_path / "net.pth")
+    with pytest.raises(InputError, match=message) as error:
+        checkpoint.load(tmp_path / "net.pth")
+    assert "\n" not in str(error.value)
+
+
+def test_tensors_without_values_are_no_weights(tmp_path):
+    state = two_networks()[0]
+    for name, tensor in {
+        "meta": torch.zeros(3, device="meta"),
+        "sparse": torch.zeros(3).to_sparse(),
+        "quantized": torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8),
+    }.items():
+        torch.save({**state, "output.weight": tensor}, tmp_path / f"{name}.pth")
+        with pytest.raises(InputError, match=r"1 missing \(such as output\.weight\)"):
+            checkpoint.load(tmp_path / f"{name}.pth")
+
+
+def test_content_that_holds_itself(tmp_path):
+    content = {"a": {}}
+    content["a"]["b"] = content
+    torch.save(content, tmp_path / "net.pth")
+    with pytest.raises(InputError, match="found none"):
+        checkpoint.load(tmp_path / "net.pth")
 
 
 @pytest.mark.parametrize("mefc", [True, False])
@@ -145,27 +346,124 @@ def test_config_of_the_ablations_is_recovered_from_shapes(kind, experts):
     assert checkpoint.config_from_shapes(shapes) == config
 
 
-class Evil:
-    """Runs code when it is unpickled by a loader that runs code."""
+class Call:
+    """Calls `function` when it is unpickled by a loader that runs code."""
 
-    def __init__(self, witness: Path) -> None:
-        self.witness = witness
+    def __init__(self, function, *args) -> None:
+        self.function, self.args = function, args
 
     def __reduce__(self):
-        return (Path.touch, (self.witness,))
+        return self.function, self.args
+
+    def __call__(self) -> None:
+        """To be taken for a function itself."""
 
 
-def test_pickled_code_is_refused_and_not_run(tmp_path):
-    witness = tmp_path / "executed"
-    torch.save({"params": Evil(witness)}, tmp_path / "new.pth")
-    (tmp_path / "old.pth").write_bytes(pickle.dumps({"params": Evil(witness)}))
-    for name in ("new.pth", "old.pth"):
-        with pytest.raises(InputError, match="refused") as error:
-            checkpoint.load(tmp_path / name)
+def touch(path: Path) -> str:
+    return f"open({str(path)!r}, 'w').close()"
+
+
+ATTACKS = {  # by the name that the pickle has for the function, which can be that of Python 2
+    "posix.system": lambda path: Call(os.system, f"touch {path}"),
+    "commands.Popen": lambda path: Call(subprocess.Popen, ["touch", str(path)]),
+    "eval": lambda path: Call(eval, touch(path)),
+    "exec": lambda path: Call(exec, touch(path)),
+    "getattr": lambda path: Call(getattr, path, "touch"),
+    "__import__": lambda path: Call(__import__, "antigravity"),
+    "io.open": lambda path: Call(open, str(path), "w"),
+    "functools.partial": lambda path: Call(functools.partial, exec, touch(path)),
+    "operator.methodcaller": lambda path: Call(Call(operator.methodcaller, "touch"), path),
+    "pickle.loads": lambda path: Call(pickle.loads, pickle.dumps(Call(exec, touch(path)))),
+    "runpy.run_path": lambda path: Call(runpy.run_path, str(path)),
+    "numpy.load": lambda path: Call(np.load, str(path), None, True),
+    "torch.serialization.load": lambda path: Call(torch.load, str(path)),
+    "torch.storage._load_from_bytes": lambda path: Call(torch.storage._load_from_bytes, path.name.encode()),
+    "torch.jit._serialization.load": lambda path: Call(torch.jit.load, str(path)),
+    "torch.hub.load": lambda path: Call(torch.hub.load, str(path), "net"),
+    "benchmarks.released.ReleasedDRSformer": lambda path: ReleasedDRSformer(**SMALL, mefc=False),
+}
+
+PLACES = {
+    "alone": lambda attack: attack,
+    "for the state": lambda attack: {"params": attack},
+    "in the state": lambda attack: {"params": {**two_networks()[0], "latent.0.attn.attn1": attack}},
+    "beside the state": lambda attack: {**two_networks()[0], "more": [{"epoch": (3, attack)}]},
+    "as a key": lambda attack: {"params": two_networks()[0], "more": [(attack, 3)]},
+    "as an attribute": lambda attack: {"params": two_networks()[0], "args": argparse.Namespace(a=attack)},
+    "as a part of an array": lambda attack: {"params": two_networks()[0], "curve": np.array([attack, None])},
+    "as a factory": lambda attack: {"params": two_networks()[0], "a": Call(collections.defaultdict, attack)},
+    "as an argument": lambda attack: {"params": two_networks()[0], "date": Call(datetime.date, attack)},
+    "as a function": lambda attack: {"params": two_networks()[0], "a": Call(attack, "x")},
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("name", "place"), [*((name, "beside the state") for name in ATTACKS), *(("exec", place) for place in PLACES)]
+)
+def test_pickled_code_is_refused_by_name_and_not_run(tmp_path, name, place, zipped):
+    content = PLACES[place](ATTACKS[name](tmp_path / "executed"))
+    torch.save(content, tmp_path / "net.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        InputError, match=rf"refused: it holds pickled code, which would run {re.escape(name)};"
+    ) as error:
+        checkpoint.load(tmp_path / "net.pth")
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["net.pth"]
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("name", ["posix.system", "exec", "io.open"])
+def test_plain_pickles_are_refused_by_name_and_not_run(tmp_path, name, protocol):
+    """The attacks themselves work."""
+    (tmp_path / "net.pth").write_bytes(pickle.dumps({"params": ATTACKS[name](tmp_path / "executed")}, protocol))
+    torch.save({"params": ATTACKS[name](tmp_path / "executed")}, tmp_path / "zip.pth", pickle_protocol=protocol)
+    for path in ("net.pth", "zip.pth")[protocol < 2 :]:  # the oldest protocols begin with no mark of a pickle
+        with pytest.raises(
+            InputError, match=rf"refused: .* would run (__builtin__\.|builtins\.)?{re.escape(name)};"
+        ) as error:
+            checkpoint.load(tmp_path / path)
         assert "\n" not in str(error.value)
-    assert not witness.exists()
-    pickle.loads((tmp_path / "old.pth").read_bytes())
-    assert witness.exists()  # the attack itself works
+    assert not (tmp_path / "executed").exists()
+    pickle.loads((tmp_path / "net.pth").read_bytes())
+    assert (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"cdatetime\ndatetime.__class__\n",
+        b"cdatetime\ndatetime\n}X\x03\x00\x00\x00newK\x01sb",  # changes the class that stands for it
+        b"cargparse\nNamespace\n)\x81(K\x01K\x02u",  # takes it for a dictionary
+        b"cpathlib\nPosixPath.touch\n(X\x08\x00\x00\x00executedtR",
+        b"cdrsformer.unpickling\nread\n",
+        b"cbuiltins\ndict.fromkeys\n",
+    ],
+)
+def test_stand_ins_lead_nowhere(tmp_path, monkeypatch, program):
+    monkeypatch.chdir(tmp_path)
+    before = dict(vars(unpickling.Forgotten))
+    with zipfile.ZipFile("net.pth", "w") as archive:
+        archive.writestr("net/data.pkl", b"\x80\x02" + program + b".")
+        archive.writestr("net/version", b"3\n")
+    with pytest.raises(InputError, match=r"net\.pth: refused: it holds pickled code"):
+        checkpoint.load("net.pth")
+    assert dict(vars(unpickling.Forgotten)) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["net.pth"]
+
+
+def test_a_program_in_torchscript_is_refused(tmp_path):
+    torch.jit.script(nn.Conv2d(1, 1, 1)).save(str(tmp_path / "net.pth"))
+    with pytest.raises(InputError, match="refused: it is a program in TorchScript"):
+        checkpoint.load(tmp_path / "net.pth")
+
+
+def test_stand_ins_are_for_the_moment(tmp_path):
+    """Other code of the process that reads checkpoints is not to meet them."""
+    torch.save({"date": datetime.date(2024, 5, 1), **two_networks()[0]}, tmp_path / "net.pth")
+    checkpoint.load(tmp_path / "net.pth")
+    with pytest.raises(pickle.UnpicklingError, match=r"datetime\.date"):
+        torch.load(tmp_path / "net.pth", weights_only=True)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -185,7 +483,9 @@ def test_truncated_files_are_refused(tmp_path, suffix, kept):
 @pytest.mark.parametrize("content", [b"<!DOCTYPE html>", b"\xff\xd8\xff\xe0 a photograph", b""])
 def test_what_is_no_checkpoint_is_not_said_to_hold_code(tmp_path, content):
     (tmp_path / "m.pth").write_bytes(content)
-    with pytest.raises(InputError, match="expected a PyTorch checkpoint, found a file that begins with") as error:
+    with pytest.raises(
+        InputError, match=r"expected a checkpoint of safetensors or torch.save, found .* and begins with"
+    ) as error:
         checkpoint.load(tmp_path / "m.pth")
     assert "\n" not in str(error.value)
 
