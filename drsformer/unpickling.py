@@ -15,6 +15,7 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def read(path: str | os.PathLike[str]) -> Any:
 
     Raises InputError for a file that is damaged, and for one that names anything else, with that name.
     """
-    stand_ins = [
+    stand_ins: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
         (stand_in, f"{module}.{name}")
         for stand_in, modules in STAND_INS.items()
         for module, names in modules.items()
@@ -127,16 +128,16 @@ def _names(path: Path) -> list[str]:
     memo: list[str] = []
     try:
         for operation, argument, _ in pickletools.genops(_pickle(path)):
-            match operation.name:
-                case "GLOBAL" | "INST":
+            match operation.name, argument:
+                case "GLOBAL" | "INST", str():
                     names.append(argument.replace(" ", "."))
-                case "STACK_GLOBAL":
+                case "STACK_GLOBAL", _:
                     names.append(".".join(texts[-2:]))
-                case "MEMOIZE":
+                case "MEMOIZE", _:
                     memo.append(texts[-1] if texts else "")
-                case "BINGET" | "LONG_BINGET":
+                case "BINGET" | "LONG_BINGET", int():
                     texts.append(memo[argument] if argument < len(memo) else "")
-                case _ if isinstance(argument, str):
+                case _, str():
                     texts.append(argument)
     except Exception:  # a damaged file, and what comes before the damage is known
         pass

@@ -227,7 +227,7 @@ def test_what_a_profiler_leaves_is_dropped_and_said(tmp_path, caplog):
     loaded = checkpoint.load(tmp_path / "net.pth")
     assert torch.equal(loaded.model.output.weight, state["output.weight"])
     [remark] = caplog.messages
-    assert remark.endswith("tensors that are no part of the network are dropped: total_ops, total_params")
+    assert remark.endswith("tensors of no part of the network are dropped: total_ops, total_params")
 
 
 def test_average_of_weights(tmp_path, caplog):
