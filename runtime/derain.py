@@ -11,7 +11,8 @@ Images are PNG, JPEG, WebP, BMP and TIFF; EXIF data, ICC profile and transparenc
 (extra: video), become H.264 in MP4, MOV or Matroska; sound, subtitles, time, colours and rotation are kept, see
 runtime/video.py. A file at OUTPUT is replaced.
 
-A folder is not searched below its first level, and its images keep their file names. An image whose result is in OUTPUT
+A folder is not searched below its first level, and its images keep their file names; videos and other files in it are
+left out and named. An image whose result is in OUTPUT
 already, and not older than the image, is left out unless --overwrite is given; as results are written whole or not at
 all, a run that was stopped can simply be started again. Images that cannot be restored are named at the end, and the
 exit status is then 1, as it is for a damaged video, of which all that is left is restored.
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import sys
 import tempfile
@@ -46,8 +48,19 @@ from .pixels import Size
 from .progress import OnProgress, silent
 from .session import Derainer, Provider, open_session
 
-VIDEOS = (".mp4", ".m4v", ".mov", ".mkv")
-"""A file is taken for a video where it or its result ends in one of these."""
+logger = logging.getLogger(__name__)
+
+VIDEOS = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".mxf", ".wmv", ".flv"),
+    *(".3gp", ".ogv", ".asf"),
+)
+"""A file is taken for a video where it or its result ends in one of these, also where no such file can be written."""
+
+OF_THE_SYSTEM = ("thumbs.db", "desktop.ini")
+"""Files that a folder holds without its owner's doing, as hidden ones."""
+
+NAMED = 5
+"""How many of the files that are left out are named."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +152,8 @@ def derain(
 
         result = video.restore(derainer, *files[0], options.crf, on_progress)
         return Report([files[0][1]], result.failures, provider=session.provider, frames=result.frames)
+    if input.is_dir():
+        _tell_what_is_left_out(input)
     report = _restore(derainer, todo, on_progress)
     if report.failures and not input.is_dir():
         raise InputError(report.failures[0])
@@ -239,6 +254,24 @@ def _plan(input: Path, output: Path) -> list[tuple[Path, Path]]:
         if target.exists() and target.samefile(source):
             raise InputError(f"OUTPUT would overwrite {source} itself; name another file or folder")
     return files
+
+
+def _tell_what_is_left_out(folder: Path) -> None:
+    taken = set(list_images(folder))
+    others = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path not in taken and path.name[0] != "." and path.name.lower() not in OF_THE_SYSTEM
+    ]
+    videos = [path for path in others if path.suffix.lower() in VIDEOS]
+    for reason, paths in (
+        ("videos, to be restored one by one", videos),
+        ("no images by their names", [path for path in others if path not in videos]),
+    ):
+        if paths:
+            names = ", ".join(path.name for path in paths[:NAMED])
+            more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+            logger.warning("%s: left out as %s: %s%s", folder, reason, names, more)
 
 
 def _is_video(source: Path, target: Path) -> bool:

@@ -6,7 +6,9 @@
 Kept: EXIF, the ICC profile, the resolution in print, the alpha channel, and grey as grey. The orientation in the EXIF
 data is applied to the pixels and its tag dropped, so that the network sees the image upright, as it was trained, and
 any viewer shows it so.
-Not kept: XMP and text, and the thumbnail, which would still show the rain; a palette becomes RGB.
+Not kept: XMP and text, and the thumbnail, which would still show the rain; a palette becomes RGB. Remarked on: colours
+that a PNG file describes by its chunks gAMA and cICP, an ICC profile for other colours than the file's, and a JPEG file
+that is complete but for its end marker.
 
 Refused, rather than silently made worse: more than 8 bits a channel, CMYK and other colour spaces, animations and
 files of several pages (a stereo or burst photograph in one JPEG file counts as its first image), and images of more
@@ -16,7 +18,9 @@ pixels than the limit against decompression bombs, see `refuse_bomb`.
 from __future__ import annotations
 
 import io
+import logging
 import os
+import random
 import re
 import warnings
 from dataclasses import dataclass
@@ -30,8 +34,11 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from .errors import InputError
 from .files import writing
 
+logger = logging.getLogger(__name__)
+
 FORMATS = {
-    ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF",
+    ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".webp": "WEBP", ".bmp": "BMP",
+    ".tif": "TIFF", ".tiff": "TIFF",
 }  # fmt: skip
 """Pillow's format by the suffix of the file to write. Files to read are recognised by their content."""
 
@@ -42,6 +49,15 @@ LONGEST_SIDE = {"JPEG": 65535, "WEBP": 16383}
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 """Pillow's modes that become RGB, or RGB and alpha, without loss."""
+
+SRGB = bytes([1, 13, 0, 1])
+"""What a chunk cICP says of sRGB: primaries, curve, matrix and range by their codes in ITU-T H.273."""
+
+SRGB_GAMMA = 0.45455
+"""What a chunk gAMA says of sRGB."""
+
+ENDINGS = [bytes([first, *random.Random(first).choices(range(255), k=63)]) for first in range(0, 256, 16)]
+"""Data, without a marker, by which a JPEG file might go on that has no end: any four bits, then others."""
 
 EXIF_TAGS = {ExifTags.Base[name] for name in (
     "ExifOffset", "GPSInfo", "ImageDescription", "Artist", "Copyright", "DateTime", "Make", "Model", "Software",
@@ -95,7 +111,8 @@ class Photo:
 
         JPEG in quality 95 without chroma subsampling; WebP in quality 95 if the image came from a lossy file, else
         without loss; TIFF uncompressed, as Pillow's compressor cannot take EXIF data. BMP holds neither EXIF nor an ICC
-        profile, WebP has no grey.
+        profile, WebP has no grey. An ICC profile for other colours than those that are written is left out, and a
+        remark logged.
 
         Raises:
             InputError: As `check` does and where the format cannot hold so much EXIF data.
@@ -111,7 +128,14 @@ class Photo:
             "JPEG": dict(quality=95, subsampling="4:4:4"),
             "WEBP": dict(quality=95, lossless=not self.lossy, exact=True),  # exact: colours also where transparent
         }
-        around = {k: v for k, v in dict(exif=self.exif, icc_profile=self.icc_profile, dpi=self.dpi).items() if v}
+        profile, colours = self.icc_profile, b"GRAY" if self.grey and file_format != "WEBP" else b"RGB "
+        if profile and profile[16:20] != colours and file_format != "BMP":
+            described, written = (text.decode("latin-1").strip() for text in (profile[16:20], colours))
+            logger.warning(
+                "%s: its ICC profile is for %s and is left out, as %s is written", path, described or "nothing", written
+            )
+            profile = b""
+        around = {k: v for k, v in dict(exif=self.exif, icc_profile=profile, dpi=self.dpi).items() if v}
         encoded = io.BytesIO()  # on a full disk some of Pillow's encoders would raise what they raise for bad images
         try:
             image.save(encoded, file_format, **options.get(file_format, {}), **around)
@@ -135,9 +159,10 @@ def load(path: str | os.PathLike[str]) -> Photo:
             with Image.open(path, formats=sorted({*FORMATS.values()})) as image:
                 refuse_bomb(path, *image.size)
                 _refuse_unfit(path, image)
-                image.load()
+                if image.format == "PNG":
+                    _remark_on_colours(path, image)
                 webp = image.format == "WEBP"
-                return _photo(image, lossy=_is_lossy_webp(path) if webp else image.format in ("JPEG", "MPO"))
+                return _photo(_loaded(path, image), _is_lossy_webp(path) if webp else image.format in ("JPEG", "MPO"))
     except Image.DecompressionBombError:  # by Pillow itself, at twice the limit
         reason = _bomb()
     except UnidentifiedImageError:
@@ -190,6 +215,50 @@ def _refuse_unfit(path: str | os.PathLike[str], image: ImageFile.ImageFile) -> N
         )
     if getattr(image, "is_animated", False) and image.format != "MPO":  # n_frames reads all pages of a TIFF file
         raise InputError(f"{path}: an animation or a file of several pages; split it into single images first")
+
+
+def _loaded(path: str | os.PathLike[str], image: ImageFile.ImageFile) -> Image.Image:
+    """The image with its pixels decoded, where at most the end marker of a JPEG file is missing.
+
+    Whether more is missing the decoder does not tell, as it makes up the rest. But then the rest depends on what
+    follows in the file, so `ENDINGS` are tried. (A progressive image that ends with a scan passes as complete.)
+    """
+    try:
+        image.load()
+    except OSError:
+        if image.format != "JPEG":
+            raise
+        content = Path(path).read_bytes().rstrip(b"\xff")  # of a marker that was cut in two
+        whole, *others = (Image.open(io.BytesIO(content + end + b"\xff\xd9"), formats=["JPEG"]) for end in ENDINGS)
+        if any(other.tobytes() != whole.tobytes() for other in others):
+            raise
+        logger.warning("%s: is complete but for the end marker of a JPEG file, and restored", path)
+        return whole
+    return image
+
+
+def _remark_on_colours(path: str | os.PathLike[str], image: ImageFile.ImageFile) -> None:
+    """Log what a PNG file says of its colours, other than that they are sRGB, in chunks that Pillow does not write."""
+    chunks = _png_chunks(path)
+    primaries, curve, *others = chunks.get(b"cICP", SRGB)
+    if (primaries, curve, *others) != (*SRGB,):
+        told = f"cICP (primaries {primaries}, curve {curve} of ITU-T H.273)"
+    elif b"iCCP" in chunks or b"sRGB" in chunks or abs(image.info.get("gamma", SRGB_GAMMA) - SRGB_GAMMA) < 0.005:
+        return
+    else:
+        told = f"gAMA ({image.info['gamma']:g})"
+    logger.warning("%s: how its colours are to be shown, %s, is not kept; they will be taken for sRGB", path, told)
+
+
+def _png_chunks(path: str | os.PathLike[str]) -> dict[bytes, bytes]:
+    """The chunks of a PNG file before its pixels; 4 bytes of each, which of a shorter one include its checksum."""
+    chunks = {}
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(header := file.read(8)) == 8 and header[4:] != b"IDAT":
+            chunks[header[4:]] = file.read(4)
+            file.seek(int.from_bytes(header[:4]) + 4 - len(chunks[header[4:]]), os.SEEK_CUR)
+    return chunks
 
 
 def _photo(image: Image.Image, lossy: bool) -> Photo:

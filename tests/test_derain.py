@@ -101,7 +101,8 @@ def test_broken_images_are_named_and_the_others_done(network, photos, tmp_path, 
     assert command(monkeypatch, photos, output, "--model", network) == 1
     assert sorted(path.name for path in output.iterdir()) == ["a.png", "b.JPG", "c.webp"]
     printed = capsys.readouterr()
-    lines = printed.err.splitlines()
+    remark, *lines = printed.err.splitlines()
+    assert remark == f"remark: {photos}: left out as no images by their names: notes.txt"
     assert len(lines) == 3, printed.err
     for line, name in zip(lines, ("aa.png", "d.jpg", "e.jpg"), strict=True):
         assert line.startswith("error: ")
@@ -122,6 +123,19 @@ def test_names_the_image_that_the_network_refuses(session, photos, tmp_path):
     heavy, wide = report.failures
     assert heavy.startswith(f"{photos / 'heavy.png'}: not enough memory")
     assert wide == f"{photos / 'wide.png'}: too wide"
+
+
+def test_what_is_left_out_of_a_folder_is_named(session, photos, tmp_path, caplog):
+    (photos / "e.jfif").write_bytes((photos / "b.JPG").read_bytes())
+    (photos / "below").mkdir()
+    for name in ("clip.MP4", "old.avi", ".hidden", "Thumbs.db", "desktop.ini", *(f"{i}.gif" for i in range(6))):
+        (photos / name).write_bytes(b"x")
+    report = derain(photos, tmp_path / "out")
+    assert [path.name for path in report.restored] == ["a.png", "b.JPG", "c.webp", "e.jfif"]
+    assert caplog.messages == [
+        f"{photos}: left out as videos, to be restored one by one: clip.MP4, old.avi",
+        f"{photos}: left out as no images by their names: 0.gif, 1.gif, 2.gif, 3.gif, 4.gif and 2 more",
+    ]
 
 
 def test_a_thousand_images_with_ten_broken(session, tmp_path):

@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, ImageCms
 from PIL.JpegImagePlugin import JpegImageFile
 
 from runtime import InputError
-from runtime.images import SUFFIXES, Photo, list_images, load, read_rgb
+from runtime.images import FORMATS, SUFFIXES, Photo, list_images, load, read_rgb
 
 LOSSLESS = [".png", ".webp", ".bmp", ".tif", ".tiff"]
 WITH_METADATA = [".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"]
@@ -238,7 +238,37 @@ def test_grey_stays_grey(tmp_path, suffix):
     photo.save(tmp_path / f"b{suffix}")
     with Image.open(tmp_path / f"b{suffix}") as image:
         assert image.mode == ("RGB" if suffix == ".webp" else "L")
-        assert np.abs(np.asarray(image.convert("L")).astype(int) - grey).max() <= 3 * (suffix in (".jpg", ".jpeg"))
+        assert np.abs(np.asarray(image.convert("L")).astype(int) - grey).max() <= 3 * (FORMATS[suffix] == "JPEG")
+
+
+def icc(colours):
+    """The head of a profile for a device of these colours, which is all that is looked at here."""
+    return ICC[:16] + colours + ICC[20:]
+
+
+@pytest.mark.parametrize(("colours", "grey"), [(b"RGB ", False), (b"GRAY", True)])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+def test_profile_of_the_colours_that_are_written_is_kept(tmp_path, caplog, colours, grey, suffix):
+    Photo(smooth(), grey=grey, icc_profile=icc(colours)).save(tmp_path / f"a{suffix}")
+    assert load(tmp_path / f"a{suffix}").icc_profile == icc(colours)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("colours", "grey", "suffix", "said"),
+    [
+        (b"GRAY", True, ".webp", "for GRAY and is left out, as RGB is written"),  # which has no grey
+        (b"GRAY", False, ".png", "for GRAY and is left out, as RGB is written"),
+        (b"RGB ", True, ".jpg", "for RGB and is left out, as GRAY is written"),
+        (b"CMYK", False, ".jpg", "for CMYK and is left out, as RGB is written"),
+        (b"", False, ".png", "for nothing and is left out, as RGB is written"),
+    ],
+)
+def test_profile_of_other_colours_is_left_out_and_said(tmp_path, caplog, colours, grey, suffix, said):
+    profile = icc(colours) if colours else b"cut off"
+    Photo(smooth(), grey=grey, icc_profile=profile).save(tmp_path / f"a{suffix}")
+    assert load(tmp_path / f"a{suffix}").icc_profile == b""
+    assert caplog.messages == [f"{tmp_path / f'a{suffix}'}: its ICC profile is {said}"]
 
 
 def test_palette_becomes_rgb(tmp_path):
@@ -265,12 +295,40 @@ def test_transparent_colour_becomes_alpha(tmp_path, mode):
     assert photo.grey is (mode != "RGB")
 
 
+def chunk(name, data):
+    """A chunk of a PNG file."""
+    return struct.pack(">L", len(data)) + name + data + struct.pack(">L", zlib.crc32(name + data))
+
+
+@pytest.mark.parametrize(
+    ("chunks", "said"),
+    [
+        ([(b"gAMA", struct.pack(">L", 100_000))], "gAMA (1)"),
+        ([(b"gAMA", struct.pack(">L", 55_556))], "gAMA (0.55556)"),
+        ([(b"cICP", bytes([12, 13, 0, 1]))], "cICP (primaries 12, curve 13 of ITU-T H.273)"),
+        ([(b"cICP", bytes([9, 16, 0, 1])), (b"sRGB", b"\0")], "cICP (primaries 9, curve 16 of ITU-T H.273)"),
+        ([(b"cICP", b"\1")], "cICP (primaries 1, curve "),  # damaged
+        ([(b"gAMA", struct.pack(">L", 45_455))], None),
+        ([(b"cICP", bytes([1, 13, 0, 1]))], None),
+        ([(b"gAMA", struct.pack(">L", 100_000)), (b"sRGB", b"\0")], None),  # the latter counts
+        ([], None),
+    ],
+)
+def test_colours_that_a_png_tells_otherwise_are_said(tmp_path, caplog, chunks, said):
+    Image.fromarray(smooth()).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    place = whole.index(b"IDAT") - 4
+    (tmp_path / "a.png").write_bytes(whole[:place] + b"".join(chunk(*parts) for parts in chunks) + whole[place:])
+    np.testing.assert_array_equal(read_rgb(tmp_path / "a.png"), smooth())
+    remarks = [f"{tmp_path / 'a.png'}: how its colours are to be shown, {said}"] if said else []
+    assert len(caplog.messages) == len(remarks)
+    for message, remark in zip(caplog.messages, remarks, strict=True):
+        assert message.startswith(remark)
+        assert message.endswith("is not kept; they will be taken for sRGB")
+
+
 def png_16(channels):
     """A 5x4 PNG of 16 bits a channel, which Pillow cannot write in colour."""
-
-    def chunk(name, data):
-        return struct.pack(">L", len(data)) + name + data + struct.pack(">L", zlib.crc32(name + data))
-
     colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     header = struct.pack(">LLBBBBB", 5, 4, 16, colour_type, 0, 0, 0)
     rows = (b"\0" + b"\x12\x34" * 5 * channels) * 4
@@ -331,6 +389,27 @@ def test_truncated_files_are_refused(tmp_path, suffix):
     for length in (0, 1, 10, 30, len(content) // 3, len(content) // 2, len(content) * 3 // 4):
         path.write_bytes(content[:length])
         refusal(path)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(progressive=True), dict(restart_marker_blocks=2), dict(quality=100, subsampling=0)]
+)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_jpeg_that_lacks_only_its_end_marker(tmp_path, caplog, options, mode):
+    whole, cut = tmp_path / "whole.jpg", tmp_path / "cut.jpg"
+    for seed in range(3):
+        Image.fromarray(noise(40, 48, 3, seed=seed)).convert(mode).save(whole, exif=make_exif(6), **options)
+        expected = load(whole)
+        for missing in (1, 2):
+            caplog.clear()
+            cut.write_bytes(whole.read_bytes()[:-missing])
+            photo = load(cut)
+            np.testing.assert_array_equal(photo.rgb, expected.rgb)
+            assert (photo.lossy, photo.grey, photo.exif) == (True, mode == "L", expected.exif)
+            assert caplog.messages == [f"{cut}: is complete but for the end marker of a JPEG file, and restored"]
+        for missing in range(6, 12):  # the last byte of a scan can be padding, and be written as two
+            cut.write_bytes(whole.read_bytes()[:-missing])
+            assert "truncated" in refusal(cut)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -400,9 +479,9 @@ def test_disk_errors_keep_their_kind(tmp_path):
 
 
 def test_list_images(tmp_path):
-    for name in ("b.png", "a.JPG", "c.tiff", ".hidden.png", "notes.txt", "noext"):
+    for name in ("b.png", "a.JPG", "c.tiff", "d.jfif", "e.JPE", ".hidden.png", "notes.txt", "noext"):
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
-    assert [path.name for path in list_images(tmp_path)] == ["a.JPG", "b.png", "c.tiff"]
+    assert [path.name for path in list_images(tmp_path)] == ["a.JPG", "b.png", "c.tiff", "d.jfif", "e.JPE"]
     with pytest.raises(InputError, match="none at"):
         list_images(tmp_path / "none")
