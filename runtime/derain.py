@@ -6,6 +6,7 @@
     python -m runtime.derain photos/ restored/ --shard $SLURM_ARRAY_TASK_ID/8
     python -m runtime.derain panorama.tif clean.tif --memory 8GB --max-pixels 1000000000
     python -m runtime.derain rainy.mp4 clean.mp4 --crf 16
+    python -m runtime.derain phone.mov clean.mp4 --tone-map
 
 Images are PNG, JPEG, WebP, BMP and TIFF; EXIF data, ICC profile and transparency are kept. Videos, which need PyAV
 (extra: video), become H.264 in MP4, MOV or Matroska; sound, subtitles, time, colours and rotation are kept, see
@@ -100,6 +101,7 @@ class DerainOptions:
         tile: Cut larger images into tiles of this height and width, given as HxW such as 512x512.
         max_pixels: Refuse larger images, as a small file can claim to hold billions of pixels; 89 million if not given.
         crf: Quality of a video, from 0, the best, to 51.
+        tone_map: Map the tones of a video in HLG, which is HDR as phones film it, to SDR.
     """
 
     model: Path | None = None
@@ -112,6 +114,7 @@ class DerainOptions:
     tile: Annotated[Size, hxw("tile")] | None = None
     max_pixels: int | None = None
     crf: int = 18
+    tone_map: bool = False
 
 
 def derain(
@@ -150,7 +153,7 @@ def derain(
     if not input.is_dir() and _is_video(*files[0]):
         from . import video  # needs PyAV
 
-        result = video.restore(derainer, *files[0], options.crf, on_progress)
+        result = video.restore(derainer, *files[0], options.crf, on_progress, options.tone_map)
         return Report([files[0][1]], result.failures, provider=session.provider, frames=result.frames)
     if input.is_dir():
         _tell_what_is_left_out(input)

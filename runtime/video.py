@@ -14,8 +14,8 @@ where the network sees the frames upright, as it was trained; sound and subtitle
 and languages.
 
 Not kept, and remarked on: more than 8 bits a channel, transparency, interlacing, subtitles that the format cannot
-hold, cover images, data, and all video streams but one. Refused: HDR, whose curve needs more than 8 bits, and sound
-that the format cannot hold.
+hold, cover images, data, and all video streams but one. Refused: HDR, whose curve needs more than 8 bits, unless it is
+HLG, as phones film it, and its tones are to be mapped to SDR; and sound that the format cannot hold.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from . import hlg
 from .errors import InputError
 from .files import writing
 from .images import refuse_bomb
@@ -67,7 +68,8 @@ MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}
 525 lines, SMPTE 240M, BT.2020."""
 
 BT709, BT601, UNSPECIFIED = 1, 5, 2
-HDR = {16: "PQ", 18: "HLG"}
+HLG = 18
+HDR = {16: "PQ", HLG: "HLG"}
 """Transfer curves that need more than 8 bits, by their code in H.273."""
 
 OF_THE_FILE = ("major_brand", "minor_version", "compatible_brands", "encoder")
@@ -109,6 +111,7 @@ def restore(
     target: str | os.PathLike[str],
     crf: int = 18,
     on_progress: OnProgress = silent,
+    tone_map: bool = False,
 ) -> Result:
     """Restore a video file into another, whole or not at all.
 
@@ -119,6 +122,8 @@ def restore(
     Args:
         derain: Function of uint8 (H, W, 3) RGB -> the same, such as a Derainer.
         crf: x264's quality, from 0, the best, to 51.
+        on_progress: Is told how far it is.
+        tone_map: Map the tones of an HLG video to SDR, in BT.709; others stay as they are.
 
     Raises:
         InputError: Where the source is no video or one that is refused, where the target's format cannot hold it, and
@@ -131,7 +136,7 @@ def restore(
         raise InputError(f"`crf`: expected 0 to 51, found {crf}")
     interruption = None
     with _open(source) as container, writing(target) as temporary, _create(temporary, target) as output:
-        reader = _Reader(source, container)
+        reader = _Reader(source, container, tone_map)
         writer = _Writer(target, output, reader, crf)
         for remark in (*reader.remarks(), *writer.remarks):
             logger.warning("%s: %s", source, remark)
@@ -206,23 +211,30 @@ class _Converter:
 
     Args:
         first: The first frame; all others are taken to be like it, and scaled to its size where they are not.
+        tone_map: Whether HLG becomes SDR before it is RGB.
     """
 
-    def __init__(self, path: Path, first: VideoFrame) -> None:
-        if first.color_trc in HDR:
+    def __init__(self, path: Path, first: VideoFrame, tone_map: bool = False) -> None:
+        self.tone_maps = tone_map and first.color_trc == HLG
+        if first.color_trc in HDR and not self.tone_maps:
+            how = "--tone-map does that" if first.color_trc == HLG else "here there is --tone-map for HLG only"
             raise InputError(
-                f"{path}: HDR ({HDR[first.color_trc]}), where the network works on 8 bits a channel; "
-                "map its tones to SDR first"
+                f"{path}: HDR ({HDR[first.color_trc]}), where the network works on 8 bits a channel; map its tones to "
+                f"SDR first ({how})"
             )
         self.width, self.height = first.width, first.height
         unknown = BT709 if first.width >= 1280 or first.height > 576 else BT601  # as players have it
         code = {0: BT709, UNSPECIFIED: unknown}.get(first.colorspace, first.colorspace)
         if code not in MATRICES:
             raise InputError(f"{path}: colour matrix {code} of H.273 is unknown here; convert it to BT.709 first")
-        self._matrix = MATRICES[code]
+        self._read_matrix = self._written_matrix = MATRICES[code]
         full = first.color_range == ColorRange.JPEG or first.format.name.startswith("yuvj")
         self.range = ColorRange.JPEG if full and not first.format.is_rgb else ColorRange.MPEG
         self.colorspace = BT709 if first.format.is_rgb else first.colorspace
+        self.primaries, self.transfer = first.color_primaries, first.color_trc
+        if self.tone_maps:
+            self.colorspace = self.primaries = self.transfer = BT709
+            self._written_matrix = MATRICES[BT709]
         self.pixel_format = _pixel_format(first)
         matrix = first.side_data.get("DISPLAYMATRIX")
         self.display_matrix = struct.unpack("=9i", bytes(matrix)) if matrix else None
@@ -236,13 +248,14 @@ class _Converter:
             frame,
             self.width,
             self.height,
-            "rgb24",
-            src_colorspace=self._matrix,
+            "rgb48le" if self.tone_maps else "rgb24",
+            src_colorspace=self._read_matrix,
             src_color_range=self.range,
             dst_color_range=ColorRange.JPEG,
             interpolation=EXACT,
         )
-        image = np.asarray(converted.to_ndarray(), np.uint8)
+        image = converted.to_ndarray()
+        image = hlg.to_sdr(np.asarray(image, np.uint16)) if self.tone_maps else np.asarray(image, np.uint8)
         return (image.swapaxes(0, 1) if swap else image)[::rows, ::columns]
 
     def frame(self, rgb: NDArray[np.uint8]) -> VideoFrame:
@@ -253,7 +266,7 @@ class _Converter:
         return self._from_rgb.reformat(
             VideoFrame.from_ndarray(image, "rgb24"),
             format=self.pixel_format,
-            dst_colorspace=self._matrix,
+            dst_colorspace=self._written_matrix,
             src_color_range=ColorRange.JPEG,
             dst_color_range=self.range,
             interpolation=EXACT,
@@ -299,7 +312,7 @@ class _Reader:
         damaged: How many packets were so far.
     """
 
-    def __init__(self, path: Path, container: InputContainer) -> None:
+    def __init__(self, path: Path, container: InputContainer, tone_map: bool = False) -> None:
         self.path, self.container = path, container
         covers = Disposition.attached_pic | Disposition.timed_thumbnails
         videos = [
@@ -322,7 +335,7 @@ class _Reader:
         self.damaged = 0
         self.expected = self.stream.frames or round(self._length * self.rate) or None
         self.first, decoded = self._peek(self._decode())
-        self.converter = _Converter(path, self.first)
+        self.converter = _Converter(path, self.first, tone_map)
         self.items = self._pictures(decoded)
 
     def remarks(self) -> list[str]:
@@ -333,9 +346,12 @@ class _Reader:
             remarks.append(f"streams that are dropped: {', '.join(dropped)}")
         components = self.first.format.components
         bits = max(component.bits for component in components)
-        if bits > 8:
+        if self.converter.tone_maps:
+            remarks.append("its tones are mapped from HLG to SDR, and its colours to BT.709")
+        elif bits > 8:
             remarks.append(f"{bits} bits a channel become 8")
-        if any(component.is_alpha for component in components):
+        told = self.stream.metadata.get("alpha_mode") == "1"  # of VP8 and VP9, whose decoders leave it out
+        if told or any(component.is_alpha for component in components):
             remarks.append("transparency is dropped")
         if self.first.interlaced_frame:
             remarks.append("interlaced frames are taken for whole ones; deinterlace first for a better result")
@@ -420,7 +436,7 @@ class _Writer:
         context.time_base = reader.time_base
         context.sample_aspect_ratio = reader.stream.sample_aspect_ratio or Fraction(0)
         context.colorspace, context.color_range = converter.colorspace, converter.range
-        context.color_primaries, context.color_trc = first.color_primaries, first.color_trc
+        context.color_primaries, context.color_trc = converter.primaries, converter.transfer
         self._stream.set_display_matrix(converter.display_matrix)
         _label(self._stream, reader.stream)
         if converter.pixel_format == "yuv444p" and (first.width | first.height) % 2:

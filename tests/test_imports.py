@@ -24,7 +24,7 @@ RUNTIME = [
     *("version", "lazy", "errors", "files", "progress", "pixels", "memory", "tiling"),  # the ground
     *("manifest", "bundle"),
     *("ort", "trt", "choice", "footprint"),
-    *("session", "images", "pipeline", "video"),  # the roof, and the files that it restores
+    *("session", "images", "pipeline", "hlg", "video"),  # the roof, and the files that it restores
     *("timing", "cli", "bench", "derain", "info", "triton"),
 ]
 """Files of the runtime from the ground up; each imports only files before it."""

@@ -20,7 +20,7 @@ import pytest
 from av.error import InvalidDataError
 from av.video.reformatter import VideoReformatter
 
-from runtime import InputError, video
+from runtime import InputError, hlg, video
 from runtime.video import restore
 from tests.support.commands import command
 from tests.support.onnx_files import write_network
@@ -312,6 +312,64 @@ def test_size_and_subsampling_are_kept(tmp_path, caplog, pixels, codec, size, ex
 def test_hdr_is_refused(tmp_path, transfer):
     source = write(tmp_path / "a.mp4", pixels="yuv420p10le", colours=(9, LIMITED, 9, transfer))
     assert "HDR" in refusal(source, tmp_path / "b.mp4")
+    if transfer == 16:
+        assert "HDR (PQ)" in refusal(source, tmp_path / "b.mp4", tone_map=True)
+    else:
+        assert "--tone-map does that" in refusal(source, tmp_path / "b.mp4")
+
+
+@pytest.mark.parametrize(("bits", "codec"), [(8, "libx264"), (10, "libx265"), (10, "ffv1")])
+def test_hlg_is_mapped_to_sdr_on_request(tmp_path, caplog, bits, codec):
+    """Levels of grey and a colour, by the definition of YUV; what they become is for tests/test_hlg.py."""
+    kr, kb = COEFFICIENTS[9]
+    signals = [(0.0, 0.0, 0.0), (0.38, 0.38, 0.38), (0.75, 0.75, 0.75), (1.0, 1.0, 1.0), (0.6, 0.4, 0.3)]
+    sent = []
+    for r, g, b in signals:
+        y = kr * r + (1 - kr - kb) * g + kb * b
+        cb, cr = (b - y) / (2 * (1 - kb)), (r - y) / (2 * (1 - kr))
+        scale = 2 ** (bits - 8)
+        frame = av.VideoFrame(WIDTH, HEIGHT, "yuv420p" if bits == 8 else "yuv420p10le")
+        for plane, level in zip(frame.planes, (16 + 219 * y, 128 + 224 * cb, 128 + 224 * cr), strict=True):
+            value = round(scale * level).to_bytes(scale // 4 + 1, "little")
+            plane.update(value * (plane.buffer_size // len(value)))
+        sent.append(frame)
+    options = {"x265-params": "lossless=1:log-level=none"} if codec == "libx265" else {}
+    source = write(
+        tmp_path / "a.mkv", sent, codec=codec, pixels=sent[0].format.name, colours=(9, LIMITED, 9, 18), options=options
+    )
+    seen = []
+    result = restore(lambda image: seen.append(image) or image, source, tmp_path / "b.mp4", crf=0, tone_map=True)
+    assert (result.frames, result.failures) == (len(signals), [])
+    assert caplog.messages == [f"{source}: its tones are mapped from HLG to SDR, and its colours to BT.709"]
+    for levels, image, frame in zip(signals, seen, frames(tmp_path / "b.mp4"), strict=True):
+        expected = hlg.to_sdr(np.round(np.array([[levels]]) * 65535).astype(np.uint16))
+        assert np.abs(image.astype(int) - expected).max() <= (2 if bits == 10 else 5)
+        assert (frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc) == (1, LIMITED, 1, 1)
+        assert np.abs(frame.to_ndarray(format="rgb24").astype(int) - image).max() <= 3
+
+
+def test_other_videos_are_not_tone_mapped(tmp_path):
+    source = write(tmp_path / "a.mp4", colours=(1, LIMITED, 1, 1))
+    for tone_map in (False, True):
+        restore(same, source, tmp_path / f"{tone_map}.mp4", tone_map=tone_map)
+    assert packets(tmp_path / "True.mp4", "video") == packets(tmp_path / "False.mp4", "video")
+
+
+def test_transparency_that_the_decoder_leaves_out_is_said(tmp_path, caplog):
+    """VP9 keeps it beside the pictures, where FFmpeg's decoder does not look."""
+    source = write(tmp_path / "a.webm", codec="libvpx-vp9", pixels="yuva420p")
+    assert not any(component.is_alpha for component in frames(source)[0].format.components)
+    restore(same, source, tmp_path / "b.mp4")
+    assert caplog.messages == [f"{source}: transparency is dropped"]
+
+
+@pytest.mark.parametrize("name", ["clean.webm", "clean.avi", "clean.MTS"])
+def test_the_output_is_blamed_for_its_suffix_and_not_a_sound_video(tmp_path, monkeypatch, capsys, name):
+    network = write_network(tmp_path / "half.onnx")
+    for source in (write(tmp_path / "a.webm", codec="libvpx-vp9"), write(tmp_path / "b.mp4")):
+        assert command(monkeypatch, source, tmp_path / name, "--model", network) == 2
+        wanted = f"error: expected a video file ending in .mp4, .m4v, .mov, .mkv to write, found {tmp_path / name}\n"
+        assert capsys.readouterr().err == wanted
 
 
 def test_frames_of_another_size_are_scaled_to_the_first(tmp_path):
