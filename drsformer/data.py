@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,10 +30,11 @@ NAMES = (
     (r"x2$", ""),  # norain-1x2 and norain-1: Rain200L, Rain200H
     (r"^rain", "norain"),  # rain-1 and norain-1: Rain200L and Rain200H where the x2 has been taken away
     (r"_\d+$", ""),  # 901_1 ... 901_14 and 901: DDN-Data, 14 rains on every background
+    (r"_s\d+_a\d+$", ""),  # im_0001_s80_a04 and im_0001: Outdoor-Rain, 15 rains on every background
     (r"$", "gt"),  # 000 and 000gt: SPA-Data, test
 )
 """Pattern and replacement that make the stem of a clean image from that of a rainy one. All images of a folder follow
-the same one: of those whose pattern is in every name, the one that finds most partners. Suffixes may differ."""
+the same one, that which finds the most partners. Suffixes may differ."""
 
 
 @dataclass(frozen=True)
@@ -82,22 +83,54 @@ def pair_folders(inputs: Path, targets: Path) -> list[Pair]:
     Raises:
         InputError: A folder has no images, or an input has no target.
     """
-    rainy, clean = _images(inputs), _images(targets)
+    return _paired(_images(inputs), _images(targets))
+
+
+def _paired(rainy: dict[str, Path], clean: dict[str, Path]) -> list[Pair]:
+    """Pairs of images, which are given by their stems. Raises InputError where one has no partner, for the odd name."""
     renamings = [
-        {stem: re.sub(pattern, replacement, stem, count=1) for stem in rainy}
+        {stem: re.sub(pattern, replacement, stem, count=1) for stem in rainy if re.search(pattern, stem)}
         for pattern, replacement in NAMES
-        if all(re.search(pattern, stem) for stem in rainy)
     ]
     partners = max(renamings, key=lambda renaming: sum(partner in clean for partner in renaming.values()))
-    for stem, partner in partners.items():
-        if partner not in clean:
-            raise InputError(f"{rainy[stem]}: expected its counterpart {targets / partner}.*, found none")
+    found = [stem for stem in rainy if partners.get(stem) in clean]
+    for stem, path in rainy.items():
+        if stem not in partners:  # whose others have partners by this rule
+            example = f"{rainy[found[0]].name} and {clean[partners[found[0]]].name}"
+            raise InputError(f"{path}: expected a name by which it has a counterpart, as {example} have; found none")
+        if partners[stem] not in clean:
+            raise InputError(_without_partner(path, partners[stem], rainy, clean))
     return [Pair(path, clean[partners[stem]], stem) for stem, path in rainy.items()]
+
+
+def _without_partner(path: Path, partner: str, rainy: dict[str, Path], clean: dict[str, Path]) -> str:
+    """What is wrong with a rainy image whose clean one, of this stem, is missing; or with that one's name."""
+    folder = next(iter(clean.values())).parent
+    near = next((stem for stem in clean if stem != partner and _natural(stem) == _natural(partner)), None)
+    if near is None:
+        return f"{path}: expected its counterpart {folder / partner}.*, found none"
+    if _is_padded_oddly(near, clean) and not _is_padded_oddly(path.stem, rainy):
+        return f"{clean[near]}: expected {partner}.* for {path}, found other zeros before its number"
+    return f"{path}: expected its counterpart {folder / partner}.*, found {clean[near].name} with other zeros"
+
+
+def _is_padded_oddly(stem: str, stems: Iterable[str]) -> bool:
+    """Whether its number begins with a zero and that of no other does, or the other way round."""
+    zeros = [bool(re.search(r"(?<!\d)0\d", other)) for other in stems if other != stem]
+    return any(zeros) is not bool(re.search(r"(?<!\d)0\d", stem))
 
 
 def _two_folders(inputs: str, targets: str, folder: Path) -> list[Pair]:
     places = folder / inputs, folder / targets
     return pair_folders(*places) if all(place.is_dir() for place in places) else []
+
+
+def _beside_clean(inputs: str, folder: Path) -> list[Pair]:
+    """Pairs of rain-* in a folder, or in another in it, with norain-* in it."""
+    place = folder / inputs
+    rainy = _by_stem(place, "rain-") if place.is_dir() else {}
+    clean = _by_stem(folder, "norain-")
+    return _paired(rainy, clean) if rainy and clean else []
 
 
 def _list_file(name: str, folder: Path) -> list[Pair]:
@@ -150,6 +183,16 @@ LAYOUTS = (
     # Rain200L and Rain200H by Yang et al.: rain_data_train_Light and the like, some with a folder more.
     Layout("rain/X2/ and norain/", partial(_two_folders, "rain/X2", "norain")),
     Layout("rain/ and norain/", partial(_two_folders, "rain", "norain")),
+    # Rain100L and Rain100H by Yang et al., of 2017: RainTrainL and RainTrainH, and the test sets as most repack them.
+    Layout("rainy/rain-* and norain-*", partial(_beside_clean, "rainy")),
+    Layout("rain-* and norain-*", partial(_beside_clean, "")),
+    Layout("rainy/ and gt/", partial(_two_folders, "rainy", "gt")),
+    # Rain12 by Li et al. (2016), as most repack it.
+    Layout("rainy/ and groundtruth/", partial(_two_folders, "rainy", "groundtruth")),
+    # Outdoor-Rain by Li et al. (2019), and as later works on all weathers repack it.
+    Layout("in/ and gt/", partial(_two_folders, "in", "gt")),
+    Layout("input/ and gt/", partial(_two_folders, "input", "gt")),
+    Layout("data/ and gt/", partial(_two_folders, "data", "gt")),
     # DID-Data by Zhang and Patel: DID-MDN-training, with a folder for each density of rain, and DID-MDN-test.
     Layout("Rain_*/train2018new/ or DID-MDN-test/ of images side by side", _side_by_side),
     # DDN-Data by Fu et al.: rainy_image_dataset/training and rainy_image_dataset/testing.
@@ -204,13 +247,20 @@ def dataset_name(folder: Path) -> str:
 def _images(folder: Path) -> dict[str, Path]:
     """The images of a folder by their stems, in natural order. Raises InputError where there are none, or two of a
     name."""
+    found = _by_stem(folder)
+    if not found:
+        raise InputError(f"{folder}: expected images ending in {', '.join(images.SUFFIXES)}, found none")
+    return found
+
+
+def _by_stem(folder: Path, beginning: str = "") -> dict[str, Path]:
+    """Those whose names begin so, of which there may be none."""
     found: dict[str, Path] = {}
     for path in sorted(images.list_images(folder), key=lambda path: _natural(path.name)):
         if path.stem in found:
             raise InputError(f"{folder}: expected one image of a name, found {found[path.stem].name} and {path.name}")
-        found[path.stem] = path
-    if not found:
-        raise InputError(f"{folder}: expected images ending in {', '.join(images.SUFFIXES)}, found none")
+        if path.name.startswith(beginning):
+            found[path.stem] = path
     return found
 
 

@@ -55,6 +55,28 @@ TREES = {
                                [("norain-1", "rain/norain-1.png", "norain/norain-1.png")]),
     "Rain200, renamed": (["rain/rain-7.png", "norain/norain-7.png"], ".",
                          [("rain-7", "rain/rain-7.png", "norain/norain-7.png")]),
+    "Rain100, training": (
+        ["RainTrainL/rain-2.png", "RainTrainL/norain-2.png", "RainTrainL/rain-10.png", "RainTrainL/norain-10.png"],
+        "RainTrainL",
+        [(f"rain-{n}", f"RainTrainL/rain-{n}.png", f"RainTrainL/norain-{n}.png") for n in (2, 10)],
+    ),
+    "Rain100, test": (
+        [f"Rain100H/{name}.png" for name in ("rainy/rain-001", "rainy/rain-002", "norain-001", "norain-002")],
+        "Rain100H",
+        [(f"rain-{n}", f"Rain100H/rainy/rain-{n}.png", f"Rain100H/norain-{n}.png") for n in ("001", "002")],
+    ),
+    "Rain100, test in two folders": (["rainy/rain-001.png", "gt/norain-001.png"], ".",
+                                     [("rain-001", "rainy/rain-001.png", "gt/norain-001.png")]),
+    "Rain12": (["test12/rainy/1.png", "test12/groundtruth/1.png"], "test12",
+               [("1", "test12/rainy/1.png", "test12/groundtruth/1.png")]),
+    **{
+        f"Outdoor-Rain, {folder}": (
+            [*(f"{folder}/im_0601_s{s}_a0{a}.png" for s in (80, 100) for a in (4, 5)), "gt/im_0601.png"], ".",
+            [(f"im_0601_s{s}_a0{a}", f"{folder}/im_0601_s{s}_a0{a}.png", "gt/im_0601.png")
+             for s in (80, 100) for a in (4, 5)],
+        )
+        for folder in ("in", "input", "data")
+    },
     "DID-Data, training": (
         [f"DID-MDN-training/Rain_{density}/train2018new/{n}.jpg" for density in ("Heavy", "Light") for n in (2, 10)],
         "DID-MDN-training",
@@ -199,6 +221,52 @@ def test_near_names_are_no_partners(tmp_path):
     plant(tmp_path, "input/1.png", "input/1_2.png", "input/2.png", "target/1.png", "target/2.png")
     with pytest.raises(InputError, match=r"input/1_2\.png: expected its counterpart .*target/1_2\.\*"):
         find_pairs(tmp_path)
+
+
+def ddn(*more):
+    names = [f"rainy_image/{b}_{n}.jpg" for b in (901, 902) for n in range(1, 15)]
+    return [*names, "ground_truth/901.jpg", "ground_truth/902.jpg", *more]
+
+
+def numbers(rainy="norain-{}x2", clean="norain-{}", **odd):
+    """Twelve pairs, of which the seventh may have another name."""
+    return [
+        f"{folder}/{name if n != 7 else odd.get(folder, name)}.png".format(n)
+        for folder, name in (("rain", rainy), ("norain", clean))
+        for n in range(1, 13)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (ddn("rainy_image/901_1 - Copy.jpg"), r"rainy_image/901_1 - Copy\.jpg: .* as 901_1\.jpg and 901\.jpg have"),
+        (ddn("rainy_image/901_14 (1).jpg"), r"rainy_image/901_14 \(1\)\.jpg: "),
+        (
+            ddn("rainy_image/901_1_1.jpg"),
+            r"rainy_image/901_1_1\.jpg: expected its counterpart .*ground_truth/901_1\.\*",
+        ),
+        (ddn("rainy_image/Copy of 901_1.jpg"), r"rainy_image/Copy of 901_1\.jpg: "),
+        (ddn("rainy_image/a.jpg"), r"rainy_image/a\.jpg: "),
+        (numbers(rain="norain-07x2"), r"rain/norain-07x2\.png: .* found norain-7\.png with other zeros"),
+        (
+            numbers(norain="norain-07"),
+            r"norain/norain-07\.png: expected norain-7\.\* for .*rain/norain-7x2\.png, found other",
+        ),
+        (numbers("{:03}", "{:03}", rain="7"), r"/rain/7\.png: .* found 007\.png with other zeros"),
+        (
+            numbers("{:03}", "{:03}", norain="7"),
+            r"/norain/7\.png: expected 007\.\* for .*/rain/007\.png, found other zeros",
+        ),
+        (numbers("{:03}", "{}"), r"/rain/001\.png: .* found 1\.png with other zeros"),
+    ],
+)
+def test_the_odd_file_is_named(tmp_path, files, message):
+    with pytest.raises(
+        InputError, match=f"{tmp_path}/{message}" if message[0] != "/" else f"{tmp_path}{message}"
+    ) as error:
+        find_pairs(plant(tmp_path, *files))
+    assert str(error.value).startswith(str(tmp_path))
 
 
 def test_no_partner_at_all(tmp_path):

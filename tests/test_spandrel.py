@@ -12,7 +12,7 @@ import torch
 from benchmarks.released import ReleasedDRSformer
 from drsformer import checkpoint
 from drsformer.config import DRSformerConfig, preset
-from drsformer.evaluate import TorchSession
+from drsformer.session import TorchSession
 from drsformer.model import DRSformer
 from runtime.pixels import to_batch
 from runtime.session import Derainer
