@@ -247,6 +247,19 @@ def test_command(monkeypatch, capsys, data, weights):
     assert {"psnr", "ssim", "input_psnr", "input_ssim"} < summary.keys()
 
 
+def test_command_chooses_among_the_weights_of_a_checkpoint(monkeypatch, capsys, data, network, tmp_path):
+    black = {name: torch.zeros_like(tensor) for name, tensor in network.state_dict().items()}
+    torch.save({"params": network.state_dict(), "params_ema": black}, tmp_path / "net.pth")
+    scores = {}
+    for params in ("params", "params_ema"):
+        assert run(monkeypatch, "--weights", tmp_path / "net.pth", "--data", data, "--params", params) == 0
+        scores[params] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert scores["params"]["psnr"] != scores["params"]["input_psnr"]
+    assert scores["params_ema"]["psnr"] == scores["params_ema"]["input_psnr"]  # what the network adds is nothing
+    assert run(monkeypatch, "--weights", tmp_path / "net.pth", "--data", data, "--params", "ema") == 2
+    assert capsys.readouterr().err.startswith("error: --params: expected where ")
+
+
 def test_command_with_a_mistake(monkeypatch, capsys, data):
     assert run(monkeypatch, "--restored", data / "input", "--target", data / "nowhere") == 2
     assert capsys.readouterr().err.count("\n") == 1

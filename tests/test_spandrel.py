@@ -12,8 +12,8 @@ import torch
 from benchmarks.released import ReleasedDRSformer
 from drsformer import checkpoint
 from drsformer.config import DRSformerConfig, preset
-from drsformer.session import TorchSession
 from drsformer.model import DRSformer
+from drsformer.session import TorchSession
 from runtime.pixels import to_batch
 from runtime.session import Derainer
 from tests.support.networks import SMALL, fill, image
