@@ -87,5 +87,5 @@ def test_command_adds_rows(tmp_path: Path, data: Path) -> None:
     assert list(run["rows"]) == ["exact: exact", "exact: ours", "exact: theirs"]
     with pytest.raises(InputError, match="found no file at"):
         autocast(ours, (tmp_path / "none.onnx",), exact, (data,), tmp_path / "results")
-    with pytest.raises(InputError, match="--pairs: expected at least 1, found 0"):
+    with pytest.raises(InputError, match="`pairs`: expected at least 1, found 0"):
         autocast(ours, (theirs,), exact, (data,), tmp_path / "results", pairs=0)

@@ -41,9 +41,13 @@ def missing() -> str:
     return ", ".join(lacking)
 
 
-pytestmark = pytest.mark.skipif(
-    bool(missing()) and "CI" not in os.environ, reason=f"the C++ library needs {missing()}: apt-get install {PACKAGES}"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(missing()) and "CI" not in os.environ,
+        reason=f"the C++ library needs {missing()}: apt-get install {PACKAGES}",
+    ),
+]
 
 
 def run(*command: str | Path, input: bytes = b"") -> subprocess.CompletedProcess[bytes]:

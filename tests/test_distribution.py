@@ -22,6 +22,8 @@ from runtime import Derainer, __version__
 from runtime.images import Photo, read_rgb
 from tests.support.bundles import flip, make_keys, write_bundle
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PHOTOGRAPH = ROOT / "docs" / "photographs" / "chelsea.jpg"
 BASE = ("numpy", "onnxruntime", "pillow")

@@ -48,6 +48,8 @@ from tests.support.bundles import write_bundle
 from tests.support.networks import SMALL, fill
 from tests.support.onnx_files import write_network
 
+pytestmark = pytest.mark.slow
+
 settings.register_profile(
     "ci",
     max_examples=100,

@@ -29,6 +29,8 @@ from runtime.errors import InputError
 from tests.support.images import noise, save
 from tests.support.networks import fill
 
+pytestmark = pytest.mark.slow
+
 TINY = "micro"
 CPU = torch.device("cpu")
 

@@ -17,6 +17,8 @@ from drsformer.config import PRESETS
 from runtime.errors import InputError
 from runtime.timing import alone
 
+pytestmark = pytest.mark.slow
+
 MICRO = "micro"
 
 
@@ -81,5 +83,5 @@ def test_missed_targets_are_named() -> None:
 
 
 def test_one_round_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--rounds: expected at least 2, found 1"):
+    with pytest.raises(InputError, match="`rounds`: expected at least 2, found 1"):
         graph(tmp_path, MICRO, rounds=1)

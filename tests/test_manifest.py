@@ -630,3 +630,11 @@ def test_contradictions_are_refused_on_construction(original):
         found.with_file, found.files[1], replace(found.engines[0], onnx_sha256="0" * 64)
     )
     assert "expected one model" in refusal(found.with_file, found.files[1])
+
+
+def test_the_example_of_the_specification_is_a_manifest():
+    text = (Path(__file__).parents[1] / "docs" / "bundle-format.md").read_text()
+    examples = [block.partition("```")[0] for block in text.split("```json\n")[1:]]
+    assert examples
+    for example in examples:
+        assert parse(example.encode()).model.file == "model.onnx"

@@ -40,6 +40,8 @@ from runtime.progress import silent
 from runtime.session import Derainer
 from tests.support.networks import fill, image
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "weights" / "drsformer-xs.safetensors"
 

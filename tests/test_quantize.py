@@ -31,6 +31,8 @@ from runtime.ort import OrtSession
 from runtime.session import Derainer
 from tests.support.networks import fill
 
+pytestmark = pytest.mark.slow
+
 SIZES = [(37, 45), (40, 48), (33, 41)]
 """Of which each is padded to the second, for which the models are exported: that is far quicker than for any size."""
 OUTLIER = "encoder_level1.0.ffn"

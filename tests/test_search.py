@@ -33,6 +33,8 @@ from runtime.progress import silent
 from runtime.session import Derainer
 from tests.support.networks import fill
 
+pytestmark = pytest.mark.slow
+
 CONFIG = DRSformerConfig.regular(8, (0, 0, 1, 1), (1, 1, 2, 2), 4.0)
 RECIPE = Recipe(iterations=2, constant=0, batch=1, patch=16)
 CPU = Hardware(accelerator="cpu", devices="1")
