@@ -81,6 +81,12 @@ class Checkpoint:
     provenance: dict[str, Any]
     sha256: str
 
+    @property
+    def origin(self) -> str:
+        """What it was trained on, for people: weights for other data score far lower, and nothing else says so."""
+        data = self.provenance.get("trained_on")
+        return f"trained on {', '.join(map(str, data))}" if data else "of unknown training data"
+
 
 def load(path: str | os.PathLike[str], params: str | None = None) -> Checkpoint:
     """Read a checkpoint of ours, or one with the tensors of a DRSformer as the authors' code or another program saved

@@ -6,8 +6,9 @@
     python -m drsformer.evaluate --restored restored/ --no-reference
 
 A network restores whole images into uint8, as its users get them; PSNR and SSIM are the paper's (`drsformer.metrics`),
-beside those of the rainy input, and --data may have any layout of `drsformer.data`. An image that equals its target has
-an infinite PSNR: it is counted as `identical` and left out of the mean PSNR, which would be infinite too.
+beside those of the rainy input, and a network that scores below it is warned of. --data may have any layout of
+`drsformer.data`. An image that equals its target has an infinite PSNR: it is counted as `identical` and left out of the
+mean PSNR, which would be infinite too.
 
 NIQE and BRISQUE (the paper's Table 2; less is better) need no target. They come from pyiqa, which fetches their
 parameters when it first runs. The functions are in `drsformer.evaluation`.
@@ -15,10 +16,11 @@ parameters when it first runs. The functions are in `drsformer.evaluation`.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal, cast
 
 import tyro
 from rich.console import Console
@@ -26,9 +28,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from drsformer.data import find_pairs
-from drsformer.metrics import Protocol, Scores
+from drsformer.metrics import Protocol, Scores, shortfall
 from runtime.cli import main, progress_shown
 from runtime.errors import InputError, expect_between
+
+logger = logging.getLogger("drsformer.evaluate")  # also where this file is the command
 
 ROWS_SHOWN = 50
 """Images that the table lists one by one; it always ends with the mean of all."""
@@ -85,12 +89,12 @@ def command(options: Annotated[EvaluateOptions, tyro.conf.OmitArgPrefixes, tyro.
     from drsformer.session import torch_device
 
     weights, data, restored, target = options.weights, options.data, options.restored, options.target
-    protocol, limit = options.protocol, options.limit
+    protocol, limit, origin = options.protocol, options.limit, ""
     if weights and data:
         pairs = find_pairs(data)[:limit]
         trained = checkpoint.load(weights, options.params)
-        model = trained.model.to(torch_device(options.device))
-        print(f"{weights} ({origin(trained.provenance)}) on {data}, protocol {protocol}", flush=True)
+        model, origin = trained.model.to(torch_device(options.device)), trained.origin
+        print(f"{weights} ({origin}) on {data}, protocol {protocol}", flush=True)
         score = partial(evaluate_model, model, pairs, protocol, options.save)
     elif restored and target:
         print(f"{restored} against {target}, protocol {protocol}", flush=True)
@@ -101,6 +105,10 @@ def command(options: Annotated[EvaluateOptions, tyro.conf.OmitArgPrefixes, tyro.
     with progress_shown() as on_progress:
         scores = score(on_progress=on_progress)
     Console().print(table(scores))
+    if scores.gain_db is not None and scores.gain_db < 0:
+        warning = shortfall(str(weights), scores.gain_db, origin)
+        Console().print(f"Warning: {warning}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        logger.warning(warning)
     return scores
 
 
@@ -116,12 +124,6 @@ def table(scores: Scores) -> Table:
     table.add_section()
     table.add_row(f"mean of {scores.images}", *(f"{scores.mean(metric):.4f}" for metric in scores.columns))
     return table
-
-
-def origin(provenance: dict[str, Any]) -> str:
-    """What a network was trained on: weights for another data set score far lower, and nothing else says so."""
-    data = provenance.get("trained_on")
-    return f"trained on {', '.join(map(str, data))}" if data else "of unknown training data"
 
 
 if __name__ == "__main__":

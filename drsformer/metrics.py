@@ -15,6 +15,7 @@ missing, and those libraries have other windows, borders and peaks by default.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -127,6 +128,33 @@ def luma(image: NDArray[np.uint8], protocol: Protocol = "rain200") -> NDArray[np
     return 16 + ((weighted + 127_500) // 255_000 if protocol == "rain200" else weighted / 255_000).astype(np.float64)
 
 
+def mean_gain(psnrs: Iterable[tuple[float, float]]) -> float:
+    """By how much a network makes images better.
+
+    Args:
+        psnrs: For each image the PSNR of what the network restores and that of the rainy input, in dB.
+
+    Returns:
+        dB, the mean over the images whose input differs from its target, since nothing is to be gained in the others; 0
+        where there is none.
+    """
+    gains = [restored - rainy for restored, rainy in psnrs if rainy != math.inf]
+    return float(np.mean(gains)) if gains else 0.0
+
+
+def shortfall(who: str, gain_db: float, origin: str | None = None) -> str:
+    """The warning, in one line, that a network does harm.
+
+    Args:
+        who: What it is called.
+        gain_db: Its `mean_gain`, below 0.
+        origin: What it was trained on, as `drsformer.checkpoint.Checkpoint.origin` says it, where the weights may be
+            the cause.
+    """
+    cause = f"; wrong weights for the data are a common cause, and these are {origin}" if origin else ""
+    return f"{who} makes the images worse: its PSNR is {-gain_db:.3g} dB below that of the rainy input{cause}."
+
+
 @dataclass(frozen=True)
 class Scores:
     """What was measured on some images.
@@ -148,6 +176,13 @@ class Scores:
     def ssim(self) -> float:
         """Mean SSIM."""
         return self.mean("ssim")
+
+    @property
+    def gain_db(self) -> float | None:
+        """By how much the images got better, see `mean_gain`; None where the input was not measured."""
+        if "input_psnr" not in self.columns:
+            return None
+        return mean_gain((row["psnr"], row["input_psnr"]) for row in self.rows.values())
 
     @property
     def images(self) -> int:

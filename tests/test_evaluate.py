@@ -247,6 +247,31 @@ def test_command(monkeypatch, capsys, data, weights):
     assert {"psnr", "ssim", "input_psnr", "input_ssim"} < summary.keys()
 
 
+def test_network_that_is_worse_than_none_is_warned_of(monkeypatch, capsys, data, weights, tmp_path):
+    gain = evaluate_model(checkpoint.load(weights).model, find_pairs(data)).gain_db
+    assert gain is not None
+    assert gain < -1
+    assert run(monkeypatch, "--weights", weights, "--data", data, "--device", "cpu") == 0
+    printed, error = capsys.readouterr()
+    warning = f"{weights} makes the images worse: its PSNR is {-gain:.3g} dB below that of the rainy input; wrong"
+    assert f"\nWarning: {warning}" in printed
+    assert printed.splitlines()[-2].endswith("and these are trained on Rain200L/train.")
+    assert error.startswith(f"remark: {warning}")
+
+    network = DRSformer(preset("drsformer-tiny"))
+    network.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in network.state_dict().items()})
+    checkpoint.save(tmp_path / "zero.safetensors", network, {})  # adds nothing
+    assert run(monkeypatch, "--weights", tmp_path / "zero.safetensors", "--data", data, "--device", "cpu") == 0
+    assert not any("makes the images worse" in text for text in capsys.readouterr())
+
+
+def test_gain_leaves_out_images_without_rain(data):
+    assert evaluate_model(Offset(0.0), find_pairs(data)).gain_db == 0  # one of them equals its target
+    rows = {"dry": {"psnr": 40.0, "input_psnr": math.inf}, "wet": {"psnr": 30.0, "input_psnr": 31.5}}
+    assert Scores(rows).gain_db == -1.5
+    assert evaluate_restored(data / "input", data / "target").gain_db is None
+
+
 def test_command_chooses_among_the_weights_of_a_checkpoint(monkeypatch, capsys, data, network, tmp_path):
     black = {name: torch.zeros_like(tensor) for name, tensor in network.state_dict().items()}
     torch.save({"params": network.state_dict(), "params_ema": black}, tmp_path / "net.pth")
