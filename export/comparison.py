@@ -1,4 +1,4 @@
-"""What a validation finds: two networks on one image, and on all of them with a budget."""
+"""What a validation finds: two networks on one image, and on all of them with budgets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from drsformer.metrics import mean_gain, shortfall
+
+FEW_IMAGES = 10
+"""With fewer than so many there is a remark."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,8 @@ class Comparison:
         candidate_psnr: PSNR of the candidate against ground truth, in dB.
         reference_ssim: SSIM of the reference against ground truth.
         candidate_ssim: SSIM of the candidate against ground truth.
+        input_psnr: PSNR of the rainy input, which both got, against ground truth, in dB.
+        input_ssim: SSIM of the rainy input against ground truth.
     """
 
     name: str
@@ -34,6 +41,8 @@ class Comparison:
     candidate_psnr: float | None = None
     reference_ssim: float | None = None
     candidate_ssim: float | None = None
+    input_psnr: float | None = None
+    input_ssim: float | None = None
 
     @property
     def drop_db(self) -> float | None:
@@ -89,15 +98,44 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
-    Column("reference_psnr", "PSNR\nref.", ".4f"),
-    Column("candidate_psnr", "PSNR\ncand.", ".4f"),
-    Column("drop_db", "drop\ndB", "+.4f"),
+    Column("input_psnr", "PSNR\ninput", ".2f"),
+    Column("reference_psnr", "PSNR\nref.", ".2f"),
+    Column("candidate_psnr", "PSNR\ncand.", ".2f"),
+    Column("drop_db", "drop\ndB", "+z.4f"),
+    Column("input_ssim", "SSIM\ninput", ".4f"),
     Column("reference_ssim", "SSIM\nref.", ".4f"),
     Column("candidate_ssim", "SSIM\ncand.", ".4f"),
     Column("psnr_between", "between\ndB", ".2f", "min"),  # a mean is infinite as soon as two outputs are equal
     Column("max_difference", "max\ndiff.", "d", "max"),
     Column("flipped", "flips", ".4g"),
 )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A bound on what was measured, in dB.
+
+    Attributes:
+        measure: What is bounded, for people.
+        found: What was measured.
+        limit: The bound.
+        is_floor: Whether the bound is the least that is allowed, or else the most.
+    """
+
+    measure: str
+    found: float
+    limit: float
+    is_floor: bool = False
+
+    @property
+    def kept(self) -> bool:
+        """Whether what was measured is within the bound."""
+        return self.found >= self.limit if self.is_floor else self.found <= self.limit
+
+    def __str__(self) -> str:
+        bound, beyond = ("at least", "too little") if self.is_floor else ("at most", "too much")
+        margin = f"{abs(self.found - self.limit):.3g} dB {'to spare' if self.kept else beyond}"
+        return f"{self.measure} {self.found:z.4f} dB, {bound} {self.limit:g} dB ({margin})"
 
 
 @dataclass(frozen=True)
@@ -108,18 +146,25 @@ class Validation:
         facts: What was compared, for people: label and text.
         images: The two on each image.
         selections: Top-k selections that the network makes for one image, by layer, where flips were counted.
-        uncounted: Layers of the reference that the candidate does not have, or not with the same scores.
+        uncounted: Why flips were not counted, in one line; None where they were.
         crops: Crops of the worst images, worst first, by the image's name.
-        max_drop_db: Budget for the drop in PSNR, mean over the images; None where there is none.
-        min_psnr: Budget for the PSNR between the outputs on every image; None where there is none.
+        origin: What the reference was trained on, as `drsformer.checkpoint.Checkpoint.origin` says it.
+        max_drop_db: Budget for the drop in PSNR, mean over the images; this and the next are None where there is none.
+        max_worst_drop_db: Budget for the drop in PSNR on the image where it is largest.
+        min_gain_db: Budget for the gain of the candidate's PSNR over that of the rainy input, see
+            `drsformer.metrics.mean_gain`.
+        min_psnr: Budget for the PSNR between the outputs on every image.
     """
 
     facts: dict[str, str]
     images: list[Comparison]
     selections: dict[str, int]
-    uncounted: list[str]
+    uncounted: str | None
     crops: dict[str, Crop]
+    origin: str = "of unknown training data"
     max_drop_db: float | None = None
+    max_worst_drop_db: float | None = None
+    min_gain_db: float | None = None
     min_psnr: float | None = None
 
     @property
@@ -144,30 +189,87 @@ class Validation:
         return max(self.images, key=lambda image: image.badness)
 
     @property
+    def gains(self) -> dict[str, float]:
+        """The gain in PSNR over the rainy input, in dB, of "reference" and "candidate" where it is known."""
+        known = [(image, image.input_psnr) for image in self.images if image.input_psnr is not None]
+        return {
+            who: mean_gain((getattr(image, f"{who}_psnr"), rainy) for image, rainy in known)
+            for who in ("reference", "candidate")
+            if known
+        }
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """The bounds given, those that are not kept first."""
+        budgets = []
+        if self.max_drop_db is not None:
+            budgets.append(Budget("mean drop in PSNR", self.totals["drop_db"], self.max_drop_db))
+        if self.max_worst_drop_db is not None and self.worst.drop_db is not None:
+            measure = f"drop in PSNR on the worst image ({self.worst.name})"
+            budgets.append(Budget(measure, self.worst.drop_db, self.max_worst_drop_db))
+        if self.min_gain_db is not None:
+            budgets.append(Budget("gain over the rainy input", self.gains["candidate"], self.min_gain_db, True))
+        if self.min_psnr is not None:
+            budgets.append(Budget("PSNR between the outputs", self.totals["psnr_between"], self.min_psnr, True))
+        return sorted(budgets, key=lambda budget: budget.kept)
+
+    @property
     def passed(self) -> bool:
-        """Whether the candidate is within every budget given. The drop is the mean over the images; `min_psnr` is for
-        every single one."""
-        within_drop = self.max_drop_db is None or self.totals["drop_db"] <= self.max_drop_db
-        return within_drop and (self.min_psnr is None or self.totals["psnr_between"] >= self.min_psnr)
+        """Whether the candidate is within every budget given."""
+        return all(budget.kept for budget in self.budgets)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes the numbers worthless however good they look, in a line each: networks that do harm."""
+        return [
+            shortfall(f"The {who}", gain, self.origin if who == "reference" else None)
+            for who, gain in self.gains.items()
+            if gain < 0
+        ]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What to know about the numbers, in a line each."""
+        remarks, count = [], len(self.images)
+        if count < FEW_IMAGES:
+            images = "1 image" if count == 1 else f"{count} images"
+            remarks.append(f"Judged on {images}; fewer than {FEW_IMAGES} say little about others.")
+        if self.uncounted:
+            remarks.append(f"Flips are not counted: {self.uncounted}.")
+        return remarks
+
+    @property
+    def headline(self) -> str:
+        """The verdict in some words."""
+        if not self.passed:
+            return "Outside the budget"
+        if self.warnings:
+            return "Worse than no network"
+        return "Within the budget" if self.budgets else "Measured, without a budget"
 
     @property
     def verdict(self) -> str:
-        """One line for people."""
-        if self.max_drop_db is None and self.min_psnr is None:
-            return "Measured, without a budget"
-        return "Within the budget" if self.passed else "Outside the budget"
+        """One line for people, with every budget and its margin."""
+        budgets = "; ".join(map(str, self.budgets))
+        return f"{self.headline}: {budgets}" if budgets else self.headline
 
     def summary(self) -> dict[str, Any]:
-        """For JSON. Numbers are those of `totals`; None stands for infinity."""
+        """For JSON. Numbers are those of `totals`, the drop on the worst image and the gain of the candidate over the
+        rainy input; None stands for infinity."""
         numbers = dict(self.totals)
         if self.worst.drop_db is not None:
             numbers["worst_drop_db"] = self.worst.drop_db
+        if self.gains:
+            numbers["gain_db"] = self.gains["candidate"]
         return {
             "passed": self.passed,
             "images": len(self.images),
             **{key: round(value, 6) if math.isfinite(value) else None for key, value in numbers.items()},
             "max_drop_db": self.max_drop_db,
+            "max_worst_drop_db": self.max_worst_drop_db,
+            "min_gain_db": self.min_gain_db,
             "min_psnr": self.min_psnr,
+            "warnings": self.warnings,
         }
 
     def cells(self, image: Comparison) -> list[str]:

@@ -34,9 +34,11 @@ def render(validation: Validation) -> str:
     if "drop_db" in totals:
         budget = "" if validation.max_drop_db is None else f"budget {validation.max_drop_db:g} dB"
         tiles += [
-            _tile(f"{totals['drop_db']:+.4f} dB", "mean drop in PSNR", budget),
-            _tile(f"{validation.worst.drop_db:+.4f} dB", "worst drop", validation.worst.name),
+            _tile(f"{totals['drop_db']:+z.4f} dB", "mean drop in PSNR", budget),
+            _tile(f"{validation.worst.drop_db:+z.4f} dB", "worst drop", validation.worst.name),
         ]
+    for who, gain in validation.gains.items():
+        tiles.append(_tile(f"{gain:+z.4f} dB", f"gain of the {who} over the rainy input", ""))
     budget = "" if validation.min_psnr is None else f"at least {validation.min_psnr:g} dB wanted"
     tiles += [
         _tile(f"{totals['psnr_between']:.2f} dB", "least PSNR between the outputs", budget),
@@ -49,18 +51,27 @@ def render(validation: Validation) -> str:
     head = "".join(f"<th>{escape(title)}</th>" for title in ("image", *(c.title for c in validation.columns)))
     body = "".join(_row(image.name, *validation.cells(image)) for image in validation.images)
     foot = _row(*validation.last_row())
-    mood = "good" if validation.passed else "bad"
+    mood = "bad" if validation.warnings or not validation.passed else "good" if validation.budgets else "neutral"
+    budgets = "".join(
+        f'<li class="{"good" if budget.kept else "bad"}">{"✓" if budget.kept else "✗"} {escape(str(budget))}</li>'
+        for budget in validation.budgets
+    )
+    warnings = "".join(f'<p class="warning">{escape(warning)}</p>' for warning in validation.warnings)
+    remarks = "".join(f"<p>{escape(remark)}</p>" for remark in validation.remarks)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(validation.verdict)}</title>
+<title>{escape(validation.headline)}</title>
 <style>{STYLE}</style>
 </head>
 <body>
 <header>
-<h1 class="{mood}">{escape(validation.verdict)}</h1>
+<h1 class="{mood}">{escape(validation.headline)}</h1>
+{warnings}
+<ul>{budgets}</ul>
+{remarks}
 <dl>{facts}</dl>
 </header>
 <section class="tiles">{"".join(tiles)}</section>
@@ -70,10 +81,7 @@ def render(validation: Validation) -> str:
 {_plot(_by_image(validation), "One bar an image, worst first; no bar where it is infinite.")}
 <div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody><tfoot>{foot}</tfoot></table></div>
 </section>
-<section>
-<h2>Top-k selections, layer by layer</h2>
 {_flips(validation)}
-</section>
 </body>
 </html>
 """
@@ -89,6 +97,7 @@ body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: 
 h1 { font-size: 1.8rem; margin: 0 0 .5rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
 .good { color: var(--good); } .bad { color: var(--bad); }
 p, dt, figcaption, .tile span { color: var(--soft); }
+.warning { color: var(--bad); font-weight: 600; } ul { list-style: none; margin: 0; padding: 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; margin: 0; font-size: .9rem; }
 dd { margin: 0; overflow-wrap: anywhere; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .75rem; margin-top: 1.5rem; }
@@ -142,21 +151,16 @@ def _crop(name: str, crop: Crop) -> str:
 
 
 def _flips(validation: Validation) -> str:
-    parts = []
-    if validation.selections:
-        parts.append(
-            _plot(
-                _by_layer(validation),
-                "Share of the selections that came out differently, over all images. "
-                "They are nearly equal scores; a flip upstream changes the scores downstream.",
-            )
-        )
-    if validation.uncounted:
-        layers = escape(", ".join(validation.uncounted))
-        parts.append(
-            f"<p>Not counted, because the candidate does not have these layers with as many scores: {layers}.</p>"
-        )
-    return "\n".join(parts) or "<p>The reference makes no top-k selections.</p>"
+    if not validation.selections:
+        return ""
+    caption = (
+        "Share of the selections that came out differently, over all images. "
+        "They are nearly equal scores; a flip upstream changes the scores downstream."
+    )
+    return f"""<section>
+<h2>Top-k selections, layer by layer</h2>
+{_plot(_by_layer(validation), caption)}
+</section>"""
 
 
 def _by_image(validation: Validation) -> Figure:

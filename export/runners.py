@@ -19,6 +19,7 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator
 from polygraphy.datatype import DataType
 from polygraphy.logger import G_LOGGER
+from torch import Tensor
 
 from drsformer import checkpoint
 from drsformer.session import TorchSession
@@ -39,9 +40,11 @@ class Observed(Session):
 
     Attributes:
         session: What runs.
+        path: File that it was read from.
         ks: How many scores each mask keeps, by attention layer; empty where the engine does not return its scores.
-        description: What it is, for people.
+        description: What it is besides, for people.
         weights_sha256: Hash of the checkpoint that it comes from, or "unknown".
+        origin: What a checkpoint was trained on, as `drsformer.checkpoint.Checkpoint.origin` says it.
         scores: Scores of the last run.
     """
 
@@ -49,11 +52,14 @@ class Observed(Session):
         self,
         session: Session,
         observe: Observation,
+        path: Path,
         ks: dict[str, tuple[int, ...]],
         description: str,
         weights_sha256: str,
+        origin: str = "",
     ) -> None:
-        self.session, self.ks, self.weights_sha256 = session, ks, weights_sha256
+        self.session, self.path, self.ks = session, path, ks
+        self.weights_sha256, self.origin = weights_sha256, origin
         self.description = f"{description}, weights {weights_sha256[:12]}"
         self.multiple, self.limits = session.multiple, getattr(session, "limits", ())
         self.scores: Scores = {}
@@ -75,7 +81,8 @@ def open_reference(path: Path, provider: Provider = "auto") -> Observed:
         return output, {layer: tensor.cpu() for layer, tensor in scores.items()}
 
     ks = {layer: mask.ks for layer, mask in masks(trained.model).items()}
-    return Observed(session, observe, ks, f"{path}, PyTorch on {session.device}", trained.sha256)
+    description = f"PyTorch on {session.device}, {trained.origin}"
+    return Observed(session, observe, path, ks, description, trained.sha256, trained.origin)
 
 
 def open_candidate(path: Path, provider: Provider = "auto") -> Observed:
@@ -96,15 +103,35 @@ def _observed_model(session: OrtSession) -> Observed:
     """A .onnx file in ONNX Runtime, and a copy of it that returns its scores."""
     probe = ScoreProbe(session.path, session.provider)
     weights, pattern = (session.metadata.get(key, "unknown") for key in ("weights_sha256", "topk"))
-    description = f"{session.path}, ONNX Runtime on {session.provider}, top-k by {pattern}"
-    return Observed(session, lambda batch: (session.run(batch), probe(batch)), probe.ks, description, weights)
+    description = f"ONNX Runtime on {session.provider}, top-k by {pattern}"
+    return Observed(
+        session, lambda batch: (session.run(batch), probe(batch)), session.path, probe.ks, description, weights
+    )
 
 
 def _observed_engine(session: TrtSession) -> Observed:
     """An engine of a bundle, which does not return its scores."""
-    description = f"{session.path}, {session.engine.flavor} {session.engine.version}"
+    description = f"{session.engine.flavor} {session.engine.version}"
     weights = session.bundle.manifest.model.weights_sha256 or "unknown"
-    return Observed(session, lambda batch: (session.run(batch), {}), {}, description, weights)
+    return Observed(session, lambda batch: (session.run(batch), {}), session.path, {}, description, weights)
+
+
+def same_weights(reference: Observed, candidate: Observed) -> bool:
+    """Whether both have the weights of one checkpoint, by its hash, or as two checkpoints of which one holds those of
+    the other in half precision."""
+    if reference.weights_sha256 == candidate.weights_sha256:
+        return True
+    if not (isinstance(reference.session, TorchSession) and isinstance(candidate.session, TorchSession)):
+        return False
+    first, second = reference.session.model.state_dict(), candidate.session.model.state_dict()
+    return _rounds_to(first, second) or _rounds_to(second, first)
+
+
+def _rounds_to(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and any(
+        all(torch.equal(tensor.to(dtype).float(), second[name]) for name, tensor in first.items())
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    )
 
 
 class Runner(BaseRunner):

@@ -1,4 +1,4 @@
-"""Does a candidate still do what the full model does? Both restore the same images, and a budget decides.
+"""Does a candidate still do what the full model does? Both restore the same images, and budgets decide.
 
     python -m export.validate --reference W --candidate model.onnx --data Rain200L/test --max-drop-db 0.05
     python -m export.validate --reference W --candidate pruned.safetensors --data DIR --max-drop-db 0.3 --report out/
@@ -9,15 +9,17 @@ The reference is a checkpoint and runs in PyTorch in float32; the candidate, a .
 checkpoint, runs in its own runtime. Both get and give uint8 images by the one contract of `runtime.session.Derainer`,
 as users do.
 
-With ground truth (DATA in any layout of `drsformer.data`) the drop is the reference's PSNR minus the candidate's, and
---max-drop-db bounds its mean over the images. It says nothing about how alike two networks are that are both bad.
-That is the PSNR between the two outputs, which --min-psnr bounds on every single image. It needs no ground truth, and
-is all there is for a folder of plain images. Exit status: 0 within the budget or without one, 1 outside, 2 for bad
-input.
+With ground truth (DATA in any layout of `drsformer.data`) the drop is the reference's PSNR minus the candidate's.
+--max-drop-db bounds its mean over the images, --max-worst-drop-db the one on the image where it is largest. A candidate
+may keep both and be of no use, because the reference is of none: the rainy input is scored beside the two, a network
+that scores below it is warned of, and --min-gain-db bounds what the candidate gains over it. How alike the two are says
+the PSNR between their outputs, which --min-psnr bounds on every single image. It needs no ground truth, and is all
+there is for a folder of plain images. Exit status: 0 within all budgets or without any, 1 outside, 2 for bad input.
 
-Top-k selections that flip explain most of the drift between correct runtimes, so they are counted, layer by layer, from
-the scores of both networks. The .onnx file itself makes the image that is judged; its scores come from a second run
-of a copy that returns them, at the price of twice the time and memory.
+Top-k selections that flip explain most of the drift between correct runtimes of the same weights, so there they are
+counted, layer by layer, from the scores of both networks. The .onnx file itself makes the image that is judged; its
+scores come from a second run of a copy that returns them, at the price of twice the time and memory. Other weights, as
+those of a pruned or distilled network, choose differently by right, which says nothing.
 
 With --tile the candidate restores each image in tiles, as `runtime.tiling` does with images that do not fit, and the
 reference the same image as a whole: give both the same network to see what tiles cost. Flips are not counted then.
@@ -29,6 +31,7 @@ Polygraphy runs the two, one image at a time, since it keeps all outputs of a ru
 from __future__ import annotations
 
 import dataclasses
+import logging
 import operator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +63,8 @@ if TYPE_CHECKING:  # they load PyTorch and ONNX Runtime, which takes its time
     from runtime.ort import OrtSession
     from runtime.trt import TrtSession
 
+logger = logging.getLogger("export.validate")  # also where this file is the command
+
 CROP_PIXELS = 96
 """Height and width of the parts of images in the report."""
 
@@ -75,7 +80,9 @@ class ValidateOptions:
     """How a candidate is judged.
 
     Args:
-        max_drop_db: Budget for the drop in PSNR, mean over the images; needs clean images.
+        max_drop_db: Budget for the drop in PSNR, mean over the images; needs clean images, as the next two.
+        max_worst_drop_db: Budget for the drop in PSNR on the worst image.
+        min_gain_db: Budget for the mean PSNR of the candidate minus that of the rainy input.
         min_psnr: Budget for the PSNR between the two outputs, on every image.
         protocol: Protocol of PSNR and SSIM: rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
         report: HTML file to write, or folder for a report.html.
@@ -90,6 +97,8 @@ class ValidateOptions:
     """
 
     max_drop_db: float | None = None
+    max_worst_drop_db: float | None = None
+    min_gain_db: float | None = None
     min_psnr: float | None = None
     protocol: metrics.Protocol = "rain200"
     report: Path | None = None
@@ -113,7 +122,8 @@ def validate(
     options: ValidateOptions = ValidateOptions(),
     on_progress: OnProgress = silent,
 ) -> Validation:
-    """Compare a candidate with its reference on images; write the report and the record if they are asked for.
+    """Compare a candidate with its reference on images; write the report and the record if they are asked for. The
+    logger of this module warns of a network that makes the images worse.
 
     Args:
         reference: Checkpoint of the full model.
@@ -123,7 +133,7 @@ def validate(
         on_progress: Called for every image.
 
     Returns:
-        What was found, and whether it is within the budget.
+        What was found, and whether it is within the budgets.
 
     Raises:
         InputError: The options, the files or the images cannot be used.
@@ -131,8 +141,9 @@ def validate(
     _check(candidate, options)
     sources = _find(data)[: options.limit]
     paired = isinstance(sources[0], Pair)
-    if options.max_drop_db is not None and not paired:
-        raise InputError(f"`max_drop_db`: {data} has no ground truth to measure a drop against; give `min_psnr`")
+    for budget in ("max_drop_db", "max_worst_drop_db", "min_gain_db"):
+        if getattr(options, budget) is not None and not paired:
+            raise InputError(f"`{budget}`: {data} has no ground truth to measure PSNR against; give `min_psnr`")
 
     from export.report import render
     from export.runners import Runner, open_candidate, open_reference, run
@@ -145,6 +156,7 @@ def validate(
     images: list[Comparison] = []
     worst: list[tuple[Comparison, Crop]] = []
     selections: dict[str, int] = {}
+    uncounted = _uncounted(full, judged, options)
     for source in track(sources, len(sources), "Comparing", on_progress):
         image, target = source.load() if isinstance(source, Pair) else (read_rgb(source), None)
         try:
@@ -155,12 +167,12 @@ def validate(
                     "judge tiles"
                 )
             ours, theirs = run(runners, image)
-            if not options.tile:  # each tile makes selections of its own
-                selections = _shared_selections(full, judged)
+            if uncounted is None:
+                selections = {layer: full.scores[layer][..., 0].numel() * sum(ks) for layer, ks in full.ks.items()}
             flips = {
                 layer: count_flips(full.scores[layer], judged.scores[layer], full.ks[layer]) for layer in selections
             }
-            comparison = _compare(source.name, ours, theirs, target, flips, options.protocol)
+            comparison = _compare(source.name, image, ours, theirs, target, flips, options.protocol)
         except (InputError, ValueError) as error:
             raise InputError(f"{source.name}: {error}") from error
         images.append(comparison)
@@ -169,8 +181,8 @@ def validate(
             worst.sort(key=lambda entry: entry[0].badness, reverse=True)
             del worst[CROPS_SHOWN:]
     facts = {
-        "reference": full.description,
-        "candidate": judged.description,
+        "reference": _described(full, options),
+        "candidate": _described(judged, options),
         "images": f"{len(images)} of {data}" + (f", protocol {options.protocol}" if paired else ""),
     }
     if options.tile:
@@ -180,11 +192,16 @@ def validate(
         facts=facts,
         images=images,
         selections=selections,
-        uncounted=[] if options.tile else [layer for layer in full.ks if layer not in selections],
+        uncounted=uncounted,
         crops={comparison.name: crop for comparison, crop in worst},
+        origin=full.origin,
         max_drop_db=options.max_drop_db,
+        max_worst_drop_db=options.max_worst_drop_db,
+        min_gain_db=options.min_gain_db,
         min_psnr=options.min_psnr,
     )
+    for warning in validation.warnings:
+        logger.warning(warning)
     if options.report_file:
         with writing(options.report_file) as temporary:
             temporary.write_text(render(validation), encoding="utf-8")
@@ -244,17 +261,28 @@ def _find(data: Path) -> list[Pair] | list[Path]:
         raise
 
 
-def _shared_selections(reference: Observed, candidate: Observed) -> dict[str, int]:
-    """How many selections an image takes, by layer, in the layers whose scores the two have alike."""
-    return {
-        layer: reference.scores[layer][..., 0].numel() * sum(ks)
-        for layer, ks in reference.ks.items()
-        if candidate.ks.get(layer) == ks and candidate.scores[layer].shape == reference.scores[layer].shape
-    }
+def _uncounted(reference: Observed, candidate: Observed, options: ValidateOptions) -> str | None:
+    """Why flips are not counted, or None where they are."""
+    from export.runners import same_weights
+
+    if not reference.ks:
+        return "the reference makes no top-k selections"
+    if options.tile:
+        return "each tile makes selections of its own"
+    if not same_weights(reference, candidate):
+        return "only the same weights ought to choose alike, and the candidate's are others or unknown"
+    return None if candidate.ks == reference.ks else "the candidate does not return its scores"
+
+
+def _described(observed: Observed, options: ValidateOptions) -> str:
+    """What was compared, for people. A file beside the report goes without its folder, since the two may move."""
+    beside = options.report_file and options.report_file.resolve().parent == observed.path.resolve().parent
+    return f"{observed.path.name if beside else observed.path}, {observed.description}"
 
 
 def _compare(
     name: str,
+    image: NDArray[np.uint8],
     reference: NDArray[np.uint8],
     candidate: NDArray[np.uint8],
     target: NDArray[np.uint8] | None,
@@ -263,7 +291,7 @@ def _compare(
 ) -> Comparison:
     quality = {}
     if target is not None:
-        for who, restored in (("reference", reference), ("candidate", candidate)):
+        for who, restored in (("input", image), ("reference", reference), ("candidate", candidate)):
             quality[f"{who}_psnr"] = metrics.psnr(restored, target, protocol)
             quality[f"{who}_ssim"] = metrics.ssim(restored, target, protocol)
     difference = int(np.abs(reference.astype(int) - candidate).max())
@@ -282,8 +310,8 @@ def _crop(image: NDArray[np.uint8], reference: NDArray[np.uint8], candidate: NDA
 
 def table(validation: Validation) -> Table:
     """What was found on each image and on all of them, for a terminal."""
-    images = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
-    images.add_column("image", no_wrap=True)
+    images = Table(box=box.SIMPLE, padding=0, show_edge=False)
+    images.add_column("image", overflow="fold")  # a long name takes several lines, and the numbers stay whole
     for column in validation.columns:
         images.add_column(column.title, justify="right", no_wrap=True)
     for image in validation.images[:ROWS_SHOWN]:
@@ -311,9 +339,12 @@ def command(
     """
     with progress_shown() as on_progress:
         validation = validate(reference, candidate, data, options, on_progress)
-    Console().print(table(validation))
-    if validation.uncounted:
-        print(f"Flips are not counted in {len(validation.uncounted)} layers that the candidate does not have alike.")
+    console = Console()
+    console.print(table(validation))
+    for warning in validation.warnings:
+        console.print(f"Warning: {warning}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    for remark in validation.remarks:
+        print(remark)
     if options.report_file:
         print(f"Report: {options.report_file}")
     print(validation.verdict)

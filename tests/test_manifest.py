@@ -473,7 +473,8 @@ def test_validates_what_runs(bundle, monkeypatch):
     for provider in ("auto", "tensorrt"):
         observed = open_candidate(bundle, provider)
         assert isinstance(observed.session, Plan)
-        assert f"{ENGINES[0]}, rtx 1.7.1.116" in observed.description
+        assert observed.path == bundle / ENGINES[0]
+        assert observed.description == "rtx 1.7.1.116, weights unknown"
         assert observed.ks == observed.scores == {}
     assert isinstance(open_candidate(bundle, "cpu").session, OrtSession)
 
