@@ -136,6 +136,12 @@ class Candidates:
 
         return self._keep("int8", file, measure)
 
+    def excess(self, candidate: Candidate) -> str:
+        """By how much a candidate that is outside the budget is so, and where, for people."""
+        whole = self.rows[0].psnr
+        folder = max(candidate.psnr, key=lambda name: whole[name] - candidate.psnr[name])
+        return f"{candidate.drop_db - self.budget_db:.3g} dB over the budget of {self.budget_db:g} dB on {folder}"
+
     def _whole(self) -> dict[str, Any]:
         (timing,) = time_sessions([self.session()], self.size, self.on_progress)
         return self._scored(self.network) | {"latency": 1.0, "ms": timing.ms}

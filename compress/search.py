@@ -312,7 +312,7 @@ def _descend(
             return best, "nothing more can be removed"
         distilled = candidates.add("distilled", f"step{number}/last.safetensors", teach, like=pruned)
         if distilled.drop_db > options.max_drop_db:
-            return best, f"the next step, {distilled}, is outside it"
+            return best, f"the next step, {distilled}, is outside it, {candidates.excess(distilled)}"
         best, number = distilled, number + 1
 
 
@@ -333,8 +333,11 @@ def _quantized(
     except GateError as error:
         logger.info(f"INT8 is not taken: {error}")
         return best, model
-    if int8.drop_db > options.max_drop_db or int8.latency >= best.latency:
-        logger.info(f"INT8 is not taken: {int8}")
+    if int8.drop_db > options.max_drop_db:
+        logger.info(f"INT8 is not taken: {int8}, {candidates.excess(int8)}")
+        return best, model
+    if int8.latency >= best.latency:
+        logger.info(f"INT8 is not taken: {int8}, which is no faster than without it")
         return best, model
     return int8, candidates.work / "int8.onnx"
 
@@ -367,10 +370,7 @@ def _bundle(candidates: Candidates, model: Path, options: SearchOptions, on_prog
         )
         proof = validate(candidates.weights, folder, source, budget, on_progress)
         if not proof.passed:
-            raise GateError(
-                f"{model}: expected at most {options.max_drop_db:g} dB lost on {source}, found "
-                f"{proof.totals['drop_db']:.4f} dB in its bundle; see {files[-1]}"
-            )
+            raise GateError(f"{model}, in its bundle on {source}: {proof.verdict}; see {files[-1]}")
     manifest = load(folder).manifest
     for file in files:
         manifest = manifest.with_file(describe_file(file, "report"))

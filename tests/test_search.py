@@ -26,6 +26,7 @@ from drsformer import checkpoint
 from drsformer.config import DRSformerConfig
 from drsformer.model import DRSformer
 from drsformer.recipe import Hardware, Recipe
+from export.comparison import Comparison, Validation
 from export.onnx import ExportOptions, export
 from runtime.bundle import load
 from runtime.errors import GateError, InputError
@@ -157,6 +158,9 @@ def test_bundle_holds_the_proven_network_and_what_was_tried(searched):
     bundle.verify()
     assert bundle.unlisted() == []
     assert {file.name for file in bundle.manifest.files} == {"model.onnx", "report1.html", "search.json", "pareto.png"}
+    report = (searched / "bundle" / "report1.html").read_text()
+    assert "bundle.work" not in report  # where it was made, and is not any more
+    assert "<dd>model.onnx, ONNX Runtime on " in report
     (drift,) = bundle.manifest.drift
     assert drift.protocol == "rain200"
     assert drift.images == 2
@@ -223,9 +227,13 @@ def test_bundle_that_fails_its_proof_is_not_left(searched, tmp_path, monkeypatch
     folder = tmp_path / searched.name
     shutil.copytree(searched, folder)
     shutil.rmtree(folder / "bundle")
-    failed = types.SimpleNamespace(passed=False, totals={"drop_db": 9.5})
+    failed = Validation({}, [Comparison("0", 30.0, 9, {}, 40.0, 30.5)], {}, None, {}, max_drop_db=9.0)
     monkeypatch.setattr(searching, "validate", lambda *args: failed)
-    with pytest.raises(GateError, match=r"expected at most 9 dB lost on .*data, found 9\.5000 dB in its bundle"):
+    expected = (
+        r"model\.onnx, in its bundle on .*data: Outside the budget: mean drop in PSNR 9\.5000 dB, at most 9 dB "
+        r"\(0\.5 dB too much\); see .*report1\.html"
+    )
+    with pytest.raises(GateError, match=expected):
         go(folder)
     assert not (folder / "bundle").exists()
 
@@ -262,7 +270,8 @@ def test_budget_that_cannot_be_met_is_told(folder, by_size, macs):
     wanted = "0.700 of the MACs" if macs else "a smaller network"
     expected = (
         rf"`max_drop_db` 1: expected {wanted} within it, found whole, 1\.000 of the MACs.*: "
-        r"the next step, distilled, 0\.\d+ of .*, (1\.9|2\.0)\d+ dB lost, is outside it"
+        r"the next step, distilled, 0\.\d+ of .*, (1\.9|2\.0)\d+ dB lost, is outside it, "
+        rf"(0\.9\d*|1(\.0\d*)?) dB over the budget of 1 dB on {folder.name}/data; try"
     )
     with pytest.raises(GateError, match=expected) as error:
         go(folder, max_drop_db=1.0, macs=macs)
