@@ -70,9 +70,15 @@ class Observed(Session):
         return output
 
 
-def open_reference(path: Path, provider: Provider = "auto") -> Observed:
-    """A checkpoint in PyTorch, on the CPU or on CUDA where the provider says so, else on what there is."""
-    trained = checkpoint.load(path)
+def open_reference(path: Path, provider: Provider = "auto", params: str | None = None) -> Observed:
+    """A checkpoint in PyTorch, on the CPU or on CUDA where the provider says so, else on what there is.
+
+    Args:
+        path: The checkpoint.
+        provider: Where to run.
+        params: See `drsformer.checkpoint.load`.
+    """
+    trained = checkpoint.load(path, params)
     session = TorchSession(trained.model, provider if provider in ("cpu", "cuda") else "auto")
 
     def observe(batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], Scores]:
@@ -117,12 +123,10 @@ def _observed_engine(session: TrtSession) -> Observed:
 
 
 def same_weights(reference: Observed, candidate: Observed) -> bool:
-    """Whether both have the weights of one checkpoint, by its hash, or as two checkpoints of which one holds those of
-    the other in half precision."""
-    if reference.weights_sha256 == candidate.weights_sha256:
-        return True
+    """Whether both have the same weights: two checkpoints with equal ones, or one with those of the other in half
+    precision; anything else by the hash of the checkpoint that it comes from."""
     if not (isinstance(reference.session, TorchSession) and isinstance(candidate.session, TorchSession)):
-        return False
+        return reference.weights_sha256 == candidate.weights_sha256
     first, second = reference.session.model.state_dict(), candidate.session.model.state_dict()
     return _rounds_to(first, second) or _rounds_to(second, first)
 

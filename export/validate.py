@@ -94,6 +94,7 @@ class ValidateOptions:
         overlap: Pixels that tiles share; 64 by default, or a quarter of the shorter side.
         record: Write what was measured into the manifest of the bundle, if it keeps the budget.
         sign: Private key, Ed25519 in PEM, to sign that manifest with.
+        params: Weights to take from a reference that holds several, such as params_ema.
     """
 
     max_drop_db: float | None = None
@@ -108,6 +109,7 @@ class ValidateOptions:
     overlap: int | None = None
     record: bool = False
     sign: Path | None = None
+    params: str | None = None
 
     @property
     def report_file(self) -> Path | None:
@@ -149,7 +151,8 @@ def validate(
     from export.runners import Runner, open_candidate, open_reference, run
     from export.topk import count_flips
 
-    full, judged = open_reference(reference, options.provider), open_candidate(candidate, options.provider)
+    full = open_reference(reference, options.provider, options.params)
+    judged = open_candidate(candidate, options.provider)
     if options.tile:
         expect_multiples("tile", options.tile, judged.multiple)
     runners = Runner("reference", full), Runner("candidate", judged, options.tile, options.overlap)

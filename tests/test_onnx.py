@@ -309,6 +309,17 @@ def test_command(tmp_path, monkeypatch, capfd):
     assert output.exists()
 
 
+def test_weights_are_chosen_among_those_of_a_file(tmp_path):
+    networks = {"params": DRSformer(small()), "params_ema": fill(DRSformer(small()))}
+    torch.save({key: network.state_dict() for key, network in networks.items()}, tmp_path / "net.pth")
+    image = random_image(24, 24)
+    expected = {key: Derainer(TorchSession(network, "cpu"))(image).astype(int) for key, network in networks.items()}
+    assert np.abs(expected["params"] - expected["params_ema"]).max() > 9
+    for key in networks:
+        export(tmp_path / "net.pth", tmp_path / f"{key}.onnx", ExportOptions(height=24, width=24, params=key))
+        assert np.abs(Derainer(tmp_path / f"{key}.onnx")(image) - expected[key]).max() <= 1
+
+
 def test_half_precision_is_compared_in_float32(everything):
     _, exported = everything
     assert table(exported).row_count == len(SIZES)

@@ -218,6 +218,24 @@ def test_flips_are_not_counted_between_different_weights(folder, tmp_path, confi
     assert "Flips are not counted: only the same weights ought to choose alike" in Page(render(found)).text
 
 
+def test_weights_are_chosen_among_those_of_a_file(folder, tmp_path, monkeypatch, capsys):
+    states = {
+        key: checkpoint.load(folder / f"{name}.safetensors").model.state_dict()
+        for key, name in (("params", "reference"), ("params_ema", "damaged"))
+    }
+    torch.save(states, tmp_path / "net.pth")
+    common = ["--reference", tmp_path / "net.pth", "--data", folder / "plain", "--min-psnr", "90"]
+    for params, candidate in (("params", "reference"), ("params_ema", "damaged")):
+        arguments = [*common, "--candidate", folder / f"{candidate}.safetensors", "--params", params]
+        status, printed, _ = run(monkeypatch, capsys, *arguments)
+        assert status == 0
+        assert json.loads(printed.splitlines()[-1])["flipped"] == 0  # the same weights
+    assert run(monkeypatch, capsys, *common, "--candidate", tmp_path / "net.pth", "--params", "params_ema")[0] == 1
+    status, _, error = run(monkeypatch, capsys, *common, "--candidate", tmp_path / "net.pth", "--params", "ema")
+    assert status == 2
+    assert error.startswith("error: --params: expected where ")
+
+
 def test_network_without_selections_has_no_flips(folder, tmp_path):
     dense = save_network(tmp_path / "dense.safetensors", structure(BlockConfig(2, 5, 7), topk=()))
     found = validate(dense, dense, folder / "plain", ValidateOptions(limit=1))
