@@ -52,10 +52,12 @@ class ImageGraph(nn.Module):
 
 def _padded_indices(length: int) -> Tensor:
     """Where each index of an axis padded to the size multiple comes from: reflected, or the border repeated where the
-    axis is too short for that."""
+    axis is too short for that. Without `abs`, which OpenVINO 2026.4 computes wrongly on constant integers, and with
+    both bounds, so that no input of the graph's Clip is left out."""
     index = torch.arange((length + SIZE_MULTIPLE - 1) // SIZE_MULTIPLE * SIZE_MULTIPLE)
-    reflected = length - 1 - (index - (length - 1)).abs()
-    return torch.where(reflected[-1:] < 0, index.clamp(max=length - 1), reflected)
+    last = length - 1
+    reflected = torch.minimum(index, 2 * last - index)
+    return torch.where(reflected[-1:] < 0, index.clamp(0, last), reflected)
 
 
 class _WithScores(nn.Module):
@@ -106,6 +108,7 @@ def to_onnx(network: nn.Module, io: IO = "tensor", size: Size | None = None, ops
         )
     assert program is not None
     model = program.model_proto
+    model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)  # older runtimes refuse a later one
     _remove_sources(model)
     model.graph.value_info.extend(model.graph.output[1:])
     del model.graph.output[1:]  # the scores stay, as inner tensors
