@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from drsformer import checkpoint
@@ -13,7 +14,7 @@ from drsformer.metrics import psnr, psnr_rgb
 from drsformer.rendering import add_rain, draw_streaks
 from runtime import Derainer
 from runtime.images import list_images, read_rgb
-from runtime.ort import OrtSession
+from runtime.ort import SHIPPED, OrtSession
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "weights" / "drsformer-xs.safetensors"
@@ -28,6 +29,7 @@ def test_default_model_was_made_from_the_shipped_weights():
     metadata = OrtSession().metadata
     assert metadata["weights_sha256"] == checkpoint.file_sha256(WEIGHTS)
     assert metadata["size_multiple"] == "8"
+    assert onnx.load(SHIPPED).ir_version == 9  # ONNX Runtime 1.17 knows no later one
 
 
 def test_weights_stay_small():
