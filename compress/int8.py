@@ -34,7 +34,7 @@ from drsformer.data import Pair
 from drsformer.metrics import Protocol, luma, psnr
 from runtime.errors import InputError
 from runtime.ort import OrtSession
-from runtime.pixels import Size, to_image
+from runtime.pixels import Size
 from runtime.progress import OnProgress, silent, track
 from runtime.session import Derainer, Session
 
@@ -56,12 +56,12 @@ class Feeds(CalibrationDataReader, Session):
 
     def __init__(self, session: OrtSession, images: Iterable[NDArray[np.uint8]]) -> None:
         self.multiple, self.limits = session.multiple, session.limits
-        self._takes_images = session.input.dtype == "uint8"
+        self._graph_io = session.graph_io
         self._images = iter(images)
         self._feed: NDArray
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        self._feed = to_image(batch)[None] if self._takes_images else batch
+        self._feed = self._graph_io.feed(batch)
         return batch
 
     def get_next(self) -> dict[str, NDArray] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -274,8 +274,7 @@ def read_float32(path: Path) -> onnx.ModelProto:
 
 def exported_size(session: OrtSession, side: int) -> Size:
     """Height and width that the model was exported for, or `side` where it takes any."""
-    shape = session.input.shape
-    height, width = shape[1:3] if session.input.dtype == "uint8" else shape[2:]
+    height, width = session.graph_io.size(session.input.shape)
     return (side if height < 0 else height), (side if width < 0 else width)
 
 

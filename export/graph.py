@@ -50,6 +50,18 @@ class ImageGraph(nn.Module):
         return (x.clamp(0, 1) * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
 
 
+class Tensor16Graph(nn.Module):
+    """A network with float16 in and out, (1, 3, H, W), as filters of videos have it on a GPU; inside it computes as it
+    is."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x.float()).half()
+
+
 def _padded_indices(length: int) -> Tensor:
     """Where each index of an axis padded to the size multiple comes from: reflected, or the border repeated where the
     axis is too short for that. Without `abs`, which OpenVINO 2026.4 computes wrongly on constant integers, and with
@@ -93,7 +105,10 @@ def to_onnx(network: nn.Module, io: IO = "tensor", size: Size | None = None, ops
         network = ImageGraph(network)
         example, shape = torch.zeros(1, height, width, 3, dtype=torch.uint8), {1: h, 2: w}
     else:
-        example, shape = torch.rand(1, 3, height, width), {2: SIZE_MULTIPLE * h, 3: SIZE_MULTIPLE * w}
+        example = torch.rand(1, 3, height, width)
+        if io == "tensor16":
+            network, example = Tensor16Graph(network), example.half()
+        shape = {2: SIZE_MULTIPLE * h, 3: SIZE_MULTIPLE * w}
     with _quiet():
         program = torch.onnx.export(
             _WithScores(network).eval(),

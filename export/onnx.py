@@ -4,11 +4,13 @@
     python -m export.onnx --weights deraining_rain200H.pth --output rain200h.onnx --topk rank
     python -m export.onnx --weights W --output camera.onnx --io image --height 480 --width 640
     python -m export.onnx --weights W --output half.onnx --precision fp16
+    python -m export.onnx --weights W --output filter.onnx --precision fp16 --io tensor16
 
-The file takes and returns `input` and `output`: float32 (1, 3, H, W) RGB in [0, 1], H and W any multiples of 8, or with
---io image uint8 (1, H, W, 3) of any size. Only standard operators, no control flow (export/graph.py). It is written
-once it has passed ONNX's checker and given PyTorch's output in ONNX Runtime to 1e-4 at several sizes, after the same
-top-k selections: those that flip through rounding are counted and shown (export/verification.py).
+The file takes and returns `input` and `output`: float32 (1, 3, H, W) RGB in [0, 1], H and W any multiples of 8, with
+--io tensor16 the same in float16, or with --io image uint8 (1, H, W, 3) of any size. Only standard operators, no
+control flow (export/graph.py). It is written once it has passed ONNX's checker and given PyTorch's output in ONNX
+Runtime to 1e-4 at several sizes, after the same top-k selections: those that flip through rounding are counted and
+shown (export/verification.py).
 """
 
 from __future__ import annotations
@@ -51,9 +53,9 @@ class ExportOptions:
     Args:
         topk: Form of the top-k masks, see export/topk.py: threshold is the simplest, scatter keeps exactly k, rank
             needs no TopK operator.
-        io: Input and output: tensor for float32 (1, 3, H, W) in [0, 1], H and W multiples of 8; image for uint8
-            (1, H, W, 3) of any size.
-        precision: Precision of the network's weights and operations; its input and output are float32 in any case, see
+        io: Input and output: tensor for float32 (1, 3, H, W) in [0, 1], H and W multiples of 8; tensor16 for the same
+            in float16; image for uint8 (1, H, W, 3) of any size.
+        precision: Precision of the network's weights and operations, whatever its input and output are, see
             export/folding.py.
         fold: Export the folded network, which is exactly equal and faster; otherwise the readable one.
         height: Height of the input in pixels, fixed together with its width; if not given, any.
@@ -205,7 +207,7 @@ def _size(options: ExportOptions) -> Size | None:
         raise InputError("expected `height` and `width` together, found only one of them")
     for name, length in (("height", options.height), ("width", options.width)):
         expect_between(name, length, 1)
-        if options.io == "tensor" and length % SIZE_MULTIPLE:
+        if options.io != "image" and length % SIZE_MULTIPLE:
             raise InputError(f"`{name}`: expected a multiple of {SIZE_MULTIPLE}, found {length}; or give `io` image")
     return options.height, options.width
 

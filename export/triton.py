@@ -10,7 +10,7 @@ With the python backend a model takes `input` and returns `output`, both uint8 (
 client has nothing to get wrong. It needs the distribution `derainer` in the server's Python (pip install ./runtime),
 and runs whatever the bundle has, an engine of TensorRT for RTX as well. The other two are the server's own; with them a
 model takes what its graph takes: uint8 (1, H, W, 3) of any size after `export.onnx --io image`, else float32
-(1, 3, H, W) in [0, 1] and padded.
+or, after `--io tensor16`, float16 (1, 3, H, W) in [0, 1] and padded.
 
 A request is one image. Images differ in size and the graph takes one at a time, so that there is nothing to batch:
 `max_batch_size` is 0, and what Triton calls dynamic batching only limits the queue. Requests run side by side in
@@ -48,7 +48,7 @@ BACKEND_OPTIONS: dict[Backend, set[str]] = {
 }
 """Options that are not for every backend."""
 
-DATA_TYPES = {"float32": "TYPE_FP32", "uint8": "TYPE_UINT8"}
+DATA_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8"}
 """As Triton names what NumPy does."""
 
 BUNDLE_FOLDER = "bundle"

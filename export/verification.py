@@ -29,7 +29,7 @@ from drsformer.config import DRSformerConfig
 from drsformer.session import TorchSession
 from export.topk import count_flips, masks, scores_of
 from runtime.ort import EXECUTION_PROVIDERS, OrtSession
-from runtime.pixels import GraphIO, Size, to_batch
+from runtime.pixels import DTYPES, GraphIO, Size, to_batch
 from runtime.session import Derainer, Session
 
 TOLERANCE = 1e-4
@@ -43,7 +43,8 @@ Scores = dict[str, Tensor]
 
 
 def upcast(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph with float32 in place of float16 and bfloat16, and the weights as they were rounded.
+    """The same graph with float32 in place of float16 and bfloat16, in input and output too, and the weights as they
+    were rounded.
 
     It has the same nodes and must give what PyTorch gives to `TOLERANCE`, where the graph itself could only be compared
     to the precision of its type, and bfloat16 not at all in ONNX Runtime on a CPU.
@@ -58,7 +59,7 @@ def upcast(model: onnx.ModelProto) -> onnx.ModelProto:
 
     for tensor in model.graph.initializer:
         upcast_tensor(tensor)
-    for value in model.graph.value_info:
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         if value.type.tensor_type.elem_type in half:
             value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
     for node in model.graph.node:
@@ -87,7 +88,8 @@ class ScoreProbe:
             widths = {name: value.type.tensor_type.shape.dim[-1].dim_value for name, value in values.items()}
             self.ks = {layer: config.kept(widths[tensor]) for layer, tensor in tensors.items()}
         self._tensors = list(tensors.values())
-        self._graph_io = GraphIO("image" if metadata.get("io") == "image" else "tensor", multiple=1)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(model.graph.input[0].type.tensor_type.elem_type)
+        self._graph_io = GraphIO(next(io for io in DTYPES if DTYPES[io] == dtype), multiple=1)
         model.graph.output.extend(values.values())
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors, as in OrtSession

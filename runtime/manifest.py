@@ -70,7 +70,7 @@ class Model:
 
     Attributes:
         file: Name of the ONNX file.
-        io: "tensor" for float32 (1, 3, H, W) in [0, 1], "image" for uint8 (1, H, W, 3).
+        io: "tensor" for float32 and "tensor16" for float16 (1, 3, H, W) in [0, 1], "image" for uint8 (1, H, W, 3).
         size_multiple: Number that height and width have to be multiples of; 1 for any size.
         precision: What it computes in, such as "fp16".
         topk: The pattern by which the attention keeps its k largest scores.
@@ -286,20 +286,22 @@ def describe(file: File, input: Tensor, output: Tensor, metadata: dict[str, str]
 def read_graph_io(tensors: Sequence[Tensor], metadata: dict[str, str]) -> GraphIO:
     """What a graph with these inputs and outputs eats. Raises InputError where that is neither tensors nor images."""
     match tensors:
-        case [Tensor("input", "float32", (_, 3, _, _)), Tensor("output", "float32", _)]:
+        case [Tensor("input", "float32" | "float16" as dtype, (_, 3, _, _)), Tensor("output", answered, _)] if (
+            answered == dtype
+        ):
             text = metadata.get("size_multiple", str(DEFAULT_MULTIPLE))
             if not re.fullmatch(r"\d{1,4}", text) or not 1 <= int(text) <= MAX_MULTIPLE:
                 raise InputError(
                     f"expected a whole number from 1 to {MAX_MULTIPLE} as size_multiple in its metadata, "
                     f"found {text!r:.100}"
                 )
-            return GraphIO("tensor", int(text))
+            return GraphIO("tensor" if dtype == "float32" else "tensor16", int(text))
         case [Tensor("input", "uint8", (_, _, _, 3)), Tensor("output", "uint8", _)]:
             return GraphIO("image", 1)
     found = "; ".join(f"{t.name} {t.dtype} {t.shape}" for t in tensors)
     raise InputError(
         "another kind of network: expected one input named input and one output named output, both "
-        f"float32 (1, 3, H, W) or both uint8 (1, H, W, 3), found {found}"
+        f"float32 or both float16 (1, 3, H, W), or both uint8 (1, H, W, 3), found {found}"
     )
 
 

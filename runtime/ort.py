@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .bundle import Bundle
 from .errors import InputError, one_line
 from .manifest import Tensor, read_graph_io
-from .pixels import Size
+from .pixels import GraphIO, Size
 
 EXECUTION_PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -35,7 +35,7 @@ FALLBACKS = {
 }
 """What runs the nodes that a provider cannot, in this order."""
 
-DTYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
+DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}
 """As NumPy names what ONNX Runtime does."""
 
 SHIPPED = Path(__file__).with_name("drsformer-xs.onnx")
@@ -48,13 +48,14 @@ MAX_THREADS = 256
 class OrtSession:
     """A `runtime.session.Session` on ONNX Runtime.
 
-    The graph has one input `input` and one output `output`, either both float32 (1, 3, H, W) or, exported with
-    `--io image`, both uint8 (1, H, W, 3) of any size. `run` is the same for both: to a graph of images it hands an
-    image, which loses nothing where the batch came from one, and its answer is then in steps of 1/255.
+    The graph has one input `input` and one output `output`, either both float32 (1, 3, H, W), or the same in float16
+    (exported with `--io tensor16`), or uint8 (1, H, W, 3) of any size (`--io image`). `run` is the same for all: to a
+    graph of images it hands an image, which loses nothing where the batch came from one, and its answer is then in
+    steps of 1/255.
 
     Attributes besides those of `Session`: `path`, of the file; `metadata`, the strings that export wrote into it;
-    `input` and `output`; `provider`, the one that runs; and `threads`. ONNX Runtime keeps the memory of the largest
-    image so far.
+    `input`, `output` and `graph_io`, what it takes and gives; `provider`, the one that runs; and `threads`. ONNX
+    Runtime keeps the memory of the largest image so far.
 
     Args:
         model: Path of the .onnx file, or a bundle that has one; None is the network that ships with the project.
@@ -72,6 +73,7 @@ class OrtSession:
     metadata: dict[str, str]
     input: Tensor
     output: Tensor
+    graph_io: GraphIO
     provider: str
     threads: int
 
@@ -115,12 +117,12 @@ class OrtSession:
         self.metadata = self._engine.get_modelmeta().custom_metadata_map
         tensors = [_describe(node) for node in (*self._engine.get_inputs(), *self._engine.get_outputs())]
         try:
-            self._graph_io = read_graph_io(tensors, self.metadata)
+            self.graph_io = read_graph_io(tensors, self.metadata)
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from error
         self.input, self.output = tensors
-        self.multiple, self.threads = self._graph_io.multiple, threads
-        sides = [(1, sys.maxsize) if side == -1 else (side, side) for side in self._graph_io.size(self.input.shape)]
+        self.multiple, self.threads = self.graph_io.multiple, threads
+        sides = [(1, sys.maxsize) if side == -1 else (side, side) for side in self.graph_io.size(self.input.shape)]
         least, most = zip(*sides, strict=True)
         self.limits = ((least, most),)
 
@@ -131,14 +133,14 @@ class OrtSession:
         memory. Safe to call from several threads.
         """
         H, W = batch.shape[2:]
-        height, width = self._graph_io.size(self.input.shape)
+        height, width = self.graph_io.size(self.input.shape)
         if height not in (-1, H) or width not in (-1, W):
             raise InputError(
                 f"{self.path} takes only images of {width}x{height} pixels, found {W}x{H} after padding "
                 f"to a multiple of {self.multiple}; export it without --height and --width"
             )
         try:
-            return self._graph_io.answer(self._call(self._graph_io.feed(batch)))
+            return self.graph_io.answer(self._call(self.graph_io.feed(batch)))
         except Exception as error:
             raise InputError(f"{self.path} failed on {W}x{H} pixels: {one_line(error)}") from error
 

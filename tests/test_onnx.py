@@ -249,6 +249,23 @@ def test_graph_of_images_begins_and_ends_with_a_cast(photographic):
     assert metadata(photographic[1].output)["size_multiple"] == "1"
 
 
+def test_graph_of_float16(tmp_path):
+    """Proved as it computes, in float32; what is left is the rounding of input and output, and the selections that it
+    moves."""
+    weights = save(tmp_path, small(feed_forward="fn"))
+    exported = export(weights, options=ExportOptions(io="tensor16"))
+    assert [a.size for a in exported.agreements] == list(SIZES)
+    assert max(a.difference for a in exported.agreements) < TOLERANCE
+    content = onnx.load(exported.output).graph
+    float16 = onnx.TensorProto.FLOAT16
+    assert [v.type.tensor_type.elem_type for v in (*content.input, *content.output)] == [float16, float16]
+    assert (metadata(exported.output)["io"], metadata(exported.output)["size_multiple"]) == ("tensor16", "8")
+    batch = to_batch(random_image(40, 48))
+    expected = TorchSession(checkpoint.load(weights).model, "cpu").run(batch)
+    assert 0 < np.abs(OrtSession(exported.output, "cpu").run(batch) - expected).max() < 5e-3
+    assert ScoreProbe(exported.output)(batch).keys() == {"latent.0.attn"}
+
+
 def test_graph_of_images_has_no_operator_that_others_get_wrong(photographic):
     """OpenVINO 2026.4 computes Abs of constant integers wrongly, so whatever is reshaped to one size."""
     nodes = onnx.load(photographic[1].output).graph.node
@@ -294,6 +311,7 @@ def test_what_float16_cannot_hold_is_not_written(tmp_path):
         (dict(fold=False, precision="fp16"), "`fold`: expected on, .* fp16, found off"),
         (dict(height=64), "`height` and `width` together, found only one"),
         (dict(height=64, width=60), "`width`: expected a multiple of 8, found 60"),
+        (dict(io="tensor16", height=64, width=60), "`width`: expected a multiple of 8, found 60"),
         (dict(height=0, width=64), "`height`: expected at least 1, found 0"),
         (dict(io="image", height=-1, width=64), "`height`: expected at least 1, found -1"),
     ],

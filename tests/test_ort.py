@@ -7,8 +7,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from runtime import Derainer, InputError
+from runtime.manifest import Tensor, read_graph_io
 from runtime.ort import SHIPPED, OrtSession
-from tests.support.onnx_files import FLOAT, UINT8, write_network
+from runtime.pixels import GraphIO
+from tests.support.onnx_files import FLOAT, FLOAT16, UINT8, write_network
 
 
 def refusal(*arguments, **options):
@@ -53,6 +55,24 @@ def test_graph_of_images_runs_behind_the_same_contract(tmp_path):
     np.testing.assert_allclose(restored * 255, np.rint(restored * 255), atol=1e-4)
 
 
+def test_graph_of_float16_runs_behind_the_same_contract(tmp_path):
+    session = OrtSession(write_network(tmp_path / "m.onnx", scale=0.25, kind=FLOAT16))
+    batch = random_batch(16, 24)
+    restored = session.run(batch)
+    assert (session.graph_io, session.input.dtype) == (GraphIO("tensor16", 8), "float16")
+    assert restored.dtype == np.float32
+    assert 0 < np.abs(restored - 0.25 * batch).max() < 2**-11  # rounded to 11 bits
+    levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    same = write_network(tmp_path / "same.onnx", scale=1.0, kind=FLOAT16)
+    np.testing.assert_array_equal(Derainer(same, provider="cpu")(levels), levels)
+
+
+def test_float16_on_one_side_alone_is_refused():
+    tensors = [Tensor("input", "float16", (1, 3, -1, -1)), Tensor("output", "float32", (1, 3, -1, -1))]
+    with pytest.raises(InputError, match="both float16"):
+        read_graph_io(tensors, {})
+
+
 def test_derainer_takes_a_path(tmp_path):
     path = write_network(tmp_path / "m.onnx", scale=1.0)
     image = np.random.default_rng(0).integers(0, 256, (5, 11, 3), dtype=np.uint8)
@@ -78,7 +98,8 @@ def test_refuses_a_broken_file(tmp_path):
     [
         dict(names=("image", "output")),
         dict(names=("input", "restored")),
-        dict(kind=TensorProto.FLOAT16, shape=(1, 3, "H", "W")),
+        dict(kind=TensorProto.DOUBLE),
+        dict(kind=FLOAT16, shape=(1, "H", "W", 3)),
         dict(shape=(1, 1, "H", "W")),
         dict(shape=(1, 3, "H", "W", 1)),
         dict(kind=UINT8, shape=(1, 3, "H", "W")),

@@ -153,6 +153,15 @@ def test_a_model_of_images_of_any_size(tmp_path):
     assert made.bundle.manifest.model.input.dtype == "uint8"
 
 
+def test_a_model_of_float16(tmp_path):
+    half = tmp_path / "half.onnx"
+    onnx.save(to_onnx(nn.Conv2d(3, 3, 3, padding=1), io="tensor16"), half)
+    made = build(half, tmp_path / "bundle", BuildOptions(min=((8, 8),), opt=((16, 24),), max=((32, 64),)))
+    model = made.bundle.manifest.model
+    assert (model.io, model.input.dtype, model.output.dtype) == ("tensor16", "float16", "float16")
+    assert model.input.shape == (1, 3, -1, -1)
+
+
 @pytest.mark.parametrize("precision", DTYPES)
 def test_a_model_of_one_size_and_any_precision(exported, precision, tmp_path):
     made = build(exported(precision), tmp_path / "bundle")

@@ -121,6 +121,14 @@ def test_onnxruntime(bundle, tmp_path):
     assert warm_ups(found) == [[1, 3, 64, 64]]
 
 
+def test_graph_of_float16(tmp_path):
+    folder = only_model(tmp_path / "bundle", kind=onnx.TensorProto.FLOAT16)
+    found = config(export(folder, tmp_path, ServeOptions(backend="onnxruntime")).folder)
+    for tensor in (found.input[0], found.output[0]):
+        assert (tensor.data_type, list(tensor.dims)) == (triton.TYPE_FP16, [1, 3, -1, -1])
+    assert warm_ups(found) == [[1, 3, 64, 64]]
+
+
 @pytest.mark.parametrize(
     ("backend", "dims", "warm_up"),
     [

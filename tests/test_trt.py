@@ -16,6 +16,7 @@ from runtime import trt
 from runtime.bundle import Bundle
 from runtime.errors import InputError
 from runtime.manifest import Profile
+from runtime.pixels import to_batch
 from runtime.session import Derainer, open_engine
 from runtime.trt import TrtSession, cache_path
 from tests.support.tensorrt import PROFILES, Code, Cuda, Library, has_driver, make_bundle
@@ -151,6 +152,15 @@ def test_images_go_in_and_come_out(tmp_path, install):
     np.testing.assert_array_equal(derain(image), 255 - image)
     tall = np.random.default_rng(1).integers(0, 256, (90, 7, 3), dtype=np.uint8)
     np.testing.assert_array_equal(derain(tall), 255 - tall)  # in tiles
+
+
+def test_float16_goes_in_and_comes_out(tmp_path, install):
+    install(dtype="float16")
+    session = open_engine(make_bundle(tmp_path / "bundle", {}, io="tensor16"))
+    image = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    batch = to_batch(image)
+    np.testing.assert_array_equal(session.run(batch), (1 - batch.astype(np.float16)).astype(np.float32))
+    np.testing.assert_array_equal(Derainer(session)(image), 255 - image)
 
 
 def test_threads_take_turns(bundle, install):

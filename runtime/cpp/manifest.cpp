@@ -171,7 +171,8 @@ Model parse_model(const json& value, const std::string& where) {
     check_tensor(object.object("output"), where + ".output");
     object.check_optional({"precision", "topk", "weights_sha256"}, &json::is_string, "a string");
     object.check_optional({"config", "provenance"}, &json::is_object, "an object");
-    const Io io = object.choice("io", {"tensor", "image"}) == "image" ? Io::image : Io::tensor;
+    const std::string name = object.choice("io", {"tensor", "tensor16", "image"});
+    const Io io = name == "image" ? Io::image : name == "tensor16" ? Io::tensor16 : Io::tensor;
     Model model{object.text("file"), {io, object.integer("size_multiple")}};
     DERAINER_CHECK(1 <= model.graph_io.multiple && model.graph_io.multiple <= kMaxMultiple,
                    where + ": expected a size multiple from 1 to " + std::to_string(kMaxMultiple) + ", found " +

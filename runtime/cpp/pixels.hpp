@@ -1,7 +1,9 @@
 /// Pixels as people store them and as networks take them: sizes, images, and what a graph eats.
 #pragma once
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -36,8 +38,32 @@ struct Image {
     std::uint8_t* out;
 };
 
-/// What a graph takes and gives: float32 (1, 3, H, W) RGB in [0, 1], or uint8 (1, H, W, 3) RGB.
-enum class Io { tensor, image };
+/// What a graph takes and gives: float32 or float16 (1, 3, H, W) RGB in [0, 1], or uint8 (1, H, W, 3) RGB.
+enum class Io { tensor, tensor16, image };
+
+/// The bits of a float16.
+using Half = std::uint16_t;
+
+/// The float16 nearest to a value that is 0 or from 2^-14 to 1, as all levels of 8 bits are.
+inline Half to_half(float value) {
+    if (value == 0.0F) {
+        return 0;
+    }
+    int exponent = 0;
+    const float mantissa = std::frexp(value, &exponent);  // in [0.5, 1), 11 bits of which stay
+    return static_cast<Half>((exponent + 13) * 1024 + std::lrint(std::ldexp(mantissa, 11)));
+}
+
+inline float to_float(Half half) {
+    const int exponent = half >> 10 & 31;
+    const int fraction = half & 1023;
+    const float sign = half >> 15 == 0 ? 1.0F : -1.0F;
+    if (exponent == 31) {
+        return fraction == 0 ? sign * HUGE_VALF : NAN;
+    }
+    const int mantissa = exponent == 0 ? fraction : fraction + 1024;
+    return sign * std::ldexp(static_cast<float>(mantissa), std::max(exponent, 1) - 25);
+}
 
 /// What a graph eats: tensors or images, whose height and width have to be multiples of `multiple`, which is 1 where
 /// any size will do.
@@ -59,8 +85,10 @@ struct GraphIo {
 
     /// How much memory the input takes, and the output.
     std::size_t bytes(Size size) const {
-        return 3 * static_cast<std::size_t>(size.height) * static_cast<std::size_t>(size.width) *
-               (io == Io::image ? sizeof(std::uint8_t) : sizeof(float));
+        const std::size_t of_one = io == Io::image      ? sizeof(std::uint8_t)
+                                   : io == Io::tensor16 ? sizeof(Half)
+                                                        : sizeof(float);
+        return 3 * static_cast<std::size_t>(size.height) * static_cast<std::size_t>(size.width) * of_one;
     }
 
     /// Which of the numbers of input and output is that of a channel (0 to 2) of the pixel in row `y` and column `x`.

@@ -13,7 +13,7 @@ namespace {
 
 std::size_t index(std::int64_t value) { return static_cast<std::size_t>(value); }
 
-float to_float(std::uint8_t level) { return static_cast<float>(level) / 255.0F; }
+float level_to_float(std::uint8_t level) { return static_cast<float>(level) / 255.0F; }
 
 std::uint8_t to_level(float value) {
     DERAINER_CHECK(std::isfinite(value),
@@ -54,8 +54,10 @@ public:
                     const std::size_t place = graph_io_.index(size, c, y, x);
                     if (graph_io_.io == Io::image) {
                         static_cast<std::uint8_t*>(input)[place] = pixel[c];
+                    } else if (graph_io_.io == Io::tensor16) {
+                        static_cast<Half*>(input)[place] = to_half(level_to_float(pixel[c]));
                     } else {
-                        static_cast<float*>(input)[place] = to_float(pixel[c]);
+                        static_cast<float*>(input)[place] = level_to_float(pixel[c]);
                     }
                 }
             }
@@ -82,8 +84,11 @@ private:
     /// A value of the graph's output; of an image in steps of 1/255.
     float answer(const void* output, Size size, std::size_t c, std::size_t y, std::size_t x) const {
         const std::size_t place = graph_io_.index(size, c, y, x);
-        return graph_io_.io == Io::image ? to_float(static_cast<const std::uint8_t*>(output)[place])
-                                         : static_cast<const float*>(output)[place];
+        if (graph_io_.io == Io::image) {
+            return level_to_float(static_cast<const std::uint8_t*>(output)[place]);
+        }
+        return graph_io_.io == Io::tensor16 ? to_float(static_cast<const Half*>(output)[place])
+                                            : static_cast<const float*>(output)[place];
     }
 
     void blend(std::size_t i, const void* output) {

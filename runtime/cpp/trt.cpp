@@ -103,7 +103,9 @@ TrtSession::TrtSession(const Bundle& bundle, const Engine& engine, std::size_t s
       cuda_engine_(deserialize(bundle)),
       library_(*cuda_engine_, cache_path(bundle, engine), cuda_graphs) {
     DERAINER_CHECK(sizes > 0, "expected to keep at least one size, found 0");
-    const nvinfer1::DataType type = graph_io_.io == Io::image ? nvinfer1::DataType::kUINT8 : nvinfer1::DataType::kFLOAT;
+    const nvinfer1::DataType type = graph_io_.io == Io::image      ? nvinfer1::DataType::kUINT8
+                                    : graph_io_.io == Io::tensor16 ? nvinfer1::DataType::kHALF
+                                                                   : nvinfer1::DataType::kFLOAT;
     TENSORRT_CHECK(cuda_engine_->getTensorDataType(kInput) == type && cuda_engine_->getTensorDataType(kOutput) == type);
     TENSORRT_CHECK(cuda_engine_->getNbOptimizationProfiles() == static_cast<int>(engine_.profiles.size()));
     std::size_t largest = 0;

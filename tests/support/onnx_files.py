@@ -3,12 +3,12 @@
 import onnx
 from onnx import TensorProto, helper
 
-FLOAT, UINT8 = TensorProto.FLOAT, TensorProto.UINT8
+FLOAT, FLOAT16, UINT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8
 
 
 def write_network(path, scale=0.5, kind=FLOAT, shape=None, names=("input", "output"), metadata=None):
     """An ONNX file that multiplies by `scale`. metadata None: a size multiple of 8."""
-    shape = shape or ((1, 3, "H", "W") if kind == FLOAT else (1, "H", "W", 3))
+    shape = shape or ((1, "H", "W", 3) if kind == UINT8 else (1, 3, "H", "W"))
     x, y = names
     nodes = [
         helper.make_node("Cast", [x], ["a"], to=FLOAT),

@@ -14,6 +14,7 @@ import numpy as np
 from runtime import manifest
 from runtime.bundle import Bundle, describe_file, load, save
 from runtime.manifest import Engine, Manifest, Model, Profile, Tensor
+from runtime.pixels import DTYPES, IO
 
 GB = 2**30
 
@@ -277,12 +278,12 @@ class Library(ModuleType):
 PROFILES = (Profile((8, 8), (16, 16), (32, 32)), Profile((8, 40), (8, 64), (16, 128)))
 
 
-def make_bundle(folder: Path, *engines: dict, io: str = "tensor", plan: bytes = b"plan") -> Bundle:
+def make_bundle(folder: Path, *engines: dict, io: IO = "tensor", plan: bytes = b"plan") -> Bundle:
     """With an engine for each of `engines`, which say how it differs from the usual one."""
     folder.mkdir(exist_ok=True)
     (folder / "model.onnx").write_bytes(b"weights")
     model = describe_file(folder / "model.onnx", "onnx")
-    shape, dtype = ((1, 3, -1, -1), "float32") if io == "tensor" else ((1, -1, -1, 3), "uint8")
+    shape, dtype = (1, -1, -1, 3) if io == "image" else (1, 3, -1, -1), DTYPES[io].name
     described = Model(
         "model.onnx",
         io,

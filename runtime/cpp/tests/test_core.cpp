@@ -1,5 +1,6 @@
 /// What needs no GPU, on the golden vectors that the Python tests read as well; tests/test_cpp.py compares the rest
 /// with Python byte by byte.
+#include <cmath>
 #include <fstream>
 #include <limits>
 
@@ -139,6 +140,22 @@ TEST_CASE("levels are clamped and rounded half to even") {
         restore(session, {{{pixel, 1, 1, 3, pixel}, {{1, 1}, {1, 1}, 0}}});
         CHECK(int{pixel[0]} == level);
     }
+}
+
+TEST_CASE("float16 as NumPy has it") {
+    const std::vector<std::pair<int, Half>> levels{{0, 0},        {1, 0x1C04},   {2, 0x2004},  {100, 0x3646},
+                                                   {128, 0x3804}, {254, 0x3BF8}, {255, 0x3C00}};
+    for (const auto& [level, half] : levels) {
+        const float value = static_cast<float>(level) / 255.0F;
+        CHECK(to_half(value) == half);
+        CHECK(std::abs(to_float(half) - value) < 0.1F / 255);
+    }
+    CHECK(to_float(Half{0x3555}) == 1365.0F / 4096);
+    CHECK(to_float(Half{0xC000}) == -2.0F);
+    CHECK(to_float(Half{0x0001}) == std::ldexp(1.0F, -24));  // the smallest
+    CHECK(to_float(Half{0x7BFF}) == 65504.0F);               // the largest
+    CHECK(to_float(Half{0xFC00}) == -std::numeric_limits<float>::infinity());
+    CHECK(std::isnan(to_float(Half{0x7E00})));
 }
 
 TEST_CASE("tiles that are none") {

@@ -31,7 +31,9 @@ public:
         write("model.onnx", "weights");
         write("plan.engine", plan);
         const std::string tensor = R"("dtype": "any", "shape": [1, 3, -1, -1]})";
-        const std::string io = plan == "image" ? R"("image", "size_multiple": 1)" : R"("tensor", "size_multiple": 8)";
+        const std::string io = plan == "image"      ? R"("image", "size_multiple": 1)"
+                               : plan == "tensor16" ? R"("tensor16", "size_multiple": 8)"
+                                                    : R"("tensor", "size_multiple": 8)";
         write("manifest.json", R"({"schema": 1, "created_by": "test", "drift": [], "model": {"file": "model.onnx",
             "input": {"name": "input", )" +
                                    tensor + R"(, "output": {"name": "output", )" + tensor + R"(,
@@ -164,6 +166,15 @@ TEST_CASE("images of a graph that takes images") {
         for (std::size_t i = 0; i < image.size(); ++i) {
             REQUIRE(int{restored[i]} == 255 - image[i]);
         }
+    }
+}
+
+TEST_CASE("images of a graph that takes float16, whole and in tiles") {
+    const TestBundle bundle("tensor16");  // whose stand-in answers with its input
+    Derainer derain(bundle.folder);
+    CHECK(derain.graph_io().io == Io::tensor16);
+    for (const auto& [height, width] : std::vector<std::pair<std::size_t, std::size_t>>{{9, 11}, {70, 50}}) {
+        CHECK(run(derain, height, width) == golden_image(height, width, 3 * width));
     }
 }
 

@@ -19,7 +19,7 @@ struct Dims4 : Dims {
     Dims4(std::int64_t a, std::int64_t b, std::int64_t c, std::int64_t e) : Dims{4, {a, b, c, e}} {}
 };
 
-enum class DataType { kFLOAT = 0, kUINT8 = 5 };
+enum class DataType { kFLOAT = 0, kHALF = 1, kUINT8 = 5 };
 enum class ExecutionContextAllocationStrategy { kSTATIC = 0, kUSER_MANAGED = 2 };
 enum class CudaGraphStrategy { kDISABLED, kWHOLE_GRAPH_CAPTURE };
 

@@ -297,6 +297,8 @@ bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
         if (type == DataType::kFLOAT) {
             stand_in(static_cast<const float*>(input), static_cast<float*>(output), static_cast<std::size_t>(dims.d[2]),
                      static_cast<std::size_t>(dims.d[3]));
+        } else if (type == DataType::kHALF) {
+            std::memcpy(output, input, sizeof(std::uint16_t) * static_cast<std::size_t>(dims.d[2] * dims.d[3] * 3));
         } else {
             const auto* levels = static_cast<const std::uint8_t*>(input);
             std::transform(levels, levels + dims.d[1] * dims.d[2] * 3, static_cast<std::uint8_t*>(output),
@@ -325,11 +327,13 @@ void IRuntime::setEngineHostCodeAllowed(bool allowed) noexcept { fake.host_code_
 ICudaEngine* IRuntime::deserializeCudaEngine(const void* plan, std::size_t size) noexcept {
     const std::string content(static_cast<const char*>(plan), size);
     call("deserialize");
-    if (content != "tensor" && content != "image") {
+    if (content != "tensor" && content != "tensor16" && content != "image") {
         logger->log(ILogger::Severity::kERROR, "a plan of\nanother kind");
         return nullptr;
     }
-    return new ICudaEngine{content == "tensor" ? DataType::kFLOAT : DataType::kUINT8};
+    return new ICudaEngine{content == "tensor"     ? DataType::kFLOAT
+                           : content == "tensor16" ? DataType::kHALF
+                                                   : DataType::kUINT8};
 }
 
 IRuntime* createInferRuntime(ILogger& log) noexcept {
