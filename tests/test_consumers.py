@@ -16,8 +16,10 @@ from export.graph import to_onnx
 from export.topk import with_pattern
 from export.verification import TOLERANCE
 from runtime.pixels import to_batch
-from tests.support.networks import fill
-from tests.test_onnx import random_image, small
+from tests.support.images import random_image
+from tests.support.networks import fill, small
+
+pytestmark = pytest.mark.slow
 
 NETWORK = small(mefc_late=MEFCConfig(5, (("avg_pool_3x3", "dil_conv_5x5"),)))
 """A block and a mixture of experts: exporting takes time for every part."""

@@ -26,6 +26,7 @@ from runtime.manifest import Profile, parse
 from runtime.pixels import size_text
 from runtime.version import __version__
 from tests.support.bundles import ENGINES, flip, make_keys, rewrite, write_bundle
+from tests.support.images import random_image
 from tests.support.tensorrt import PROFILES, make_bundle
 
 SOURCE = Path(__file__).parents[1] / "runtime" / "cpp"
@@ -493,10 +494,6 @@ class StandIn:
         y, x = np.indices(batch.shape[2:])
         place = ((7 * y + 13 * x) % 32).astype(np.float32) / np.float32(31)
         return np.float32(0.75) * batch + np.float32(0.25) * place
-
-
-def random_image(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from drsformer import checkpoint
-from drsformer.config import BlockConfig, DRSformerConfig, LevelConfig, MEFCConfig
+from drsformer.config import BlockConfig, DRSformerConfig, MEFCConfig
 from drsformer.model import DRSformer, GatedFeedForward
 from drsformer.session import TorchSession
 from export import graph
@@ -28,20 +28,10 @@ from runtime.errors import GateError, InputError
 from runtime.ort import OrtSession
 from runtime.pixels import to_batch
 from runtime.session import Derainer
-from tests.support.networks import fill
+from tests.support.images import random_image
+from tests.support.networks import fill, small
 
 CONTROL_FLOW = {"If", "Loop", "Scan"}
-
-
-def small(blocks: tuple[BlockConfig, ...] = (), **parts) -> DRSformerConfig:
-    """One block at the lowest level, and `blocks` at full resolution: exporting takes time for every block."""
-    return DRSformerConfig(
-        encoder=(LevelConfig(5, blocks), LevelConfig(4, ()), LevelConfig(8, ())),
-        latent=LevelConfig(8, (BlockConfig(2, 5, 7),)),
-        decoder=(LevelConfig(7, ()), LevelConfig(6, ()), LevelConfig(8, ())),
-        up=(4, 5, 3),
-        **parts,
-    )
 
 
 EVERYTHING = small(
@@ -58,10 +48,6 @@ def save(folder: Path, config: DRSformerConfig) -> Path:
     fill(network)
     checkpoint.save(folder / "weights.safetensors", network, {"trained_on": ["noise"]})
     return folder / "weights.safetensors"
-
-
-def random_image(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def metadata(path: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from runtime import Derainer, InputError
+from tests.support.images import random_image
 
 
 class Network:
@@ -31,10 +32,6 @@ class Constant:
 
     def run(self, batch):
         return np.full_like(batch, self.value)
-
-
-def random_image(height, width, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def mirrored(index, length, padding):

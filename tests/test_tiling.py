@@ -22,6 +22,7 @@ from runtime.ort import SHIPPED, OrtSession
 from runtime.pixels import to_batch
 from runtime.session import AMPLE_BYTES, IMAGE_BYTES
 from tests.golden.tiling import golden
+from tests.support.images import random_image
 from tests.support.onnx_files import UINT8, write_network
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tiling.json").read_text())
@@ -52,10 +53,6 @@ class Global(Network):
 
 class Measured(Global):
     footprint = Footprint(fixed=50_000_000, per_pixel=2000.0)
-
-
-def random_image(height, width, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def text(case):

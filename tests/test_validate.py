@@ -33,6 +33,7 @@ from runtime.errors import InputError
 from runtime.images import Photo, read_rgb
 from runtime.session import Derainer, describe_onnx
 from tests.support.bundles import make_keys
+from tests.support.images import random_image
 from tests.support.networks import fill
 
 
@@ -60,10 +61,6 @@ def save_network(path: Path, config: DRSformerConfig = REFERENCE, damage: float 
             parameter.mul_(1 + damage * torch.randn(parameter.shape, generator=noise))
     checkpoint.save(path, network, {})
     return path
-
-
-def random_image(height: int, width: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")

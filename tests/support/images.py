@@ -1,4 +1,4 @@
-"""Images that survive lossy formats."""
+"""Images for tests."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ def noise(seed: int, height: int = 40, width: int = 48, channels: int = 3) -> ND
 def save(path: Path, image: NDArray[np.uint8]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path)
+
+
+def random_image(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+    """An image of which every pixel is random: uint8 (H, W, 3)."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

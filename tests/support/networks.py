@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from drsformer.config import BlockConfig, DRSformerConfig, LevelConfig
+
 SMALL = {"width": 12, "depths": (1, 2, 1, 2), "heads": (1, 2, 4, 4), "expansion": 2.66}
 """Small, but with odd hidden widths, several heads and head widths, and levels of one and of two blocks."""
 
@@ -31,3 +33,14 @@ def image(height: int, width: int, seed: int = 0) -> Tensor:
     """(1, 3, H, W) float32 in [0, 1]."""
     values = np.random.RandomState(seed).random_sample((1, 3, height, width))
     return torch.from_numpy(values.astype(np.float32))
+
+
+def small(blocks: tuple[BlockConfig, ...] = (), **parts) -> DRSformerConfig:
+    """One block at the lowest level, and `blocks` at full resolution: exporting takes time for every block."""
+    return DRSformerConfig(
+        encoder=(LevelConfig(5, blocks), LevelConfig(4, ()), LevelConfig(8, ())),
+        latent=LevelConfig(8, (BlockConfig(2, 5, 7),)),
+        decoder=(LevelConfig(7, ()), LevelConfig(6, ()), LevelConfig(8, ())),
+        up=(4, 5, 3),
+        **parts,
+    )
