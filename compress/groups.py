@@ -413,23 +413,15 @@ def remove(network: DRSformer, pruned: PrunedIndices, grams: Mapping[str, Tensor
     Raises:
         KeyError: For a group that the network does not have.
     """
-    groups = [group for group in pruning_groups(network.config) if group.name in pruned]
-    if unknown := pruned.keys() - {group.name for group in groups}:
-        raise KeyError(f"no pruning groups of this network: {', '.join(sorted(unknown))}")
+    groups = _pruned_groups(network.config, pruned)
     state: dict[str, Tensor] = dict(network.state_dict())
-    drops: dict[tuple[str, int], set[int]] = defaultdict(set)
-    renames: dict[str, str | None] = {}
     for group in groups:
         for dimension, units in zip(group.dims, pruned[group.name], strict=True):
             for part in dimension.zeroed:
                 weight = state[part.tensor].clone()
                 weight.flatten(0, 1)[_indices(part, units)] = 0
                 state[part.tensor] = weight
-            for part in dimension.slices:
-                assert part.dim is not None
-                drops[part.tensor, part.dim].update(_indices(part, units))
-            left = [module for unit, module in enumerate(dimension.modules) if unit not in units]
-            renames |= dict.fromkeys(dimension.modules) | dict(zip(left, dimension.modules, strict=False))
+    drops, renames = _removals(groups, pruned)
     for (name, dim), indices in drops.items():
         keep = torch.tensor([i for i in range(state[name].shape[dim]) if i not in indices], dtype=torch.long)
         norm = name.removesuffix(".weight")
@@ -440,6 +432,71 @@ def remove(network: DRSformer, pruned: PrunedIndices, grams: Mapping[str, Tensor
     smaller = DRSformer(config_after(network.config, groups, pruned))
     smaller.load_state_dict({name: tensor for name, tensor in left.items() if name is not None})
     return smaller.eval()
+
+
+class Origin(NamedTuple):
+    """Where a tensor of a pruned network comes from.
+
+    Attributes:
+        tensor: Name of the tensor in the whole network.
+        kept: By the dimension that was pruned, the indices of it that are left, ascending.
+    """
+
+    tensor: str
+    kept: dict[int, Tensor]
+
+
+def origins(config: DRSformerConfig, rounds: Iterable[PrunedIndices]) -> dict[str, Origin]:
+    """What `remove` leaves of each tensor of a network, when it is called round after round.
+
+    Args:
+        config: Of the whole network.
+        rounds: The units of each call, each of the network that the one before left.
+
+    Returns:
+        By the names of the tensors of the smallest network.
+
+    Raises:
+        KeyError: For a group that the network does not have.
+    """
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in DRSformer(config).state_dict().items()}
+    found = {name: Origin(name, {}) for name in shapes}
+    for pruned in rounds:
+        groups = _pruned_groups(config, pruned)
+        drops, renames = _removals(groups, pruned)
+        for (name, dim), indices in drops.items():
+            whole, kept = found[name]
+            before = kept.get(dim, torch.arange(shapes[whole][dim]))
+            left = [i for i in range(len(before)) if i not in indices]
+            found[name] = Origin(whole, kept | {dim: before[left]})
+        moved = {_renamed(name, renames): origin for name, origin in found.items()}
+        found = {name: origin for name, origin in moved.items() if name is not None}
+        config = config_after(config, groups, pruned)
+    return found
+
+
+def _pruned_groups(config: DRSformerConfig, pruned: PrunedIndices) -> list[PruningGroup]:
+    groups = [group for group in pruning_groups(config) if group.name in pruned]
+    if unknown := pruned.keys() - {group.name for group in groups}:
+        raise KeyError(f"no pruning groups of this network: {', '.join(sorted(unknown))}")
+    return groups
+
+
+def _removals(
+    groups: Iterable[PruningGroup], pruned: PrunedIndices
+) -> tuple[dict[tuple[str, int], set[int]], dict[str, str | None]]:
+    """The indices that are removed, by tensor and dimension, and the new names of modules, None for those removed."""
+    drops: dict[tuple[str, int], set[int]] = defaultdict(set)
+    renames: dict[str, str | None] = {}
+    for group in groups:
+        for dimension, units in zip(group.dims, pruned[group.name], strict=True):
+            for part in dimension.slices:
+                assert part.dim is not None
+                drops[part.tensor, part.dim].update(_indices(part, units))
+            left = [module for unit, module in enumerate(dimension.modules) if unit not in units]
+            renames |= dict.fromkeys(dimension.modules) | dict(zip(left, dimension.modules, strict=False))
+    return drops, renames
 
 
 def _indices(part: ParameterSlice, units: Iterable[int]) -> list[int]:

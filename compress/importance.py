@@ -63,7 +63,7 @@ def importances(
     weights = {name: parameter.detach().requires_grad_() for name, parameter in network.named_parameters()}
     magnitudes = _magnitudes(weights, groups)
     scores = {name: [torch.zeros_like(each) for each in dims] for name, dims in magnitudes.items()}
-    with _gram_matrices(network) as grams:
+    with layer_norm_grams(network) as grams:
         for rainy, clean in track(patches, len(patches), "Measuring importance", on_progress):
             with torch.set_grad_enabled(importance != "magnitude"):
                 loss = F.l1_loss(functional_call(network, weights, rainy[None]), clean[None])
@@ -128,8 +128,8 @@ class _Sums:
 
 
 @contextmanager
-def _gram_matrices(network: nn.Module) -> Iterator[Grams]:
-    """Inside the block, forward passes leave here the grams of the inputs of all LayerNorms."""
+def layer_norm_grams(network: nn.Module) -> Iterator[Grams]:
+    """Inside the block, forward passes of the network leave here the grams of the inputs of all LayerNorms."""
     grams: Grams = {}
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:

@@ -14,8 +14,8 @@ Kind = Literal["ffn", "heads", "experts", "width", "depth"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-Importance = Literal["taylor", "fisher", "magnitude"]
-"""Measures of how much a unit is needed, see `compress.importance`."""
+Importance = Literal["obs", "taylor", "fisher", "magnitude"]
+"""Measures of how much a unit is needed, see `compress.obs` and `compress.importance`."""
 
 
 @dataclass(frozen=True)

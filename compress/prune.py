@@ -47,7 +47,7 @@ if TYPE_CHECKING:  # they load PyTorch, which takes its time
     from torch import Tensor
 
     from compress.latency import Latency
-    from compress.selection import Target
+    from compress.selection import Measure, Repair, Target
     from compress.step_cache import StepCache
     from drsformer.checkpoint import Checkpoint
     from drsformer.model import DRSformer
@@ -70,11 +70,14 @@ class PruneOptions:
         macs: Fraction of the MACs that may remain.
         params: Fraction of the parameters that may remain.
         latency: Fraction of the milliseconds that may remain, of the exported graph in ONNX Runtime on the CPU.
-        importance: Measure of what is needed: from gradients, taylor (first order) or fisher (second); or magnitude.
+        importance: Measure of what is needed: obs, the error that is left after the best repair; from gradients, taylor
+            (first order) or fisher (second); or magnitude.
+        recover: Solve the weights that are left anew after each round, so that they make up for what was removed.
         scope: Kinds of pruning groups from which units may be removed.
         round_to: Multiple at which widths end, where hardware has vectors.
         rounds: How often importance is measured anew on the way.
         samples: Patches that importance is measured on.
+        calibration: Patches that recovery is fitted to and judged by.
         patch: Height and width of these patches, a multiple of 8.
         limit: Pairs of each folder whose PSNR is measured, the first ones.
         protocol: Protocol of PSNR; rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
@@ -87,11 +90,13 @@ class PruneOptions:
     macs: float | None = None
     params: float | None = None
     latency: float | None = None
-    importance: Importance = "taylor"
+    importance: Importance = "obs"
+    recover: bool = True
     scope: tuple[Kind, ...] = KINDS
     round_to: int = 8
     rounds: int = 4
     samples: int = 16
+    calibration: int = 48
     patch: int = 128
     limit: int = 8
     protocol: Protocol = "rain200"
@@ -105,6 +110,7 @@ class PruneOptions:
             raise InputError("`scope`: expected at least one, found none")
         for name in ("round_to", "rounds", "samples", "limit"):
             expect_between(name, getattr(self, name), 1)
+        expect_between("calibration", self.calibration, 2)
         expect_multiples("size", self.size)
 
     @property
@@ -161,6 +167,7 @@ class Inputs(NamedTuple):
         trained: The checkpoint.
         pairs: PSNR is measured on these.
         patches: Importance is measured on these: rainy and clean, (3, P, P) float32 in [0, 1] each.
+        calibration: Recovery is fitted to these and judged by them: rainy, likewise.
         options: What the pruned network depends on, JSON-able.
         key: What its measurements depend on besides, for a `StepCache`.
     """
@@ -168,6 +175,7 @@ class Inputs(NamedTuple):
     trained: Checkpoint
     pairs: list[Pair]
     patches: list[tuple[Tensor, Tensor]]
+    calibration: list[Tensor]
     options: dict[str, Any]
     key: dict[str, Any]
 
@@ -189,10 +197,12 @@ def read_inputs(weights: Path, data: Sequence[Path], options: PruneOptions) -> I
         "data": [dataset_name(folder) for folder in data],
         **options.fractions,
         "importance": options.importance,
+        "recover": options.recover,
         "round_to": options.round_to,
         "rounds": options.rounds,
         "scope": list(options.scope),
         "samples": options.samples,
+        "calibration": options.calibration,
         "patch": options.patch,
     }
     measured = {"limit": options.limit, "protocol": options.protocol, "size": size_text(options.size)}
@@ -200,9 +210,32 @@ def read_inputs(weights: Path, data: Sequence[Path], options: PruneOptions) -> I
         trained,
         [pair for folder in folders for pair in folder[: options.limit]],
         [patches[number] for number in range(options.samples)],
+        [patches[number][0] for number in range(options.calibration if options.recover else 0)],
         used,
         {"weights": trained.sha256, **used, **measured},
     )
+
+
+def _measure(inputs: Inputs, options: PruneOptions, on_progress: OnProgress) -> Measure:
+    from compress.importance import importances
+    from compress.obs import costs_after_repair
+
+    if options.importance == "obs":
+        rainy = [rainy for rainy, _ in inputs.patches]
+        return functools.partial(costs_after_repair, patches=rainy, on_progress=on_progress)
+    return functools.partial(
+        importances, patches=inputs.patches, importance=options.importance, on_progress=on_progress
+    )
+
+
+def _repair(inputs: Inputs, options: PruneOptions, on_progress: OnProgress) -> Repair:
+    from compress.recover import remove_and_recover
+    from compress.selection import remove_only
+
+    if not options.recover:
+        return remove_only
+    whole = inputs.trained.model
+    return functools.partial(remove_and_recover, whole=whole, patches=inputs.calibration, on_progress=on_progress)
 
 
 def expect_output(output: Path, weights: Path) -> None:
@@ -235,7 +268,6 @@ def prune(
         InputError: Arguments or files cannot be used.
         GateError: A target cannot be met; nothing is written.
     """
-    from compress.importance import importances
     from compress.selection import Target, prune_network
     from compress.step_cache import StepCache
     from drsformer import checkpoint
@@ -249,9 +281,8 @@ def prune(
     cache = StepCache(output.with_name(f"{output.name}.work"), inputs.key)  # which also shows that it can be written
     narrow = functools.partial(
         prune_network,
-        measure=functools.partial(
-            importances, patches=inputs.patches, importance=options.importance, on_progress=on_progress
-        ),
+        measure=_measure(inputs, options, on_progress),
+        repair=_repair(inputs, options, on_progress),
         scope=options.scope,
         round_to=options.round_to,
         rounds=options.rounds,
@@ -308,7 +339,6 @@ def sensitivity_of(
     Raises:
         InputError: Arguments or files cannot be used.
     """
-    from compress.importance import importances
     from compress.sensitivity import measure_sensitivity
     from compress.step_cache import StepCache
 
@@ -317,7 +347,7 @@ def sensitivity_of(
     rows = measure_sensitivity(
         inputs.trained.model,
         inputs.pairs,
-        functools.partial(importances, patches=inputs.patches, importance=options.importance, on_progress=on_progress),
+        _measure(inputs, options, on_progress),
         options.size,
         output,
         SENSITIVITY_RATIOS,

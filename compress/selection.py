@@ -28,11 +28,17 @@ TOLERANCE = 0.02
 """Fraction of its target by which a network may miss it."""
 
 Measure = Callable[[DRSformer, Sequence[PruningGroup]], tuple[Scores, Grams]]
-"""The scores of these groups, by which units are chosen, and what a `Repair` takes: `compress.importance.importances`
-with its patches."""
+"""The scores of these groups, by which units are chosen, and the grams that a `Repair` takes, such as
+`compress.obs.costs_after_repair` with its patches."""
 
-Repair = Callable[[DRSformer, PrunedIndices, Grams], DRSformer]
-"""Removes units from a network and makes up for them; `compress.groups.remove` corrects the LayerNorms."""
+Repair = Callable[[DRSformer, Sequence[PrunedIndices], Grams], DRSformer]
+"""Makes the network of a round from the one before it and the units of all rounds so far, of which those of the last
+one are still to be removed, such as `compress.recover.remove_and_recover` with the whole network and patches."""
+
+
+def remove_only(network: DRSformer, rounds: Sequence[PrunedIndices], grams: Grams) -> DRSformer:
+    """The `Repair` that corrects the scales of LayerNorms and leaves all other weights as they are."""
+    return remove(network, rounds[-1], grams)
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ def prune_network(
     targets: Sequence[Target],
     measure: Measure,
     *,
-    repair: Repair = remove,
+    repair: Repair = remove_only,
     scope: Sequence[Kind] = KINDS,
     round_to: int = 8,
     rounds: int = 4,
@@ -171,10 +177,20 @@ def prune_network(
     start = {target.name: target.cost(network.config) for target in targets}
     floors = {target.name: min(target.bound * (1 - below), start[target.name]) for target in targets}
 
-    def smaller(network: DRSformer, bounds: Sequence[Target]) -> DRSformer:
+    removed: list[PrunedIndices] = []
+
+    def smaller(network: DRSformer, bounds: Sequence[Target], turn: int) -> DRSformer:
         groups = pruning_groups(network.config, scope)
-        scores, grams = measure(network, groups)
-        return repair(network, choose(network.config, groups, scores, bounds, floors, round_to), grams)
+        measured = functools.cache(functools.partial(measure, network, groups))
+
+        def chosen() -> PrunedIndices:
+            return choose(network.config, groups, measured()[0], bounds, floors, round_to)
+
+        def repaired() -> DRSformer:
+            return repair(network, removed, measured()[1])
+
+        removed.append(cache.json(f"round{turn}", chosen))
+        return cache.network(f"round{turn}", repaired)
 
     for turn in track(range(1, rounds + 1), rounds, "Pruning", on_progress):
         bounds = [
@@ -182,7 +198,7 @@ def prune_network(
             for target in targets
         ]
         if any(bound.cost(network.config) > bound.bound for bound in bounds):
-            network = cache.network(f"round{turn}", functools.partial(smaller, network, bounds))
+            network = smaller(network, bounds, turn)
     for target in targets:
         reached = target.cost(network.config)
         if reached > target.bound * (1 + TOLERANCE):

@@ -199,8 +199,12 @@ class ExpertLayer(nn.Module):
         """x: (B, C, H, W); gates: (B, experts), pruned ones included."""
         if self.out is None:
             return x
-        scaled = [gates[:, i, None, None, None] * f(x) for i, f in zip(self.present, self.experts, strict=True)]
-        return F.relu(x + F.relu(self.out(torch.cat(scaled, dim=1))))
+        return F.relu(x + F.relu(self.out(self.scaled(x, gates))))
+
+    def scaled(self, x: Tensor, gates: Tensor) -> Tensor:
+        """What the experts make of x, each scaled by its gate: (B, C * experts that are present, H, W)."""
+        parts = [gates[:, i, None, None, None] * f(x) for i, f in zip(self.present, self.experts, strict=True)]
+        return torch.cat(parts, dim=1)
 
 
 class MixtureOfExpertsCompensator(nn.Module):
@@ -215,12 +219,16 @@ class MixtureOfExpertsCompensator(nn.Module):
         self.steps = nn.ModuleList(ExpertLayer(width, step) for step in config.steps)
 
     def forward(self, x: Tensor) -> Tensor:
-        means = x.mean((2, 3), dtype=next(self.gate.parameters()).dtype)  # float16 cannot add up so many pixels
-        gates = self.gate(means).unflatten(1, (len(self.steps), -1)).softmax(-1)  # B, steps, experts
+        gates = self.gates(x)
         x = F.relu(self.preprocess(x))
         for i, step in enumerate(self.steps):
             x = step(x, gates[:, i])
         return x
+
+    def gates(self, x: Tensor) -> Tensor:
+        """How much each expert of each step counts: (B, steps, experts)."""
+        means = x.mean((2, 3), dtype=next(self.gate.parameters()).dtype)  # float16 cannot add up so many pixels
+        return self.gate(means).unflatten(1, (len(self.steps), -1)).softmax(-1)
 
 
 class Downsample(nn.Module):
