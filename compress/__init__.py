@@ -22,13 +22,15 @@ from .options import KINDS, LossWeights
 if TYPE_CHECKING:
     from .distill import DistillOptions
     from .distillation import Distillation
-    from .groups import PruningGroup, pruning_groups, remove
+    from .groups import PruningGroup, origins, pruning_groups, remove
     from .grow import GrowOptions
     from .importance import importances
     from .latency import Latency, latency_model
     from .net2net import enlarge
+    from .obs import costs_after_repair
     from .prune import PruneOptions
     from .quantize import QuantizeOptions
+    from .recover import recover
     from .search import SearchOptions
     from .selection import Target, prune_network
 
@@ -44,13 +46,16 @@ __all__ = [
     "QuantizeOptions",
     "SearchOptions",
     "Target",
+    "costs_after_repair",
     "enlarge",
     "importances",
     "latency_model",
     "macs",
+    "origins",
     "params",
     "prune_network",
     "pruning_groups",
+    "recover",
     "remove",
 ]
 
@@ -66,11 +71,14 @@ __getattr__ = lazy_names(
         "QuantizeOptions": "quantize",
         "SearchOptions": "search",
         "Target": "selection",
+        "costs_after_repair": "obs",
         "enlarge": "net2net",
         "importances": "importance",
         "latency_model": "latency",
+        "origins": "groups",
         "prune_network": "selection",
         "pruning_groups": "groups",
+        "recover": "recover",
         "remove": "groups",
     },
 )

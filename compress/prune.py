@@ -1,17 +1,19 @@
-"""Make a network smaller by removing what it needs least.
+"""Make a network smaller by removing what it needs least, and let what is left make up for it.
 
     python -m compress.prune --weights W --output half.safetensors --data Rain200H/train --macs 0.5
-    python -m compress.prune --weights W --output P --data DIR --macs 0.7 --scope ffn experts --importance magnitude
+    python -m compress.prune --weights W --output P --data DIR --macs 0.7 --scope ffn experts --no-recover
     python -m compress.prune --weights W --output P --data light/train heavy/train --latency 0.6 --size 320x480
     python -m compress.prune --weights W --data DIR --sensitivity runs/sensitivity
 
 The result is an ordinary checkpoint with smaller tensors, which loads without this program.
-Expect it to have lost quality, and train it on (`drsformer.train --init`, `compress.distill`).
+Where it has lost more than it may, train it on (`drsformer.train --init`, `compress.distill`).
 
 What can be removed, by --scope, is listed in `compress.groups`: hidden channels, heads and their channels, experts,
 channels of the residual paths, blocks. Greedily, that is removed next whose loss in importance is least for what it
-saves, in --rounds between which importance is measured anew. Widths end where vectors do (--round-to); in an MSFN each
-of the four parts of the folded hidden layer does.
+saves, in --rounds between which importance is measured anew. Importance is what the image loses after the best repair
+(`compress.obs`), and after each round the weights that are left are solved anew for what the whole network does
+(`compress.recover`), which takes rainy images alone. Widths end where vectors do (--round-to); in an MSFN each of the
+four parts of the folded hidden layer does.
 
 Every finished round and measurement is kept, in OUTPUT.work or below --sensitivity, until all is done: after a kill the
 same command goes on from there.

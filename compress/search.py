@@ -226,7 +226,7 @@ def _scope(
     candidates: Candidates, data: Sequence[Path], options: SearchOptions, cache: StepCache, on_progress: OnProgress
 ) -> tuple[Kind, ...]:
     """The kinds of pruning groups without which the exported graph gets faster. Raises GateError for none."""
-    from compress.importance import importances
+    from compress.obs import costs_after_repair
     from compress.sensitivity import measure_sensitivity
     from drsformer.patches import Patches
 
@@ -239,7 +239,7 @@ def _scope(
             candidates.network,
             pairs,
             functools.partial(
-                importances, patches=[patches[number] for number in range(SAMPLES)], on_progress=on_progress
+                costs_after_repair, patches=[patches[number][0] for number in range(SAMPLES)], on_progress=on_progress
             ),
             options.size,
             output,

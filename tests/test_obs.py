@@ -12,7 +12,7 @@ from compress.options import KINDS
 from drsformer.model import DRSformer
 from runtime.errors import InputError
 from tests.support.networks import fill, image
-from tests.test_recover import EVEN, EXPERTS, ODD, doubled, patches
+from tests.support.pruning import EVEN, EXPERTS, ODD, doubled, patches
 
 
 def reader(n: int, seed: int = 0) -> tuple[_Reader, Tensor, Tensor]:
@@ -120,7 +120,7 @@ def test_the_image_feels_as_much_as_it_changes():
     images = [image(16, 16, seed) for seed in range(24)]
     statistics = _collect(network, ["output"], images, [1 / 24] * 24, lambda *_: None)
     exact = sum(  # the convolution sees every input from nine places, but for the border
-        float(network.output.weight[:, :, dy, dx].square().sum()) * (16 - abs(dy - 1)) * (16 - abs(dx - 1))
+        float(network.output.weight.detach()[:, :, dy, dx].square().sum()) * (16 - abs(dy - 1)) * (16 - abs(dx - 1))
         for dy in range(3)
         for dx in range(3)
     )

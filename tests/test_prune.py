@@ -330,7 +330,7 @@ def test_latency_is_estimated_from_parts(monkeypatch):
     assert estimate(pruned.config) / estimate(model.config) == pytest.approx(ratio, rel=0.03)
 
 
-FAST = dict(rounds=1, importance="magnitude", round_to=2, samples=1, patch=16, limit=1, size=(64, 64))
+FAST = dict(rounds=1, importance="magnitude", round_to=2, samples=1, calibration=2, patch=16, limit=1, size=(64, 64))
 
 
 def go(weights: Path, data: Path | list[Path], output: Path | None = None, **options) -> prune.Pruned | None:
@@ -441,6 +441,24 @@ def test_killed_command_goes_on_from_its_last_round_or_measurement(tmp_path, dat
     assert len(turns) == 1
     assert result() == whole
     assert not work.exists()
+
+
+def test_what_is_left_makes_up_for_what_was_removed(tmp_path, data):
+    weights, whole = tmp_path / "w.safetensors", network()
+    checkpoint.save(weights, whole, {})
+    options = dict(macs=0.7, rounds=2, round_to=2, samples=2, calibration=8, patch=32, limit=1)
+    go(weights, data, tmp_path / "recovered.safetensors", **options)
+    go(weights, data, tmp_path / "pruned.safetensors", **options, recover=False)
+    recovered, pruned = (checkpoint.load(tmp_path / f"{name}.safetensors") for name in ("recovered", "pruned"))
+    unseen = image(32, 40, 7)
+    with torch.no_grad():
+        wanted = whole(unseen)
+        lost, left = ((each.model(unseen) - wanted).square().mean() for each in (pruned, recovered))
+    assert left < 0.8 * lost
+    (step,) = recovered.provenance["steps"]
+    assert step["options"] | options == step["options"] | {"patch": 32, "limit": 1}
+    assert step["options"]["importance"] == "obs"
+    assert step["options"]["recover"] is True
 
 
 def test_sensitivity_is_written_as_table_and_plot(tmp_path, data, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 
 import pytest
@@ -13,23 +12,12 @@ from torch import Tensor, nn
 from compress.groups import PrunedIndices, origins, pruning_groups, remove
 from compress.linear_maps import LinearMap, Passing
 from compress.recover import patch_weights, recover
-from drsformer.config import DRSformerConfig, MEFCConfig
 from drsformer.model import DRSformer
 from runtime.errors import InputError
 from tests.support.networks import fill, image
+from tests.support.pruning import EVEN, EXPERTS, ODD, doubled, patches
 
-EVEN = DRSformerConfig.regular(8, (1, 2, 1, 1), (1, 2, 2, 4), 2.0)
-ODD = DRSformerConfig.regular(8, (1, 1, 1, 1), (1, 1, 1, 1), 1.7)
-EXPERTS = dataclasses.replace(
-    EVEN,
-    mefc_early=MEFCConfig(6, (("none", "sep_conv_3x3", "avg_pool_3x3"), ("dil_conv_5x5", "none", "sep_conv_1x1"))),
-    mefc_late=MEFCConfig(6, (("sep_conv_1x1", "avg_pool_3x3"), ("none", "none"))),
-)
 NETWORKS = {"even": EVEN, "odd": ODD, "experts": EXPERTS}
-
-
-def patches(count: int = 6, side: int = 32) -> list[Tensor]:
-    return [image(side, side, seed)[0] for seed in range(count)]
 
 
 @torch.no_grad()
@@ -83,19 +71,6 @@ def test_a_network_of_which_nothing_is_removed_stays_as_it_is(config):
     network = fill(DRSformer(config))
     pruned = copy.deepcopy(network)
     assert recover(network, pruned, origins(config, []), patches(4)) is pruned
-
-
-def doubled(network: DRSformer, name: str) -> DRSformer:
-    """A copy in which every second unit of an MSFN does what the one before it does."""
-    network = copy.deepcopy(network)
-    state = network.state_dict()
-    (group,) = (group for group in pruning_groups(network.config) if group.name == name)
-    for dimension in group.dims:
-        for part in dimension.slices:
-            if part.role != "reads":
-                weight = state[part.tensor].movedim(part.dim, 0)
-                weight[part.units[1::2].flatten()] = weight[part.units[0::2].flatten()]
-    return network
 
 
 @pytest.mark.parametrize("name", ["encoder_level1.0.ffn", "latent.0.ffn", "decoder_level1.0.ffn"])

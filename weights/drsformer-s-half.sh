@@ -7,7 +7,7 @@ set -euo pipefail
 data=$1 runs=$2
 train=(--data "$data/rain100l/train" "$data/rain200h/train")
 python -m compress.prune --weights weights/drsformer-s.safetensors "${train[@]}" --macs 0.5 --limit 4 \
-  --output "$runs/half.safetensors"
+  --importance taylor --no-recover --output "$runs/half.safetensors"
 python -m compress.distill --teacher weights/drsformer-s.safetensors --student "$runs/half.safetensors" \
   "${train[@]}" --clean "$data/clean" --streaks "$data/streaks" --rendered 0.6 --dry 0.05 \
   --iterations 300 --warmup 30 --constant 0 --lr 2e-4 --patch 128 --batch 4 --clip 0.1 --ema 0.98 --channels-last \
