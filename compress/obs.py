@@ -102,7 +102,7 @@ def costs_after_repair(
     """
     twin, images = fast_twin(network), [patch[None] for patch in patches]
     with layer_norm_grams(twin) as grams, torch.no_grad():
-        outputs = [twin(image) for image in images]
+        outputs = [twin(image) for image in track(images, len(images), "Restoring patches", on_progress)]
     if not all(output.isfinite().all() for output in outputs):
         raise InputError("the network answers with NaN or infinity on a patch of the data; nothing is pruned")
     layers = list(dict.fromkeys(name for group in groups for name in _readers(group)))

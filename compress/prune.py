@@ -98,7 +98,7 @@ class PruneOptions:
     round_to: int = 8
     rounds: int = 4
     samples: int = 16
-    calibration: int = 48
+    calibration: int = 32
     patch: int = 128
     limit: int = 8
     protocol: Protocol = "rain200"

@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.groups import Origin, PrunedIndices, origins, remove
-from compress.linear_maps import LinearMap, Passing, fast_twin
+from compress.linear_maps import LinearMap, Passing
 from drsformer.model import DRSformer
+from export.folding import fold
 from runtime.errors import InputError
-from runtime.progress import OnProgress, silent
+from runtime.progress import OnProgress, silent, track
 
 HELD_OUT = 0.25
 """Fraction of the patches that no map is fitted to."""
@@ -69,8 +70,9 @@ def recover(
     images = [patch[None] for patch in patches]
     fitted = range(len(images) - max(1, int(len(images) * HELD_OUT)))
     held_out = range(len(fitted), len(images))
-    before = [fast_twin(pruned)(image) for image in images]
-    weights = patch_weights(images, before)
+    folded = fold(whole)
+    wanted = [folded(image) for image in track(images, len(images), "Restoring patches", on_progress)]
+    weights = patch_weights(images, wanted)
     recovered = copy.deepcopy(pruned)
     passing, targets = Passing(recovered, images), _Targets(whole, images, kept)
     count = sum(isinstance(module, nn.Conv2d) and module.groups == 1 for module in recovered.modules())
@@ -84,12 +86,12 @@ def recover(
         passing.advance()
         done += 1
     on_progress("Recovering", count, count)
-    wanted = targets.outputs()
 
-    def error(outputs: Sequence[Tensor]) -> float:
-        return sum(float(weights[i] * (outputs[i] - wanted[i]).square().mean()) for i in held_out)
+    def error(network: DRSformer) -> float:
+        folded = fold(network)
+        return sum(float(weights[i] * (folded(images[i]) - wanted[i]).square().mean()) for i in held_out)
 
-    return recovered if error(passing.outputs) < error(before) else pruned
+    return recovered if error(recovered) < error(pruned) else pruned
 
 
 def remove_and_recover(
@@ -151,12 +153,6 @@ class _Targets:
     def next(self) -> LinearMap:
         assert self.passing.map
         return self.passing.map
-
-    def outputs(self) -> list[Tensor]:
-        """Of the whole network, at the end."""
-        while self.passing.map:
-            self.passing.advance()
-        return self.passing.outputs
 
 
 class _NormalEquations(NamedTuple):
