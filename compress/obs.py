@@ -142,7 +142,7 @@ def _collect(
         def note(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
             q, k, v = output.detach().unflatten(1, (3, attention.heads, -1)).flatten(4)[0]  # each heads, d, H*W
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-            scores, values = q @ k.mT * attention.temperature, v @ v.mT / v.shape[-1]
+            scores, values = q @ k.mT * attention.temperature.detach(), v @ v.mT / v.shape[-1]
             statistics.attention[name].append(Attended(weight, scores.double().cpu(), values.double().cpu()))
 
         return note
