@@ -96,7 +96,7 @@ class PruneOptions:
     recover: bool = True
     scope: tuple[Kind, ...] = KINDS
     round_to: int = 8
-    rounds: int = 4
+    rounds: int = 2
     samples: int = 16
     calibration: int = 32
     patch: int = 128
