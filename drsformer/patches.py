@@ -20,9 +20,11 @@ from torch.utils.data import Dataset
 from drsformer.data import Pair, images_in
 from drsformer.recipe import Recipe
 from drsformer.rendering import (
+    JPEG_QUALITY,
     Layer,
     LayerSource,
     add_rain,
+    compress_jpeg,
     crop,
     draw_streaks,
     flip,
@@ -45,7 +47,8 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
     A patch is cut out of a pair of one of the folders, each folder equally likely; or, with probability `rendered`, is
     a clean background (a target, or one of the further `clean` photographs) with rain put on it, equally likely drawn,
     that of a pair of one of the folders, or from `streaks`; or, with probability `dry`, shows the same clean background
-    twice.
+    twice. With probability `compressed`, whatever it is, both images have been through JPEG at the same quality: noise
+    of a codec is no rain, and is left as it is.
 
     Args:
         folders: Pairs of each folder.
@@ -54,6 +57,7 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
         streaks: Folder of streak images on black.
         rendered: Fraction of rendered patches, 0 to 1.
         dry: Fraction of dry patches, 0 to 1.
+        compressed: Fraction of patches with the noise of a codec, 0 to 1.
         cache_bytes: Bytes that decoded images may take in memory, in each process that cuts patches; those of `warm_up`
             are shared by all processes that are forked after it.
 
@@ -72,10 +76,12 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
         streaks: Path | None = None,
         rendered: float = 0.0,
         dry: float = 0.0,
+        compressed: float = 0.0,
         cache_bytes: int = 4 << 30,
     ) -> None:
         expect_between("rendered", rendered, 0, 1)
         expect_between("dry", dry, 0, 1)
+        expect_between("compressed", compressed, 0, 1)
         unpaired = round(rendered + dry, 9)  # floats that are meant to add up to 1 may miss it
         if unpaired > 1:
             raise InputError(f"`rendered` and `dry`: expected at most 1 together, found {unpaired:g}")
@@ -88,6 +94,7 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
                 "nothing to train on: expected `data`, or `clean` with `rendered` and `dry` that add up to 1"
             )
         self.folders, self.recipe, self.rendered, self.unpaired = folders, recipe, rendered, unpaired
+        self.compressed = compressed
         self.backgrounds: list[Pair | Path] = [pair for folder in folders for pair in folder]
         self.backgrounds += images_in(clean) if clean else []
         self.layers: list[LayerSource] = [draw_streaks, *(partial(self._rain_of, folder) for folder in folders)]
@@ -131,6 +138,9 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
         else:
             folder = self.folders[int(rng.integers(len(self.folders)))]
             rainy, clean = np.split(self._cut(rng, folder, size, size), 2, axis=-1)
+        if self.compressed and rng.random() < self.compressed:
+            quality = int(rng.integers(JPEG_QUALITY[0], JPEG_QUALITY[1], endpoint=True))
+            rainy, clean = compress_jpeg(rainy, quality), compress_jpeg(clean, quality)
         return to_tensor(rainy), to_tensor(clean)
 
     def _cut(

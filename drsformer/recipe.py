@@ -191,6 +191,8 @@ class DataOptions:
         streaks: Folder of streak images to put on photographs, besides drawn ones and the rain of the pairs.
         rendered: Fraction of the patches that have rain put on a clean background.
         dry: Fraction of the patches that show no rain at all, from which the network learns to leave dry images alone.
+        compressed: Fraction of the patches that have been through JPEG, rainy and clean alike, from which the network
+            learns to find rain in the noise of a codec and to leave that noise alone.
 
     Raises:
         InputError: A value is out of range.
@@ -203,13 +205,20 @@ class DataOptions:
     streaks: Path | None = None
     rendered: float = 0.0
     dry: float = 0.0
+    compressed: float = 0.0
 
     def __post_init__(self) -> None:
         expect_between("validate_limit", self.validate_limit, 1)
 
     def sources_of_patches(self) -> dict[str, Any]:
         """The fields that `drsformer.patches.Patches` takes, by their names."""
-        return {"clean": self.clean, "streaks": self.streaks, "rendered": self.rendered, "dry": self.dry}
+        return {
+            "clean": self.clean,
+            "streaks": self.streaks,
+            "rendered": self.rendered,
+            "dry": self.dry,
+            "compressed": self.compressed,
+        }
 
     def validation(self) -> list[tuple[str, list[Pair]]]:
         """Name and pairs of each folder to validate on.
@@ -238,6 +247,7 @@ class DataOptions:
         return {
             "rendered": self.rendered,
             "dry": self.dry,
+            "compressed": self.compressed,
             "validate": [dataset_name(folder) for folder in self.validate or []],
             "validate_limit": self.validate_limit,
             "protocol": self.protocol,

@@ -93,6 +93,19 @@ def test_patches_are_pairs_rendered_or_dry_as_asked(data):
         assert np.mean([difference.max().item() > 0.1 for difference in rained]) > 0.5
 
 
+def test_compressed_patches_have_the_noise_of_a_codec_on_both_images(data):
+    plain, compressed = (Patches([find_pairs(data)], Recipe(patch=16), dry=0.5, compressed=c) for c in (0.0, 1.0))
+    for number in range(20):
+        before, after = plain[number], compressed[number]
+        assert torch.equal(*before) == torch.equal(*after)  # a dry patch stays dry, noise and all
+        for image, noisy in zip(before, after, strict=True):
+            assert (image - noisy).abs().mean() < 0.1
+    assert sum(not torch.equal(plain[i][1], compressed[i][1]) for i in range(20)) > 10  # some are flat
+    half = Patches([find_pairs(data)], Recipe(patch=16), compressed=0.5)
+    plain = Patches([find_pairs(data)], Recipe(patch=16))
+    assert 20 < sum(torch.equal(half[i][0], plain[i][0]) for i in range(80)) < 60
+
+
 def test_fractions_that_add_up_to_one_leave_no_patch_to_pairs(data):
     for rendered, dry in ((0.9, 0.1), (0.7, 0.3), (1 / 3, 2 / 3), (0.6, 0.39999999999)):
         patches = Patches([], Recipe(patch=16), data / "target", rendered=rendered, dry=dry)
@@ -458,6 +471,7 @@ def test_training_continues_from_a_checkpoint(data, tmp_path):
         ({"network": "drsformer-tiny", "init": "absent.safetensors"}, "leave `network` out"),
         ({"rendered": 0.8, "dry": 0.8}, r"`rendered` and `dry`: expected at most 1 together, found 1\.6"),
         ({"dry": -0.1}, r"`dry`: expected 0 to 1, found -0\.1"),
+        ({"compressed": 1.1}, r"`compressed`: expected 0 to 1, found 1\.1"),
         ({"clean": "data/target"}, "`clean`"),
         ({"streaks": "data/target"}, "`streaks`"),
         ({"validate_limit": 0}, "`validate_limit`"),
