@@ -61,6 +61,7 @@ class QuantizeOptions:
         calibrate: Images to calibrate and to rank with, at most, spread over the folder.
         limit: Images to use, the first ones; all if not given.
         protocol: Protocol of PSNR; rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
+        full_range: Let weights take all 8 bits instead of 7. CPUs without VNNI lose more then, not less.
 
     Raises:
         InputError: A value is out of range.
@@ -70,6 +71,7 @@ class QuantizeOptions:
     calibrate: int = 8
     limit: int | None = None
     protocol: Protocol = "rain200"
+    full_range: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_drop_db < math.inf:
@@ -96,6 +98,7 @@ class Quantised:
         size: Height and width of the image that was timed.
         plain: Its time in float32.
         int8: Its time after quantisation.
+        kernels: Kind of CPU that all of this was measured on, see `compress.int8.cpu_kernels`.
         seconds: What all of this took.
     """
 
@@ -110,6 +113,7 @@ class Quantised:
     size: Size
     plain: Latency
     int8: Latency
+    kernels: str
     seconds: float
 
     def summary(self) -> dict[str, Any]:
@@ -128,6 +132,7 @@ class Quantised:
             "ms": round(self.int8.ms, 3),
             "ms_float32": round(self.plain.ms, 3),
             "time_ratio": round(self.int8.ms / self.plain.ms, 4),
+            "kernels": self.kernels,
             "seconds": round(self.seconds, 1),
         }
 
@@ -150,7 +155,7 @@ def quantize(
     """
     import onnx
 
-    from compress.int8 import Drop, Feeds, Mixtures, Ranking, describe, exported_size, read_float32
+    from compress.int8 import Drop, Feeds, Mixtures, Ranking, cpu_kernels, describe, exported_size, read_float32
     from compress.latency import time_sessions
     from drsformer.data import find_pairs
     from runtime.ort import OrtSession
@@ -166,7 +171,7 @@ def quantize(
     sample = [pair.load() for pair in pairs[:: math.ceil(len(pairs) / options.calibrate)]]
     drop = Drop(Derainer(session), pairs, options.protocol, on_progress)  # which also finds images that it cannot take
     rainy = track((rainy for rainy, _ in sample), len(sample), "Calibrating", on_progress)
-    mixtures = Mixtures(source, Feeds(session, rainy))
+    mixtures = Mixtures(source, Feeds(session, rainy), options.full_range)
     groups, sensitivity = list(mixtures.groups), {}
     if not groups:
         raise InputError(f"`model`: expected convolutions with constant weights, found none in {model}")
@@ -187,6 +192,7 @@ def quantize(
         drop_db=drop_db,
         images=len(pairs),
         protocol=options.protocol,
+        kernels=cpu_kernels(),
         data=f"{data.resolve().parent.name}/{data.resolve().name}",
     )
     onnx.checker.check_model(mixed, full_check=True)
@@ -206,6 +212,7 @@ def quantize(
         size=size,
         plain=plain,
         int8=int8,
+        kernels=cpu_kernels(),
         seconds=time.monotonic() - started,
     )
 
@@ -269,7 +276,7 @@ def command(
     print(f"{len(done.excluded)} of {len(done.groups)} groups excluded, {done.drop_db:.4f} dB lost")
     ratio = done.int8.ms / done.plain.ms
     print(
-        f"INT8 is {'faster' if ratio < 1 else 'slower'} than float32 on this CPU in ONNX Runtime: "
+        f"INT8 is {'faster' if ratio < 1 else 'slower'} than float32 on this CPU ({done.kernels}) in ONNX Runtime: "
         f"{size_text(done.size)} takes {done.int8.ms:.1f} ms, {ratio:.2f} times the {done.plain.ms:.1f} ms of float32"
     )
     return done
