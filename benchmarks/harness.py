@@ -139,7 +139,7 @@ class Sheet:
 
 
 def _cell(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = f"{value:z.4g}" if isinstance(value, float) else str(value)
     return text.replace("|", "/")
 
 

@@ -59,7 +59,7 @@ class Candidate:
     def __str__(self) -> str:
         return (
             f"{self.kind}, {self.macs:.3f} of the MACs, {self.latency:.3f} of the milliseconds, "
-            f"{self.drop_db:.3f} dB lost"
+            f"{self.drop_db:z.3f} dB lost"
         )
 
 

@@ -120,8 +120,8 @@ class Quantised:
         """For JSON."""
         return {
             "output": str(self.output),
-            "drop_db": round(self.drop_db, 4),
-            "all_quantised_drop_db": round(self.all_db, 4),
+            "drop_db": round(self.drop_db, 4) + 0.0,
+            "all_quantised_drop_db": round(self.all_db, 4) + 0.0,
             "images": self.images,
             "nodes": sum(self.groups.values()),
             "nodes_excluded": sum(self.groups[group] for group in self.excluded),
@@ -241,7 +241,7 @@ def _exclude(
     if found is None:
         raise GateError(
             f"nothing is written: {budget} dB leave nothing to quantise; with {groups[-1]} alone, the group that costs "
-            f"least, the model loses {least_db:.4f} dB"
+            f"least, the model loses {least_db:z.4f} dB"
         )
     return enough, *found
 
@@ -269,11 +269,11 @@ def command(
     with progress_shown() as on_progress:
         done = quantize(model, data, output, options, on_progress)
     print(
-        f"Everything quantised loses {done.all_db:.4f} dB on {done.images} images, of {options.max_drop_db} dB allowed"
+        f"Everything quantised loses {done.all_db:z.4f} dB on {done.images} images, of {options.max_drop_db} dB allowed"
     )
     if done.sensitivity:
         Console().print(_table(done))
-    print(f"{len(done.excluded)} of {len(done.groups)} groups excluded, {done.drop_db:.4f} dB lost")
+    print(f"{len(done.excluded)} of {len(done.groups)} groups excluded, {done.drop_db:z.4f} dB lost")
     ratio = done.int8.ms / done.plain.ms
     print(
         f"INT8 is {'faster' if ratio < 1 else 'slower'} than float32 on this CPU ({done.kernels}) in ONNX Runtime: "
@@ -292,7 +292,7 @@ def _table(done: Quantised) -> Table:
     rows = max(ROWS_SHOWN, len(done.excluded))
     for group, db in list(done.sensitivity.items())[:rows]:
         stays = "float32" if group in done.excluded else "INT8"
-        table.add_row(escape(group), str(done.groups[group]), f"{db:.4f}", stays)
+        table.add_row(escape(group), str(done.groups[group]), f"{db:z.4f}", stays)
     if len(done.sensitivity) > rows:
         table.add_row(f"... and {len(done.sensitivity) - rows} more")
     return table

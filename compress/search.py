@@ -413,7 +413,7 @@ def _table(found: Found) -> Table:
             f"{each.latency:.3f}",
             f"{each.ms:.1f}",
             *(f"{psnr:.3f}" for psnr in each.psnr.values()),
-            f"{each.drop_db:.3f}",
+            f"{each.drop_db:z.3f}",
         )
     return table
 

@@ -7,6 +7,7 @@ authors' script, and need no target. That part follows pyiqa's source, and has b
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from drsformer.data import Pair, images_in, pair_folders
 from drsformer.metrics import Protocol, Scores, psnr, ssim
 from drsformer.session import TorchSession, torch_device
 from runtime.errors import InputError
+from runtime.files import writing
 from runtime.images import Photo, list_images, read_rgb
 from runtime.pixels import to_batch
 from runtime.progress import OnProgress, silent, track
@@ -26,6 +28,9 @@ from runtime.session import Derainer
 
 NIQE_BLOCK_PIXELS = 96
 """Height and width of the blocks over which NIQE takes its statistics; it needs two of them for a covariance."""
+
+RESTORED = "restored.json"
+"""Beside saved images: what restored them, and of which data set."""
 
 
 def evaluate_model(
@@ -51,8 +56,58 @@ def evaluate_model(
         InputError: An image cannot be used, the network answers with NaN, or `save` holds the pairs themselves.
     """
     derain = Derainer(TorchSession(model, str(next(model.parameters()).device)))
-    rows = _score_pairs(pairs, protocol, derain, save)
+    return evaluate_derainer(derain, pairs, protocol, save, on_progress=on_progress)
+
+
+def evaluate_derainer(
+    derain: Derainer,
+    pairs: Sequence[Pair],
+    protocol: Protocol = "rain200",
+    save: Path | None = None,
+    origin: dict[str, str] | None = None,
+    on_progress: OnProgress = silent,
+) -> Scores:
+    """Score a network in any engine.
+
+    Args:
+        derain: The network.
+        pairs: What to restore, and the targets.
+        protocol: Protocol of PSNR and SSIM.
+        save: Folder for the restored images, as PNG.
+        origin: What the network and the pairs are, such as their names and hashes. Where it is given, images that
+            an earlier call of the same origin left in `save` are scored as they are.
+        on_progress: See `runtime.progress`.
+
+    Returns:
+        PSNR and SSIM of what the network restores, and of the rainy input.
+
+    Raises:
+        InputError: An image cannot be used, the network answers with NaN, or `save` holds the pairs themselves or,
+            where an origin is given, images of another one.
+    """
+    if save and origin is not None:
+        _expect_origin(save, origin)
+    rows = _score_pairs(pairs, protocol, derain, save, resume=origin is not None)
     return Scores(dict(track(rows, len(pairs), "Restoring", on_progress)), protocol)
+
+
+def _expect_origin(folder: Path, origin: dict[str, str]) -> None:
+    """Note in the folder what its images come from. Raises InputError where it has images from something else."""
+    record = folder / RESTORED
+    try:
+        found = json.loads(record.read_text()) if record.is_file() else None
+    except ValueError:
+        found = None
+    if found == origin:
+        return
+    if found is not None or any(folder.rglob("*.png")):
+        before = ", ".join(map(str, found.values())) if isinstance(found, dict) else "something unknown"
+        raise InputError(
+            f"`save`: expected images of {', '.join(origin.values())} in {folder}, found those of {before}; name "
+            "another folder"
+        )
+    with writing(record) as temporary:
+        temporary.write_text(json.dumps(origin))
 
 
 def evaluate_restored(
@@ -101,21 +156,26 @@ def evaluate_without_reference(
 
 
 def _score_pairs(
-    pairs: Sequence[Pair], protocol: Protocol, derain: Derainer | None = None, save: Path | None = None
+    pairs: Sequence[Pair],
+    protocol: Protocol,
+    derain: Derainer | None = None,
+    save: Path | None = None,
+    resume: bool = False,
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """The name of each pair with the scores of its input against its target, or, with a `derain`, those of what it
-    makes of the input, followed by those of the input."""
+    makes of the input, followed by those of the input. To resume is to score images that are saved already."""
     for pair in pairs:
         image, clean = pair.load()
+        output = save / f"{pair.name}.png" if save else None
+        saved = resume and output is not None and output.is_file()
         try:
             row = _score(image, clean, protocol)
             if derain:
-                image = derain(image)
+                image = read_rgb(output) if saved and output else derain(image)
                 row = _score(image, clean, protocol) | {f"input_{metric}": value for metric, value in row.items()}
         except (InputError, ValueError) as error:
             raise InputError(f"{pair.input}: {error}") from error
-        if save:
-            output = save / f"{pair.name}.png"
+        if output and not saved:
             if output.resolve() in (pair.input.resolve(), pair.target.resolve()):
                 raise InputError(f"`save`: {save} would overwrite {output} of the data set; name another folder")
             Photo(image).save(output)

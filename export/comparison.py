@@ -96,6 +96,12 @@ class Column(NamedTuple):
     format: str
     over_images: Literal["mean", "min", "max"] = "mean"
 
+    def text(self, value: float) -> str:
+        """A value of this column, for people."""
+        if self.field == "psnr_between" and value == math.inf:
+            return "equal"
+        return f"{value:{self.format}}"
+
 
 COLUMNS = (
     Column("input_psnr", "PSNR\ninput", ".2f"),
@@ -264,7 +270,7 @@ class Validation:
         return {
             "passed": self.passed,
             "images": len(self.images),
-            **{key: round(value, 6) if math.isfinite(value) else None for key, value in numbers.items()},
+            **{key: round(value, 6) + 0.0 if math.isfinite(value) else None for key, value in numbers.items()},
             "max_drop_db": self.max_drop_db,
             "max_worst_drop_db": self.max_worst_drop_db,
             "min_gain_db": self.min_gain_db,
@@ -274,9 +280,13 @@ class Validation:
 
     def cells(self, image: Comparison) -> list[str]:
         """The row of a table for an image, after its name."""
-        return [f"{getattr(image, column.field):{column.format}}" for column in self.columns]
+        return [column.text(getattr(image, column.field)) for column in self.columns]
 
     def last_row(self) -> list[str]:
         """The row of a table that sums up all images."""
-        prefix = {"mean": "", "min": "≥ ", "max": "≤ "}
-        return ["all", *(f"{prefix[c.over_images]}{self.total(c):{c.format}}" for c in self.columns)]
+        signs = {"mean": "", "min": "≥ ", "max": "≤ "}
+        row = ["all"]
+        for column in self.columns:
+            total = self.total(column)
+            row.append(f"{signs[column.over_images] if 0 < total < math.inf else ''}{column.text(total)}")
+        return row

@@ -40,7 +40,7 @@ from .errors import InputError, expect_between
 from .pixels import Size, size_text
 from .progress import OnProgress, silent
 from .session import Derainer, Provider, open_session
-from .timing import alone, alternate, machine, noise, peak_mib
+from .timing import MIN_ROUNDS, alone, alternate, machine, noise, peak_mib
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,10 @@ class BenchOptions:
         provider: Where both run, see runtime.derain.
         threads: CPU threads of each; 0 is one for each core.
         seconds: How long to time at one size; at least 11 rounds are run.
+        rounds: How many rounds to run at one size, in place of seconds.
+
+    Raises:
+        InputError: There is no size, or a number is out of range.
     """
 
     model: Path | None = None
@@ -113,6 +117,14 @@ class BenchOptions:
     provider: Provider = "auto"
     threads: int = 0
     seconds: float = 10.0
+    rounds: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.size:
+            raise InputError("`size`: expected at least one, found none")
+        expect_between("seconds", self.seconds, 0, 3600)
+        if self.rounds is not None:
+            expect_between("rounds", self.rounds, 1)
 
 
 def bench(options: BenchOptions = BenchOptions(), on_progress: OnProgress = silent) -> Result:
@@ -121,12 +133,9 @@ def bench(options: BenchOptions = BenchOptions(), on_progress: OnProgress = sile
     Starts processes, so a script that calls this needs Python's usual `if __name__ == "__main__":`.
 
     Raises:
-        InputError: There is no size, the seconds are out of range, or a network cannot be loaded or fails.
+        InputError: A network cannot be loaded or fails.
     """
     model, vs, provider, threads = options.model, options.vs, options.provider, options.threads
-    if not options.size:
-        raise InputError("`size`: expected at least one, found none")
-    expect_between("seconds", options.seconds, 0, 3600)
     facts = machine()
     models = [model] if vs is None else [model, vs]
     sessions = [open_session(path, provider, threads) for path in models]
@@ -136,7 +145,8 @@ def bench(options: BenchOptions = BenchOptions(), on_progress: OnProgress = sile
         on_progress("Sizes", done, len(options.size))
         peaks = [alone(peak_memory, path, provider, threads, height, width) for path in models]
         calls = [functools.partial(derain, noise(height, width)) for derain in derainers]
-        taken = alternate(calls, options.seconds, on_progress=on_progress)
+        seconds = 0 if options.rounds else options.seconds
+        taken = alternate(calls, seconds, options.rounds or MIN_ROUNDS, on_progress)
         for session, derain, times, (idle, peak) in zip(sessions, derainers, taken, peaks, strict=True):
             low, median, high, p99 = np.quantile(1000 * times, (0.25, 0.5, 0.75, 0.99)).tolist()
             timing = Timing(

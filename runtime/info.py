@@ -11,6 +11,7 @@ folder is named and does no harm: nothing loads it. The last line is one JSON ob
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,6 +88,7 @@ def tables(manifest: Manifest) -> list[Table]:
             [
                 f"{d.file} on {d.provider}\n{d.reference_sha256[:12]}",
                 f"{d.images} of {d.data}\nprotocol {d.protocol or 'none'}",
+                _db(d.input_psnr),
                 _db(d.reference_psnr),
                 _db(d.candidate_psnr),
                 _db(d.drop_db),
@@ -94,7 +96,7 @@ def tables(manifest: Manifest) -> list[Table]:
             ]
             for d in manifest.drift
         ]
-        titles = ["file\nfull model", "images", "PSNR\nfull", "PSNR\nthis", "drop\ndB", "between\ndB"]
+        titles = ["file\nfull model", "images", "PSNR\ninput", "PSNR\nfull", "PSNR\nthis", "drop\ndB", "between\ndB"]
         result.append(_table("drift from the full model", titles, rows))
     return result
 
@@ -108,6 +110,7 @@ def summary(bundle: Bundle) -> dict[str, Any]:
         "files": len(manifest.files),
         "bytes": sum(file.size for file in manifest.files),
         "engines": [engine.file for engine in manifest.engines],
+        "drift": [asdict(drift) for drift in manifest.drift],
         "worst_drop_db": max((d.drop_db for d in manifest.drift if d.drop_db is not None), default=None),
         "unlisted": bundle.unlisted(),
     }
@@ -130,7 +133,7 @@ def _steps(provenance: dict[str, Any] | None) -> str:
 
 
 def _db(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else f"{value:z.4f}"
 
 
 def command(

@@ -167,7 +167,8 @@ class Drift:
     data:     which images, so many `images`, by which `protocol`; None without ground truth.
     psnr_between: the least over the images, in dB; None where the outputs are equal.
     max_difference: the largest, in levels of 255.
-    The others are means over the images, and None without ground truth or where they are infinite.
+    The others are means over the images, and None without ground truth or where they are infinite; those of the rainy
+    input are None in manifests that were written before there were such.
     """
 
     file: str
@@ -183,6 +184,8 @@ class Drift:
     drop_db: float | None = None
     reference_ssim: float | None = None
     candidate_ssim: float | None = None
+    input_psnr: float | None = None
+    input_ssim: float | None = None
 
     def __post_init__(self) -> None:
         _check_sha256(self.reference_sha256, f"drift of {self.file}")

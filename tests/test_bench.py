@@ -118,6 +118,13 @@ def test_sizes_that_are_none():
         bench.bench(BenchOptions(size=()))
 
 
+def test_rounds_are_as_many_as_asked_for():
+    result = bench.bench(BenchOptions(size=((16, 16),), rounds=3, provider="cpu", threads=1))
+    assert [timing.rounds for timing in result.timings] == [3]
+    with pytest.raises(InputError, match="`rounds`: expected at least 1, found 0"):
+        BenchOptions(rounds=0)
+
+
 @pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
 def test_seconds_that_are_none(seconds):
     with pytest.raises(InputError, match="0 to 3600"):

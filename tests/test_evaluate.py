@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import runpy
+import shutil
 import sys
 import types
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,10 +28,14 @@ from drsformer.evaluation import evaluate_model, evaluate_restored, evaluate_wit
 from drsformer.metrics import Scores
 from drsformer.model import DRSformer
 from drsformer.session import TorchSession
+from export.onnx import export
+from runtime.bundle import save
 from runtime.errors import InputError
 from runtime.images import read_rgb
-from runtime.session import Derainer
+from runtime.session import Derainer, describe_onnx
 from tests.support.networks import fill
+
+SHIPPED = Path(__file__).parents[1] / "weights" / "drsformer-xs.safetensors"
 
 
 class Offset(nn.Module):
@@ -193,7 +200,7 @@ def test_save_does_not_overwrite_the_data(data, network, folder):
 
 
 def test_limit_takes_the_first_in_natural_order(data, weights):
-    assert list(command(EvaluateOptions(weights, data, limit=2)).rows) == ["1", "2"]
+    assert list(one(command(EvaluateOptions(weights, (data,), limit=2))).rows) == ["1", "2"]
     assert list(evaluate_restored(data / "input", data / "target", limit=2).rows) == ["1", "2"]
 
 
@@ -203,16 +210,87 @@ def test_limit_takes_the_first_in_natural_order(data, weights):
         ({}, "expected `weights` and `data`, or"),
         ({"weights": Path("w")}, "expected `weights` and `data`, or"),
         ({"restored": Path("r")}, "expected `weights` and `data`, or"),
-        ({"weights": Path("w"), "data": Path("d"), "target": Path("t")}, "expected `weights` and `data`, or"),
+        ({"weights": Path("w"), "data": (Path("d"),), "target": Path("t")}, "expected `weights` and `data`, or"),
         ({"restored": Path("r"), "target": Path("t"), "no_reference": True}, "expected `weights` and `data`, or"),
         ({"restored": Path("r"), "target": Path("t"), "save": Path("s")}, "`save`"),
         ({"restored": Path("r"), "target": Path("t"), "limit": 0}, "`limit`: expected at least 1, found 0"),
-        ({"weights": Path("w"), "data": Path("nowhere")}, "nowhere: expected a folder"),
+        ({"weights": SHIPPED, "data": (Path("nowhere"),)}, "nowhere: expected a folder"),
+        (
+            {"weights": SHIPPED, "data": (Path("a/val"), Path("b/a/val"))},
+            "`data`: expected folders whose last two names",
+        ),
+        (
+            {"weights": SHIPPED.with_suffix(".onnx"), "data": (Path("d"),), "params": "params"},
+            "`params`: expected a checkpoint",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(options, message):
     with pytest.raises(InputError, match=message):
         command(EvaluateOptions(**options))
+
+
+def one(found: dict[str, Scores]) -> Scores:
+    """The scores of the only data set."""
+    (scores,) = found.values()
+    return scores
+
+
+def test_several_data_sets_are_scored_one_by_one_and_every_image_is_in_the_csv(
+    monkeypatch, capsys, data, weights, tmp_path
+):
+    more = tmp_path / "more"
+    for kind in ("input", "target"):
+        write(more / kind / "a, b.png", read_rgb(data / kind / "10.png"))
+    arguments = ("--weights", weights, "--data", data, more, "--csv", tmp_path / "s.csv", "--save", tmp_path / "saved")
+    assert run(monkeypatch, *arguments) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    names = [f"{tmp_path.name}/data", f"{tmp_path.name}/more"]
+    assert list(summary) == names
+    assert [each["images"] for each in summary.values()] == [3, 1]
+    with (tmp_path / "s.csv").open(newline="") as file:
+        header, *lines = csv.reader(file)
+    assert header == ["data", "image", "psnr", "ssim", "input_psnr", "input_ssim"]
+    assert [line[:2] for line in lines] == [[names[0], name] for name in ("1", "2", "10")] + [[names[1], "a, b"]]
+    assert float(lines[3][2]) == pytest.approx(summary[names[1]]["psnr"], abs=1e-6)
+    assert lines[2][2:] == lines[3][2:]  # the same pair
+    assert sorted(path.name for path in (tmp_path / "saved" / names[0]).glob("*.png")) == ["1.png", "10.png", "2.png"]
+
+
+def test_saved_images_of_the_same_network_are_not_restored_again(data, weights, tmp_path, monkeypatch):
+    options = EvaluateOptions(weights, (data,), save=tmp_path / "saved")
+    first = one(command(options))
+    (tmp_path / "saved" / "2.png").unlink()
+    restored = []
+    monkeypatch.setattr(Derainer, "__call__", lambda self, image: restored.append(image.shape) or image)
+    resumed = one(command(options))
+    assert restored == [(16, 24, 3)]
+    assert {name: resumed.rows[name] for name in ("1", "10")} == {name: first.rows[name] for name in ("1", "10")}
+
+
+def test_saved_images_of_another_network_or_data_set_are_refused(data, weights, network, tmp_path):
+    command(EvaluateOptions(weights, (data,), save=tmp_path / "saved"))
+    checkpoint.save(tmp_path / "other.safetensors", network, {"trained_on": ["other"]})
+    for others in (
+        EvaluateOptions(tmp_path / "other.safetensors", (data,)),
+        EvaluateOptions(weights, (tmp_path / "m",)),
+    ):
+        shutil.copytree(data, tmp_path / "m", dirs_exist_ok=True)
+        with pytest.raises(InputError, match=r"`save`: expected images of .*, found those of tiny\.safetensors"):
+            command(replace(others, save=tmp_path / "saved"))
+    write(tmp_path / "unknown" / "1.png", np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(InputError, match="found those of something unknown"):
+        command(EvaluateOptions(weights, (data,), save=tmp_path / "unknown"))
+
+
+def test_models_and_bundles_score_as_the_checkpoint_that_they_were_made_from(data, weights, tmp_path):
+    export(weights, tmp_path / "bundle" / "model.onnx")
+    save(describe_onnx(tmp_path / "bundle" / "model.onnx"), tmp_path / "bundle")
+    paths = (weights, tmp_path / "bundle" / "model.onnx", tmp_path / "bundle")
+    expected, *found = (one(command(EvaluateOptions(path, (data,), device="cpu"))) for path in paths)
+    for scores in found:
+        for name, row in scores.rows.items():
+            assert row == pytest.approx(expected.rows[name], abs=0.01)
 
 
 def test_long_table_is_cut_and_names_are_not_markup():

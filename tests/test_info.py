@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -61,6 +61,7 @@ def test_tells_what_is_there(bundle, monkeypatch, capsys):
         "files": 4,
         "bytes": sum((bundle / name).stat().st_size for name in FILES),
         "engines": list(ENGINES),
+        "drift": [asdict(found.drift[0])],
         "worst_drop_db": 0.0,
         "unlisted": ["notes.txt"],
     }
@@ -73,7 +74,7 @@ def test_bundle_with_a_model_alone(tmp_path, monkeypatch, capsys):
     assert status == 0
     assert "train" in printed
     assert "engines  " not in printed
-    assert "drift" not in printed
+    assert "drift from" not in printed
     assert json.loads(printed.splitlines()[-1])["worst_drop_db"] is None
 
 

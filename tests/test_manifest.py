@@ -115,6 +115,8 @@ def test_json_is_what_other_readers_are_told(original):
         "drop_db",
         "reference_ssim",
         "candidate_ssim",
+        "input_psnr",
+        "input_ssim",
     ]
 
 

@@ -507,6 +507,17 @@ def test_report_is_one_whole_page(folder, tmp_path, data):
     assert ("mean drop in PSNR" in page.text) == (data == "pairs")
 
 
+def test_equal_outputs_and_tiny_gains_are_told_in_words_and_without_a_minus():
+    equal = Validation({}, [Comparison("a", math.inf, 0, {}, 30.0, 30.0, 0.9, 0.9)], {}, None, {})
+    row = dict(zip(("name", *(column.field for column in equal.columns)), equal.last_row(), strict=True))
+    assert (row["psnr_between"], row["max_difference"], row["drop_db"]) == ("equal", "0", "+0.0000")
+    assert equal.cells(equal.images[0])[-2:] == ["equal", "0"]
+    near = Validation({}, [Comparison("a", 90.0, 1, {}, 30.0, 30.00000001, 0.9, 0.9)], {}, None, {}, max_drop_db=0.1)
+    assert near.last_row()[-2:] == ["≥ 90.00", "≤ 1"]
+    assert "-0.0000" not in " ".join((*near.last_row(), near.verdict, json.dumps(near.summary())))
+    assert '"drop_db": 0.0,' in json.dumps(near.summary())
+
+
 def test_report_survives_odd_names_and_infinite_numbers():
     images = [
         Comparison("<b>&\"'.png", math.inf, 0, {}, math.inf, math.inf, 1.0, 1.0),

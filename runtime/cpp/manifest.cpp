@@ -224,7 +224,8 @@ std::string parse_drift(const json& value, const std::string& where) {
     const Object object(
         value, where,
         {"file", "provider", "reference_sha256", "data", "protocol", "images", "psnr_between", "max_difference",
-         "reference_psnr", "candidate_psnr", "drop_db", "reference_ssim", "candidate_ssim"});
+         "reference_psnr", "candidate_psnr", "drop_db", "reference_ssim", "candidate_ssim",
+         "input_psnr", "input_ssim"});
     object.text("provider");
     const std::string reference = object.text("reference_sha256");
     DERAINER_CHECK(is_sha256(reference),
@@ -234,7 +235,8 @@ std::string parse_drift(const json& value, const std::string& where) {
     object.integer("max_difference");
     object.check_optional({"protocol"}, &json::is_string, "a string");
     object.check_optional(
-        {"psnr_between", "reference_psnr", "candidate_psnr", "drop_db", "reference_ssim", "candidate_ssim"},
+        {"psnr_between", "reference_psnr", "candidate_psnr", "drop_db", "reference_ssim", "candidate_ssim",
+         "input_psnr", "input_ssim"},
         &json::is_number, "a number");  // JSON has no infinite ones
     return object.text("file");
 }
