@@ -35,12 +35,11 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import Row, Sheet
 from benchmarks.training import pair_folders
-from compress import counts
 from compress.distill import DistillOptions, distill
 from compress.latency import export_session, time_sessions
 from compress.options import LossWeights
 from compress.prune import PruneOptions, prune
-from drsformer import checkpoint
+from drsformer import checkpoint, counts
 from drsformer.data import Pair, dataset_name, find_pairs
 from drsformer.metrics import psnr, psnr_rgb, ssim
 from drsformer.model import DRSformer

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from drsformer.counts import macs, params
 from runtime.lazy import lazy_names
 
-from .counts import macs, params
 from .options import KINDS, LossWeights
 
 if TYPE_CHECKING:

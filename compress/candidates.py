@@ -12,10 +12,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from compress import counts
 from compress.latency import export_session, time_sessions
 from compress.step_cache import StepCache
-from drsformer import checkpoint
+from drsformer import checkpoint, counts
 from drsformer.data import Pair, dataset_name
 from drsformer.evaluation import evaluate_model
 from drsformer.metrics import Protocol

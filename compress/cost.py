@@ -4,7 +4,7 @@
     python -m compress.cost --weights pruned.safetensors --latency --size 320x480
     python -m compress.cost --weights pruned.safetensors --vs full.safetensors --latency
 
-MACs are counted for one image of 256x256, as the paper counts them (its "FLOPs", see `compress.counts`): 242.98 G for
+MACs are counted for one image of 256x256, as the paper counts them (its "FLOPs", see `drsformer.counts`): 242.98 G for
 the released network.
 
 MACs are not time. --latency exports the network, by `export.onnx` as it ships, and times it in ONNX Runtime on the CPU:
@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from compress.counts import PARTS, SIDE, Item, items
 from compress.options import expect_multiples
+from drsformer.counts import PARTS, SIDE, Item, items
 from runtime.cli import hxw, main, progress_shown
 from runtime.pixels import Size, size_text
 from runtime.progress import OnProgress, silent

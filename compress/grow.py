@@ -15,7 +15,7 @@ from typing import Annotated
 
 import tyro
 
-from compress.counts import macs, params
+from drsformer.counts import macs, params
 from runtime.cli import console, main
 from runtime.errors import InputError
 from runtime.files import expect_other_files

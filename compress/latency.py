@@ -17,9 +17,9 @@ import numpy as np
 import onnx
 import torch
 
-from compress.counts import items
 from compress.step_cache import NO_CACHE, StepCache
 from drsformer.config import BlockConfig, DRSformerConfig
+from drsformer.counts import items
 from drsformer.model import DRSformer
 from export.folding import fold
 from export.graph import to_onnx

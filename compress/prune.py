@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from compress import counts
 from compress.options import KINDS, Importance, Kind, expect_multiples
+from drsformer import counts
 from drsformer.config import NO_EXPERT, DRSformerConfig
 from drsformer.data import Pair, dataset_name, find_pairs
 from drsformer.metrics import Protocol

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from compress.counts import SIDE
+from drsformer.counts import SIDE
 from drsformer.metrics import Protocol
 from runtime.cli import main, progress_shown
 from runtime.errors import GateError, InputError, expect_between

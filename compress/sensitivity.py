@@ -12,12 +12,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from compress import counts
 from compress.groups import pruning_groups
 from compress.latency import export_session, time_sessions
 from compress.options import KINDS, Kind
 from compress.selection import Measure, Target, prune_network
 from compress.step_cache import NO_CACHE, StepCache
+from drsformer import counts
 from drsformer.data import Pair
 from drsformer.evaluation import evaluate_model
 from drsformer.metrics import Protocol

@@ -10,9 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.cost import command
-from compress.counts import items, macs, params
 from drsformer import checkpoint
 from drsformer.config import FEED_FORWARDS, BlockConfig, DRSformerConfig, MEFCConfig, preset
+from drsformer.counts import items, macs, params
 from drsformer.model import DRSformer
 from tests.support.networks import SMALL, fill
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from compress import counts, importance, latency, prune, sensitivity
+from compress import importance, latency, prune, sensitivity
 from compress.groups import config_after, pruning_groups
 from compress.importance import importances
 from compress.latency import Latency, latency_model
@@ -25,7 +25,7 @@ from compress.net2net import enlarge
 from compress.options import KINDS, Importance
 from compress.prune import PruneOptions
 from compress.selection import Target, choose, prune_network
-from drsformer import checkpoint
+from drsformer import checkpoint, counts
 from drsformer.config import LEVELS, DRSformerConfig, MEFCConfig, preset
 from drsformer.data import find_pairs
 from drsformer.evaluation import evaluate_model

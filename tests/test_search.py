@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from compress import candidates as trying
-from compress import counts, latency, sensitivity
+from compress import latency, sensitivity
 from compress import prune as pruning
 from compress import search as searching
 from compress.latency import Latency
 from compress.search import SearchOptions, search
-from drsformer import checkpoint
+from drsformer import checkpoint, counts
 from drsformer.config import DRSformerConfig
 from drsformer.model import DRSformer
 from drsformer.recipe import Hardware, Recipe
