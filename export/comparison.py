@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -73,6 +73,7 @@ class Crop:
         input: What both networks got, uint8 (h, w, 3).
         reference: What the reference made of it.
         candidate: What the candidate made of it.
+        target: What it ought to be; None where nobody knows.
     """
 
     top: int
@@ -80,12 +81,40 @@ class Crop:
     input: NDArray[np.uint8]
     reference: NDArray[np.uint8]
     candidate: NDArray[np.uint8]
+    target: NDArray[np.uint8] | None = None
 
     def amplified(self) -> tuple[NDArray[np.uint8], int]:
         """The absolute difference of the outputs, times the largest power of two that keeps it below 256."""
         difference = np.abs(self.reference.astype(int) - self.candidate)
         factor = 2 ** int(math.log2(255 / max(1, difference.max())))
         return (difference * factor).astype(np.uint8), factor
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A whole image for people to look at, and its crop.
+
+    Attributes:
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        layers: WebP files of "rainy", "reference", "candidate" and, where it is known, "clean", of one size, which is
+            smaller than that of the image where that is large.
+        crop: Where the outputs differ most.
+    """
+
+    height: int
+    width: int
+    layers: dict[str, bytes]
+    crop: Crop
+
+
+class Extent(NamedTuple):
+    """How large a network is: bytes of its file, and parameters and MACs for one image of 256x256 where they are
+    known."""
+
+    bytes: int
+    params: int | None = None
+    macs: int | None = None
 
 
 class Column(NamedTuple):
@@ -153,7 +182,8 @@ class Validation:
         images: The two on each image.
         selections: Top-k selections that the network makes for one image, by layer, where flips were counted.
         uncounted: Why flips were not counted, in one line; None where they were.
-        crops: Crops of the worst images, worst first, by the image's name.
+        pictures: Some of the images, worst first, by the image's name.
+        extents: How large "reference" and "candidate" are.
         origin: What the reference was trained on, as `drsformer.checkpoint.Checkpoint.origin` says it.
         max_drop_db: Budget for the drop in PSNR, mean over the images; this and the next are None where there is none.
         max_worst_drop_db: Budget for the drop in PSNR on the image where it is largest.
@@ -166,12 +196,13 @@ class Validation:
     images: list[Comparison]
     selections: dict[str, int]
     uncounted: str | None
-    crops: dict[str, Crop]
+    pictures: dict[str, Picture]
     origin: str = "of unknown training data"
     max_drop_db: float | None = None
     max_worst_drop_db: float | None = None
     min_gain_db: float | None = None
     min_psnr: float | None = None
+    extents: dict[str, Extent] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[Column]:
@@ -193,6 +224,12 @@ class Validation:
     def worst(self) -> Comparison:
         """The image with most `badness`."""
         return max(self.images, key=lambda image: image.badness)
+
+    @property
+    def typical(self) -> Comparison:
+        """The image that half of the others are at least as bad as."""
+        ranked = sorted(self.images, key=lambda image: image.badness, reverse=True)
+        return ranked[len(ranked) // 2]
 
     @property
     def gains(self) -> dict[str, float]:

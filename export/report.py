@@ -1,211 +1,242 @@
-"""The page that shows what a validation found.
+"""The page that shows what a validation found, for somebody who decides and is no researcher.
 
-One HTML file with every picture inside, so that it can be mailed or archived and is still whole. It needs no JavaScript
-and follows the reader's light or dark setting.
+One HTML file with every picture inside, so that it can be mailed or archived and is still whole: nothing is fetched. It
+follows the reader's light or dark setting, prints, and can be used by keyboard and screen reader. The page itself is in
+`templates/`, for Jinja2; here is what it shows.
 """
 
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import math
-from html import escape
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
 
-from export.comparison import Crop, Validation
+from export.comparison import Column, Comparison, Crop, Picture, Validation
 
-TEXT_COLOR = "#7f868d"
-"""Color of the plots' text and axes, which lie on the page's background: legible on white and on black."""
+EXACT_DB = 1e-4
+"""Where no drop is larger than this, a sentence says so in place of a plot."""
 
-BAR_COLOR = "#3e8ed0"
+BINS = 24
+"""Bars of the distribution."""
 
-MIN_BARS = 12
-"""Bars of a plot get no wider than if it had so many."""
+PLOT = 720, 140
+"""Width and height of the distribution's bars, in units of the drawing."""
+
+
+class Change(NamedTuple):
+    """A row of the table of before and after: its name, and the cells for input, reference, candidate and change."""
+
+    name: str
+    cells: tuple[str, ...]
 
 
 def render(validation: Validation) -> str:
-    """The page, as one self-contained HTML file."""
-    totals = validation.totals
-    tiles = []
-    if "drop_db" in totals:
-        budget = "" if validation.max_drop_db is None else f"budget {validation.max_drop_db:g} dB"
-        tiles += [
-            _tile(f"{totals['drop_db']:+z.4f} dB", "mean drop in PSNR", budget),
-            _tile(f"{validation.worst.drop_db:+z.4f} dB", "worst drop", validation.worst.name),
-        ]
-    for who, gain in validation.gains.items():
-        tiles.append(_tile(f"{gain:+z.4f} dB", f"gain of the {who} over the rainy input", ""))
-    budget = "" if validation.min_psnr is None else f"at least {validation.min_psnr:g} dB wanted"
-    tiles += [
-        _tile(f"{totals['psnr_between']:.2f} dB", "least PSNR between the outputs", budget),
-        _tile(f"{totals['max_difference']:.0f} / 255", "largest pixel difference", ""),
-    ]
-    if validation.selections:
-        selections = sum(validation.selections.values())
-        tiles.append(_tile(f"{totals['flipped']:.4g}", "top-k selections flipped an image", f"of {selections}"))
-    facts = "".join(f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>" for label, text in validation.facts.items())
-    head = "".join(f"<th>{escape(title)}</th>" for title in ("image", *(c.title for c in validation.columns)))
-    body = "".join(_row(image.name, *validation.cells(image)) for image in validation.images)
-    foot = _row(*validation.last_row())
-    mood = "bad" if validation.warnings or not validation.passed else "good" if validation.budgets else "neutral"
-    budgets = "".join(
-        f'<li class="{"good" if budget.kept else "bad"}">{"✓" if budget.kept else "✗"} {escape(str(budget))}</li>'
-        for budget in validation.budgets
+    """The page.
+
+    Args:
+        validation: What it shows.
+
+    Returns:
+        HTML, whole in itself.
+    """
+    environment = Environment(
+        loader=PackageLoader("export"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    warnings = "".join(f'<p class="warning">{escape(warning)}</p>' for warning in validation.warnings)
-    remarks = "".join(f"<p>{escape(remark)}</p>" for remark in validation.remarks)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(validation.headline)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
-<h1 class="{mood}">{escape(validation.headline)}</h1>
-{warnings}
-<ul>{budgets}</ul>
-{remarks}
-<dl>{facts}</dl>
-</header>
-<section class="tiles">{"".join(tiles)}</section>
-{_crops(validation)}
-<section>
-<h2>Image by image</h2>
-{_plot(_by_image(validation), "One bar an image, worst first; no bar where it is infinite.")}
-<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody><tfoot>{foot}</tfoot></table></div>
-</section>
-{_flips(validation)}
-</body>
-</html>
-"""
+    environment.policies["json.dumps_kwargs"] = {}  # in the order that is meant, which the default is to sort
+    ranked = sorted(validation.images, key=lambda image: image.badness, reverse=True)
+    shown = {name: i for i, name in enumerate(validation.pictures)}
+    pictures = [_picture(validation, name, picture) for name, picture in validation.pictures.items()]
+    return environment.get_template("report.html").render(
+        headline=validation.headline,
+        mood="bad" if validation.warnings or not validation.passed else "good" if validation.budgets else "neutral",
+        warnings=validation.warnings,
+        budgets=validation.budgets,
+        remarks=validation.remarks,
+        change=_changes(validation),
+        pictures=pictures,
+        kinds=list(pictures[0]["layers"]) if pictures else [],
+        scaled=any(picture["scaled"] for picture in pictures),
+        left_out=len(validation.images) - len(pictures),
+        spread=_spread(validation),
+        columns=["image", *(column.title.replace("\n", " ") for column in validation.columns)],
+        rows=[
+            {"name": image.name, "picture": shown.get(image.name), "cells": _cells(validation.columns, image)}
+            for image in ranked
+        ],
+        total=validation.last_row(),
+        csv=_data_uri("text/csv;charset=utf-8", _csv(validation.columns, ranked).encode()),
+        csv_name="images.csv",
+        layers=_layers(validation),
+        facts=validation.facts,
+    )
 
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2024; --soft: #687076; --page: #ffffff; --card: #f4f6f8; --line: #dfe3e6;
-  --good: #18794e; --bad: #cd2b31; }
-@media (prefers-color-scheme: dark) { :root { --ink: #eceef0; --soft: #9ba1a6; --page: #151718; --card: #1f2325;
-  --line: #313538; --good: #4cc38a; --bad: #ff8589; } }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.8rem; margin: 0 0 .5rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
-.good { color: var(--good); } .bad { color: var(--bad); }
-p, dt, figcaption, .tile span { color: var(--soft); }
-.warning { color: var(--bad); font-weight: 600; } ul { list-style: none; margin: 0; padding: 0; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; margin: 0; font-size: .9rem; }
-dd { margin: 0; overflow-wrap: anywhere; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .75rem; margin-top: 1.5rem; }
-.tile { background: var(--card); border-radius: .6rem; padding: .8rem 1rem; overflow-wrap: anywhere; }
-.tile b { display: block; font-size: 1.3rem; font-variant-numeric: tabular-nums; } .tile span { display: block;
-  font-size: .85rem; }
-.crop { background: var(--card); border-radius: .6rem; padding: .8rem 1rem; margin: .75rem 0; }
-.crop p { margin: 0 0 .5rem; }
-.crop div { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .6rem; }
-figure { margin: 0; } figcaption { font-size: .85rem; } img { width: 100%; border-radius: .3rem; display: block; }
-.crop img { image-rendering: pixelated; }
-.wide { overflow-x: auto; } .wide img { min-width: 36rem; }
-table { border-collapse: collapse; font-size: .85rem; width: 100%;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } tfoot td { font-weight: 600; }
-"""
+def _changes(validation: Validation) -> list[Change]:
+    totals, rows = validation.totals, []
+    for name, measure, unit in (("PSNR, mean, dB", "psnr", ".2f"), ("SSIM, mean", "ssim", ".4f")):
+        if f"candidate_{measure}" in totals:
+            values = [totals.get(f"{who}_{measure}") for who in ("input", "reference", "candidate")]
+            change = totals[f"candidate_{measure}"] - totals[f"reference_{measure}"]
+            cells = [_number(value, unit) for value in values]
+            rows.append(Change(name, (*cells, _number(change, f"+z{unit}" if measure == "ssim" else "+z.4f"))))
+    if {"reference", "candidate"} <= validation.extents.keys():
+        reference, candidate = validation.extents["reference"], validation.extents["candidate"]
+        for name, before, after, scale in (
+            ("parameters, millions", reference.params, candidate.params, 1e6),
+            ("GMAC for 256x256", reference.macs, candidate.macs, 1e9),
+            ("file, MB", reference.bytes, candidate.bytes, 1e6),
+        ):
+            values = [None if value is None else value / scale for value in (before, after)]
+            change = f"× {after / before:.2f}" if before and after else ""
+            rows.append(Change(name, ("", *(_number(value, ".2f") for value in values), change)))
+    between = totals["psnr_between"]
+    worst = "equal" if between == math.inf else f"{between:.2f} dB"
+    rows.append(Change("PSNR between the outputs, least", ("", "", "", worst)))
+    rows.append(Change("largest pixel difference", ("", "", "", f"{totals['max_difference']:.0f} of 255")))
+    return rows
 
 
-def _tile(number: str, label: str, remark: str) -> str:
-    return f'<div class="tile"><b>{escape(number)}</b><span>{escape(label)}</span><span>{escape(remark)}</span></div>'
+def _number(value: float | None, form: str) -> str:
+    if value is None or math.isnan(value):
+        return ""
+    return "∞" if math.isinf(value) else f"{value:{form}}"
 
 
-def _row(*cells: str) -> str:
-    return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
-
-
-def _crops(validation: Validation) -> str:
-    if not validation.crops:
-        return "<p>The outputs are equal on every image.</p>"
-    crops = "".join(_crop(name, crop) for name, crop in validation.crops.items())
-    return f"""<section>
-<h2>Where the outputs differ most</h2>
-<p>Parts of the worst images. The difference is the absolute one, multiplied as stated so that it can be seen.</p>
-{crops}
-</section>"""
-
-
-def _crop(name: str, crop: Crop) -> str:
+def _picture(validation: Validation, name: str, picture: Picture) -> dict[str, Any]:
+    """What the script needs of an image."""
+    image = next(image for image in validation.images if image.name == name)
+    if image.psnr_between == math.inf:
+        found = "outputs equal"
+    elif image.drop_db is not None:
+        found = f"drop {_number(image.drop_db, '+z.4f')} dB"
+    else:
+        found = f"{image.psnr_between:.2f} dB between the outputs"
+    equal = image.psnr_between == math.inf
+    roles = [role for role, of in (("worst", validation.worst), ("typical", validation.typical)) if of.name == name]
+    crop = picture.crop
     h, w, _ = crop.input.shape
     amplified, factor = crop.amplified()
-    pictures = {
-        "input": crop.input,
-        "reference": crop.reference,
-        "candidate": crop.candidate,
-        f"difference × {factor}": amplified,
+    parts = {"rainy": crop.input, "reference": crop.reference, "candidate": crop.candidate}
+    if crop.target is not None:
+        parts["clean"] = crop.target
+    parts[f"difference × {factor}"] = amplified
+    with Image.open(io.BytesIO(picture.layers["rainy"])) as rainy:
+        scaled = rainy.size != (picture.width, picture.height)
+    return {
+        "name": name,
+        "label": f"{name}, {found}" + (f" ({' and '.join(roles)})" if roles else ""),
+        "caption": f"{name}: {found}"
+        + ("" if equal else f". The mark is {w}×{h} pixels from ({crop.left}, {crop.top})"),
+        "equal": equal,
+        "width": picture.width,
+        "height": picture.height,
+        "scaled": scaled,
+        "layers": {kind: _data_uri("image/webp", file) for kind, file in picture.layers.items()},
+        "mark": _percentages(crop, picture),
+        "crops": [(kind, _png(part)) for kind, part in parts.items()],
     }
-    figures = "".join(_figure(_png(picture), caption) for caption, picture in pictures.items())
-    place = f"{escape(name)}, {w}×{h} pixels from ({crop.left}, {crop.top})"
-    return f'<div class="crop"><p>{place}</p><div>{figures}</div></div>'
 
 
-def _flips(validation: Validation) -> str:
-    if not validation.selections:
-        return ""
-    caption = (
-        "Share of the selections that came out differently, over all images. "
-        "They are nearly equal scores; a flip upstream changes the scores downstream."
-    )
-    return f"""<section>
-<h2>Top-k selections, layer by layer</h2>
-{_plot(_by_layer(validation), caption)}
-</section>"""
+def _percentages(crop: Crop, picture: Picture) -> dict[str, float]:
+    """Where the crop is in the picture, whatever size that is shown at."""
+    h, w, _ = crop.input.shape
+    return {
+        "top": 100 * crop.top / picture.height,
+        "left": 100 * crop.left / picture.width,
+        "height": 100 * h / picture.height,
+        "width": 100 * w / picture.width,
+    }
 
 
-def _by_image(validation: Validation) -> Figure:
-    field = "drop_db" if "drop_db" in validation.totals else "psnr_between"
-    images = sorted(validation.images, key=lambda image: image.badness, reverse=True)
-    figure, axes = _axes(2.6)
-    values = [getattr(image, field) for image in images]
-    axes.bar(range(len(images)), [v if math.isfinite(v) else math.nan for v in values], width=0.9, color=BAR_COLOR)
-    axes.set_ylabel("drop in PSNR, dB" if field == "drop_db" else "PSNR between the outputs, dB")
-    axes.axhline(0, color=TEXT_COLOR, linewidth=0.8)
-    axes.set_xlim(-0.6, max(len(images), MIN_BARS) - 0.4)
-    axes.set_xticks([])
-    return figure
+def _spread(validation: Validation) -> dict[str, Any]:
+    """How the drop is distributed over the images, or without ground truth the PSNR between the outputs."""
+    is_drop = "drop_db" in validation.totals
+    field, what = ("drop_db", "drop in PSNR") if is_drop else ("psnr_between", "PSNR between the outputs")
+    values = np.array([getattr(image, field) for image in validation.images], np.float64)
+    finite = values[np.isfinite(values)]
+    sentence = None
+    if all(image.psnr_between == math.inf for image in validation.images):
+        sentence = "The outputs are equal on every image."
+    elif is_drop and len(finite) == len(values) and np.abs(values).max() <= EXACT_DB:
+        sentence = f"On every image the drop in PSNR is at most {EXACT_DB:g} dB either way."
+    elif len(finite) < 2:
+        sentence = f"With {len(finite) or 'no'} finite value of the {what} there is nothing to spread."
+    if sentence:
+        return {"sentence": sentence}
+    low, high = finite.min(), finite.max()
+    counts, edges = np.histogram(finite, BINS, (low, high) if high > low else (low - 0.5, high + 0.5))
+    width, height = PLOT
+    step = width / BINS
+    bars = [
+        {
+            "x": round(i * step + 1, 2),
+            "y": round(height * (1 - count / counts.max()), 2),
+            "width": round(step - 2, 2),
+            "height": round(height * count / counts.max(), 2),
+            "title": f"{count} from {edges[i]:z.4g} to {edges[i + 1]:z.4g} dB",
+        }
+        for i, count in enumerate(counts.tolist())
+        if count
+    ]
+    percents = (50, 90, 99, 100) if is_drop else (50, 10, 1, 0)
+    names = ("median", "worst 10 %", "worst 1 %", "worst")
+    return {
+        "sentence": None,
+        "title": f"Images by {what}, dB" + ("; the dashed line is no drop" if edges[0] < 0 < edges[-1] else ""),
+        "bars": bars,
+        "zero": round(width * -edges[0] / (edges[-1] - edges[0]), 2) if edges[0] < 0 < edges[-1] else None,
+        "ticks": [
+            {"x": x, "anchor": anchor, "text": f"{value:z.3g}"}
+            for x, anchor, value in (
+                (0, "start", edges[0]),
+                (width / 2, "middle", (edges[0] + edges[-1]) / 2),
+                (width, "end", edges[-1]),
+            )
+        ],
+        "percentiles": [
+            (name, f"{value:z.4f} dB")
+            for name, value in zip(names, np.percentile(finite, percents).tolist(), strict=True)
+        ],
+    }
 
 
-def _by_layer(validation: Validation) -> Figure:
-    layers = list(validation.selections)
-    totals = [sum(image.flips[layer] for image in validation.images) for layer in layers]
-    counts = [validation.selections[layer] * len(validation.images) for layer in layers]
-    figure, axes = _axes(0.8 + 0.22 * len(layers))
-    axes.barh(layers, [100 * flips / count for flips, count in zip(totals, counts, strict=True)], color=BAR_COLOR)
-    axes.invert_yaxis()
-    axes.set_xlabel("flipped, %")
-    return figure
+def _layers(validation: Validation) -> list[dict[str, Any]]:
+    """The layers in which selections have flipped."""
+    found = []
+    for layer, selections in validation.selections.items():
+        if flips := sum(image.flips[layer] for image in validation.images):
+            found.append((layer, flips, flips / selections / len(validation.images)))
+    most = max((share for _, _, share in found), default=0)
+    return [
+        {"name": layer, "width": round(60 * share / most, 1), "text": f"{100 * share:.3g} % ({flips})"}
+        for layer, flips, share in found
+    ]
 
 
-def _axes(height: float):
-    figure = Figure(figsize=(9, height), layout="constrained")
-    axes = figure.subplots()
-    axes.tick_params(colors=TEXT_COLOR, labelsize=8)
-    axes.xaxis.label.set_color(TEXT_COLOR)
-    axes.yaxis.label.set_color(TEXT_COLOR)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(TEXT_COLOR)
-    return figure, axes
+def _cells(columns: Sequence[Column], image: Comparison) -> list[tuple[str, str]]:
+    """Of each column the text, and the number by which the script sorts."""
+    values = [(column, getattr(image, column.field)) for column in columns]
+    return [(column.text(value), "Infinity" if value == math.inf else repr(float(value))) for column, value in values]
 
 
-def _plot(figure: Figure, caption: str) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", transparent=True)
-    return f'<div class="wide">{_figure(_data_uri("image/svg+xml", file.getvalue()), caption)}</div>'
-
-
-def _figure(source: str, caption: str) -> str:
-    return f'<figure><img src="{source}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
+def _csv(columns: Sequence[Column], images: Sequence[Comparison]) -> str:
+    text = io.StringIO()
+    lines = csv.writer(text)
+    lines.writerow(["image", *(column.field for column in columns)])
+    lines.writerows([image.name, *(getattr(image, column.field) for column in columns)] for image in images)
+    return text.getvalue()
 
 
 def _png(image: NDArray[np.uint8]) -> str:

@@ -6,6 +6,7 @@ outputs = run([Runner("reference", reference), Runner("candidate", candidate)], 
 
 from __future__ import annotations
 
+import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from polygraphy.logger import G_LOGGER
 from torch import Tensor
 
 from drsformer import checkpoint
+from drsformer.config import DRSformerConfig
 from drsformer.session import TorchSession
 from export.topk import masks, scores_of
 from export.verification import ScoreProbe, Scores
@@ -45,6 +47,7 @@ class Observed(Session):
         description: What it is besides, for people.
         weights_sha256: Hash of the checkpoint that it comes from, or "unknown".
         origin: What a checkpoint was trained on, as `drsformer.checkpoint.Checkpoint.origin` says it.
+        config: Of the network; None where it is not known.
         scores: Scores of the last run.
     """
 
@@ -57,9 +60,10 @@ class Observed(Session):
         description: str,
         weights_sha256: str,
         origin: str = "",
+        config: DRSformerConfig | None = None,
     ) -> None:
         self.session, self.path, self.ks = session, path, ks
-        self.weights_sha256, self.origin = weights_sha256, origin
+        self.weights_sha256, self.origin, self.config = weights_sha256, origin, config
         self.description = f"{description}, weights {weights_sha256[:12]}"
         self.multiple, self.limits = session.multiple, getattr(session, "limits", ())
         self.scores: Scores = {}
@@ -88,7 +92,7 @@ def open_reference(path: Path, provider: Provider = "auto", params: str | None =
 
     ks = {layer: mask.ks for layer, mask in masks(trained.model).items()}
     description = f"PyTorch on {session.device}, {trained.origin}"
-    return Observed(session, observe, path, ks, description, trained.sha256, trained.origin)
+    return Observed(session, observe, path, ks, description, trained.sha256, trained.origin, trained.model.config)
 
 
 def open_candidate(path: Path, provider: Provider = "auto") -> Observed:
@@ -111,7 +115,13 @@ def _observed_model(session: OrtSession) -> Observed:
     weights, pattern = (session.metadata.get(key, "unknown") for key in ("weights_sha256", "topk"))
     description = f"ONNX Runtime on {session.provider}, top-k by {pattern}"
     return Observed(
-        session, lambda batch: (session.run(batch), probe(batch)), session.path, probe.ks, description, weights
+        session,
+        lambda batch: (session.run(batch), probe(batch)),
+        session.path,
+        probe.ks,
+        description,
+        weights,
+        config=DRSformerConfig.from_dict(json.loads(text)) if (text := session.metadata.get("config")) else None,
     )
 
 

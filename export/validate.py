@@ -31,23 +31,31 @@ Polygraphy runs the two, one image at a time, since it keeps all outputs of a ru
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import operator
+import shlex
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import numpy as np
 import tyro
 from numpy.typing import NDArray
+from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from drsformer import metrics
+from drsformer.counts import macs, params
 from drsformer.data import LayoutError, Pair, find_pairs
-from export.comparison import Comparison, Crop, Validation
+from export.comparison import Comparison, Crop, Extent, Picture, Validation
 from runtime.bundle import load_to_change, private_key, save
 from runtime.cli import hxw, main, progress_shown
 from runtime.errors import InputError, expect_between
@@ -68,8 +76,14 @@ logger = logging.getLogger("export.validate")  # also where this file is the com
 CROP_PIXELS = 96
 """Height and width of the parts of images in the report."""
 
-CROPS_SHOWN = 6
-"""How many of the worst images the report shows a part of."""
+PICTURE_PIXELS = 1280
+"""Height and width that whole images in the report have at most."""
+
+PICTURE_QUALITY = 90
+"""Of whole images in the report, as WebP has it."""
+
+PICTURES_SHOWN = 10
+"""How many of the worst images the report shows; a typical one comes besides."""
 
 ROWS_SHOWN = 50
 """Images that the table in a terminal lists one by one; the report lists all."""
@@ -123,6 +137,7 @@ def validate(
     data: Path,
     options: ValidateOptions = ValidateOptions(),
     on_progress: OnProgress = silent,
+    command: str | None = None,
 ) -> Validation:
     """Compare a candidate with its reference on images; write the report and the record if they are asked for. The
     logger of this module warns of a network that makes the images worse.
@@ -133,6 +148,7 @@ def validate(
         data: Folder of rainy and clean images, or of any images.
         options: How it is judged.
         on_progress: Called for every image.
+        command: The command line that asks for it, which the report shows.
 
     Returns:
         What was found, and whether it is within the budgets.
@@ -147,9 +163,12 @@ def validate(
         if getattr(options, budget) is not None and not paired:
             raise InputError(f"`{budget}`: {data} has no ground truth to measure PSNR against; give `min_psnr`")
 
+    from drsformer.checkpoint import file_sha256
+    from export.graph import versions
     from export.report import render
     from export.runners import Runner, open_candidate, open_reference, run
     from export.topk import count_flips
+    from runtime.timing import machine
 
     full = open_reference(reference, options.provider, options.params)
     judged = open_candidate(candidate, options.provider)
@@ -157,10 +176,12 @@ def validate(
         expect_multiples("tile", options.tile, judged.multiple)
     runners = Runner("reference", full), Runner("candidate", judged, options.tile, options.overlap)
     images: list[Comparison] = []
-    worst: list[tuple[Comparison, Crop]] = []
+    worst: list[tuple[Comparison, Picture]] = []
     selections: dict[str, int] = {}
     uncounted = _uncounted(full, judged, options)
-    for source in track(sources, len(sources), "Comparing", on_progress):
+
+    def compare(source: Pair | Path) -> tuple[Comparison, Callable[[], Picture]]:
+        nonlocal selections
         image, target = source.load() if isinstance(source, Pair) else (read_rgb(source), None)
         try:
             plan = runners[1].derain.plan(*image.shape[:2])
@@ -178,16 +199,27 @@ def validate(
             comparison = _compare(source.name, image, ours, theirs, target, flips, options.protocol)
         except (InputError, ValueError) as error:
             raise InputError(f"{source.name}: {error}") from error
+        return comparison, partial(_picture, image, ours, theirs, target)
+
+    for source in track(sources, len(sources), "Comparing", on_progress):
+        comparison, picture = compare(source)
         images.append(comparison)
-        if comparison.max_difference:
-            worst.append((comparison, _crop(image, ours, theirs)))
+        if len(worst) < PICTURES_SHOWN or comparison.badness > worst[-1][0].badness:
+            worst.append((comparison, picture()))
             worst.sort(key=lambda entry: entry[0].badness, reverse=True)
-            del worst[CROPS_SHOWN:]
+            del worst[PICTURES_SHOWN:]
     facts = {
         "reference": _described(full, options),
         "candidate": _described(judged, options),
         "images": f"{len(images)} of {data}" + (f", protocol {options.protocol}" if paired else ""),
+        "SHA-256 of the reference": full.weights_sha256,
+        "SHA-256 of the candidate": file_sha256(judged.path),
+        "measured": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "machine": ", ".join(f"{name} {value}" for name, value in machine().items()),
+        "versions": ", ".join(f"{package} {version}" for package, version in versions().items()),
     }
+    if command:
+        facts["command"] = command
     if options.tile:
         overlap = runners[1].derain.plan(*options.tile).overlap
         facts["tiles"] = f"{size_text(options.tile)}, {overlap} pixels of overlap"
@@ -196,13 +228,16 @@ def validate(
         images=images,
         selections=selections,
         uncounted=uncounted,
-        crops={comparison.name: crop for comparison, crop in worst},
+        pictures={comparison.name: picture for comparison, picture in worst},
         origin=full.origin,
         max_drop_db=options.max_drop_db,
         max_worst_drop_db=options.max_worst_drop_db,
         min_gain_db=options.min_gain_db,
         min_psnr=options.min_psnr,
+        extents={"reference": _extent(full), "candidate": _extent(judged)},
     )
+    if options.report_file and (typical := validation.typical).name not in validation.pictures:
+        validation.pictures[typical.name] = compare(sources[images.index(typical)])[1]()
     for warning in validation.warnings:
         logger.warning(warning)
     if options.report_file:
@@ -301,14 +336,47 @@ def _compare(
     return Comparison(name, metrics.psnr_rgb(reference, candidate), difference, flips, **quality)
 
 
-def _crop(image: NDArray[np.uint8], reference: NDArray[np.uint8], candidate: NDArray[np.uint8]) -> Crop:
+def _picture(
+    image: NDArray[np.uint8],
+    reference: NDArray[np.uint8],
+    candidate: NDArray[np.uint8],
+    target: NDArray[np.uint8] | None,
+) -> Picture:
+    layers = {"rainy": image, "reference": reference, "candidate": candidate}
+    if target is not None:
+        layers["clean"] = target
+    height, width, _ = image.shape
+    files = {kind: _webp(layer) for kind, layer in layers.items()}
+    return Picture(height, width, files, _crop(image, reference, candidate, target))
+
+
+def _webp(image: NDArray[np.uint8]) -> bytes:
+    picture, file = Image.fromarray(image), io.BytesIO()
+    picture.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS), Image.Resampling.LANCZOS)
+    picture.save(file, "WEBP", quality=PICTURE_QUALITY)
+    return file.getvalue()
+
+
+def _crop(
+    image: NDArray[np.uint8],
+    reference: NDArray[np.uint8],
+    candidate: NDArray[np.uint8],
+    target: NDArray[np.uint8] | None = None,
+) -> Crop:
     """The window with the largest sum of squared differences between the outputs."""
     squared = ((reference.astype(int) - candidate) ** 2).sum(2)
     h, w = (min(CROP_PIXELS, length) for length in squared.shape)
     sums = np.pad(squared.cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # of everything above and to the left
     windows = sums[h:, w:] - sums[:-h, w:] - sums[h:, :-w] + sums[:-h, :-w]
     top, left = (int(i) for i in np.unravel_index(windows.argmax(), windows.shape))
-    return Crop(top, left, *(array[top : top + h, left : left + w].copy() for array in (image, reference, candidate)))
+    window = np.s_[top : top + h, left : left + w]
+    parts = (array[window].copy() for array in (image, reference, candidate))
+    return Crop(top, left, *parts, target=None if target is None else target[window].copy())
+
+
+def _extent(observed: Observed) -> Extent:
+    size, config = observed.path.stat().st_size, observed.config
+    return Extent(size, params(config), macs(config)) if config else Extent(size)
 
 
 def table(validation: Validation) -> Table:
@@ -341,7 +409,8 @@ def command(
         options: How it is judged.
     """
     with progress_shown() as on_progress:
-        validation = validate(reference, candidate, data, options, on_progress)
+        typed = shlex.join(["python", "-m", "export.validate", *sys.argv[1:]])
+        validation = validate(reference, candidate, data, options, on_progress, typed)
     console = Console()
     console.print(table(validation))
     for warning in validation.warnings:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import json
 import math
 import re
@@ -16,6 +18,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from drsformer import checkpoint
@@ -102,7 +105,7 @@ def test_the_same_network_loses_nothing(folder):
     assert found.totals["psnr_between"] == math.inf
     assert found.selections == LAYERS
     assert not found.uncounted
-    assert not found.crops
+    assert list(found.pictures) == [image.name for image in found.images]
     summary = json.loads(json.dumps(found.summary(), allow_nan=False))
     assert summary["psnr_between"] is None
     assert "equal on every image" in render(found)
@@ -173,7 +176,7 @@ def test_images_without_ground_truth(folder):
     assert not found.passed
     assert found.totals["psnr_between"] == min(image.psnr_between for image in found.images) < 45
     assert found.worst.psnr_between == found.totals["psnr_between"]
-    assert next(iter(found.crops)) == found.worst.name
+    assert next(iter(found.pictures)) == found.worst.name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -258,7 +261,8 @@ def test_real_pair(folder, real_data):
         ValidateOptions(limit=1),
     )
     assert found.images[0].drop_db is not None
-    (crop,) = found.crops.values()
+    (picture,) = found.pictures.values()
+    crop = picture.crop
     assert crop.input.shape == crop.candidate.shape == (96, 96, 3)
 
 
@@ -470,7 +474,7 @@ def test_amplification_does_not_saturate(difference, factor):
 class Page(HTMLParser):
     """Checks that every element is closed where it should be, and collects sources and text."""
 
-    VOID = ("meta", "img")
+    VOID = ("meta", "img", "input")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -496,15 +500,33 @@ class Page(HTMLParser):
 def test_report_is_one_whole_page(folder, tmp_path, data):
     path = tmp_path / "deep" / "page.html"
     options = ValidateOptions(min_psnr=90, report=path)
-    validate(folder / "reference.safetensors", folder / "half.safetensors", folder / data, options)
+    found = validate(
+        folder / "reference.safetensors", folder / "half.safetensors", folder / data, options, command="me"
+    )
     text = path.read_text(encoding="utf-8")
     page = Page(text)
-    assert len(page.sources) == 3 * 4 + 2  # crops of three images, two plots
-    assert all(source.startswith(("data:image/png;base64,", "data:image/svg+xml;base64,")) for source in page.sources)
-    assert not re.search(r"https?:|url\(|@import|<script|<link", text)
+    assert all(source == "#look" or source.startswith("data:text/csv") for source in page.sources)
+    assert not re.search(r"https?:|url\(|@import|<link|src=", text)
     assert "Outside the budget" in page.text
-    assert re.search(r"difference × \d+", page.text)
-    assert ("mean drop in PSNR" in page.text) == (data == "pairs")
+    assert ("SSIM, mean" in page.text) == (data == "pairs")
+    for fact in (
+        found.facts["SHA-256 of the candidate"],
+        "torch 2.",
+        "UTC",
+        "GMAC for 256x256",
+        "parameters, millions",
+    ):
+        assert fact in page.text
+    assert found.facts["command"] == "me"
+    pictures = json.loads(re.findall(r'id="pictures">(.*?)</script>', text, re.DOTALL)[0])
+    assert [picture["name"] for picture in pictures] == list(found.pictures)
+    for picture, name in zip(pictures, found.pictures, strict=True):
+        kinds = ["rainy", "reference", "candidate", *(["clean"] if data == "pairs" else [])]
+        assert list(picture["layers"]) == kinds
+        assert [kind for kind, _ in picture["crops"]][:-1] == kinds
+        _, source = picture["crops"][2]
+        crop = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))))
+        np.testing.assert_array_equal(crop, found.pictures[name].crop.candidate)
 
 
 def test_equal_outputs_and_tiny_gains_are_told_in_words_and_without_a_minus():
