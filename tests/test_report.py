@@ -28,6 +28,7 @@ FLAGS = [
     "no-first-run",
     "disable-background-networking",
     "disable-component-update",
+    "disable-sync",
 ]
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None and "CI" not in os.environ, reason="no Chromium; apt install chromium")

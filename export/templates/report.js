@@ -29,7 +29,10 @@ function show() {
 }
 
 if (pictures.length) {
-  byId("at").addEventListener("input", () => byId("stage").style.setProperty("--at", byId("at").value + "%"));
+  byId("at").addEventListener("input", () => {
+    byId("stage").style.setProperty("--at", byId("at").value + "%");
+    byId("at").ariaValueText = byId("at").value + " percent";
+  });
   for (const id of ["which", "left", "right"]) byId(id).addEventListener("change", show);
   for (const link of document.querySelectorAll("[data-picture]"))
     link.addEventListener("click", () => { byId("which").value = link.dataset.picture; show(); });
