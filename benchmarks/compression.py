@@ -231,7 +231,7 @@ def _plot(rows: dict[str, Row], options: Curve) -> Figure:
         for kind in kinds:
             found = [(x, row[column]) for x in options.macs if column in (row := rows.get(f"{x:g} {kind}", {}))]
             axes.plot(*zip(*found, strict=True), marker="o", label=kind) if found else None
-        axes.set(title=column.removesuffix(" drop"), xlabel="fraction of the MACs", ylabel="dB lost", yscale="symlog")
+        axes.set(title=column.removesuffix(" drop"), xlabel="fraction of the MACs", ylabel="dB lost")
         axes.grid(alpha=0.3)
         axes.legend()
     return figure
