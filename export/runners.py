@@ -121,8 +121,16 @@ def _observed_model(session: OrtSession) -> Observed:
         probe.ks,
         description,
         weights,
-        config=DRSformerConfig.from_dict(json.loads(text)) if (text := session.metadata.get("config")) else None,
+        config=_config(session.metadata.get("config", "")),
     )
+
+
+def _config(text: str) -> DRSformerConfig | None:
+    """The config in the metadata of a model; None where it has none of ours."""
+    try:
+        return DRSformerConfig.from_dict(json.loads(text))
+    except ValueError:
+        return None
 
 
 def _observed_engine(session: TrtSession) -> Observed:

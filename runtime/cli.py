@@ -40,8 +40,8 @@ console = Console(stderr=True)
 
 EXTRAS = {
     **dict.fromkeys(("torch", "safetensors", "lightning_fabric", "tensorboard", "click"), "drsformer-deploy[torch]"),
-    **dict.fromkeys(("onnx", "onnxscript", "polygraphy", "matplotlib", "jinja2"), "drsformer-deploy[export]"),
-    "torch_pruning": "drsformer-deploy[compress]",
+    **dict.fromkeys(("onnx", "onnxscript", "polygraphy", "jinja2"), "drsformer-deploy[export]"),
+    **dict.fromkeys(("matplotlib", "torch_pruning"), "drsformer-deploy[compress]"),
     "tritonclient": "drsformer-deploy[serve]",
 }
 """What to install for a module that is missing."""

@@ -12,7 +12,17 @@ import export
 
 ROOT = Path(__file__).parents[1]
 
-HEAVY = {"matplotlib", "onnx", "onnxruntime", "onnxscript", "polygraphy", "tensorrt", "tensorrt_rtx_bindings", "torch"}
+HEAVY = {
+    "jinja2",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "polygraphy",
+    "tensorrt",
+    "tensorrt_rtx_bindings",
+    "torch",
+}
 
 HELP = """
 import runpy, sys
@@ -63,7 +73,7 @@ def test_help_loads_nothing_heavy(command):
         ("onnx", "onnxscript", "--weights weights/drsformer-xs.safetensors"),
         ("tensorrt", "onnx", "--onnx runtime/drsformer-xs.onnx --output {folder}/bundle"),
         ("validate", "polygraphy", "--reference a.pth --candidate b.onnx --data docs/photographs"),
-        ("validate", "matplotlib", "--reference a.pth --candidate b.onnx --data docs/photographs --report {folder}"),
+        ("validate", "jinja2", "--reference a.pth --candidate b.onnx --data docs/photographs --report {folder}"),
     ],
 )
 def test_a_package_that_is_missing_is_one_line(command, package, arguments, tmp_path):

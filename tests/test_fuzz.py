@@ -364,7 +364,7 @@ def place(tmp_path_factory) -> Path:
 def quick_bench(monkeypatch):
     """`bench` without what takes its time."""
     monkeypatch.setattr("runtime.bench.alone", lambda function, *arguments: (None, None))
-    monkeypatch.setattr("runtime.bench.alternate", lambda calls, seconds, on_progress: np.ones((len(calls), 2)))
+    monkeypatch.setattr("runtime.bench.alternate", lambda calls, *_: np.ones((len(calls), 2)))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
