@@ -168,7 +168,8 @@ def evaluate(
         for folder, pairs in [(folder, find_pairs(folder)[:limit]) for folder in options.data]:
             name = dataset_name(folder)
             save = options.save and (options.save / name if len(options.data) > 1 else options.save)
-            origin = {"network": f"{options.weights.name} {network.sha256[:12]}", "data": name}
+            which = " ".join([options.weights.name, network.sha256[:12], *([options.params] if options.params else [])])
+            origin = {"network": which, "data": name}
             scores[name] = evaluate_derainer(network.derain, pairs, protocol, save, origin, on_progress)
     elif options.restored and options.target:
         scores[str(options.restored)] = evaluate_restored(

@@ -355,10 +355,14 @@ def test_command_chooses_among_the_weights_of_a_checkpoint(monkeypatch, capsys, 
     torch.save({"params": network.state_dict(), "params_ema": black}, tmp_path / "net.pth")
     scores = {}
     for params in ("params", "params_ema"):
-        assert run(monkeypatch, "--weights", tmp_path / "net.pth", "--data", data, "--params", params) == 0
+        save = ("--save", tmp_path / "saved" / params)
+        assert run(monkeypatch, "--weights", tmp_path / "net.pth", "--data", data, "--params", params, *save) == 0
         scores[params] = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert scores["params"]["psnr"] != scores["params"]["input_psnr"]
     assert scores["params_ema"]["psnr"] == scores["params_ema"]["input_psnr"]  # what the network adds is nothing
+    mixed = ("--weights", tmp_path / "net.pth", "--data", data, "--params", "params", *save)
+    assert run(monkeypatch, *mixed) == 2
+    assert "found those of net.pth" in capsys.readouterr().err
     assert run(monkeypatch, "--weights", tmp_path / "net.pth", "--data", data, "--params", "ema") == 2
     assert capsys.readouterr().err.startswith("error: --params: expected where ")
 
