@@ -152,8 +152,12 @@ def _read_student(student: str) -> Checkpoint:
 
 def command(options: Annotated[DistillOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> dict[str, Any]:
     """Train a student to answer like a teacher, and show how far it is."""
+    from drsformer.loop import leave_processes
+
     with training_shown() as on_progress:
-        return distill(options, on_progress)
+        result = distill(options, on_progress)
+    leave_processes()
+    return result
 
 
 def run() -> None:

@@ -87,6 +87,13 @@ def is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
+def leave_processes() -> None:
+    """Leave the group of processes of a training, at the end of a program: a group that is left to the end of the
+    interpreter now and then aborts it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class Run:
     """One training run in its folder: its checkpoint, its log and the networks it leaves.
 

@@ -166,8 +166,12 @@ def first_process_summary(result: dict[str, Any]) -> dict[str, Any] | None:
 
 def command(options: Annotated[TrainOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> dict[str, Any]:
     """Train a network, and show how far it is."""
+    from drsformer.loop import leave_processes
+
     with training_shown() as on_progress:
-        return train(options, on_progress=on_progress)
+        result = train(options, on_progress=on_progress)
+    leave_processes()
+    return result
 
 
 if __name__ == "__main__":
