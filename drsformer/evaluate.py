@@ -152,7 +152,7 @@ def evaluate(
 
     Args:
         options: What to score.
-        network: What `weights` are, opened.
+        network: What `weights` are, if it is open already.
         on_progress: See `runtime.progress`.
 
     Returns:
@@ -164,7 +164,8 @@ def evaluate(
     from drsformer.evaluation import evaluate_derainer, evaluate_restored, evaluate_without_reference
 
     protocol, limit, scores = options.protocol, options.limit, {}
-    if network and options.weights:
+    if options.weights:
+        network = network or open_network(options.weights, options.device, options.params)
         for folder, pairs in [(folder, find_pairs(folder)[:limit]) for folder in options.data]:
             name = dataset_name(folder)
             save = options.save and (options.save / name if len(options.data) > 1 else options.save)

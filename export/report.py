@@ -176,7 +176,7 @@ def _spread(validation: Validation) -> dict[str, Any]:
     if sentence:
         return {"sentence": sentence}
     low, high = finite.min(), finite.max()
-    counts, edges = np.histogram(finite, BINS, (low, high) if high > low else (low - 0.5, high + 0.5))
+    counts, edges = np.histogram(finite, BINS, (low, high) if high - low > EXACT_DB else (low - 0.5, high + 0.5))
     width, height = PLOT
     step = width / BINS
     bars = [

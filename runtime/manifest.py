@@ -14,7 +14,7 @@ import re
 import sys
 import types
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import InputError
@@ -22,7 +22,10 @@ from .pixels import IO, GraphIO, size_text
 from .version import __version__
 
 SCHEMA = 1
-"""Version of the manifest's format. Any change to the fields below is a new one."""
+"""Version of the manifest's format. Any change to the fields below is a new one, but for those of `LATER`."""
+
+LATER = {"later": True}
+"""Marks a field that came later and that manifests may lack."""
 
 MANIFEST = "manifest.json"
 SIGNATURE = "manifest.json.sig"
@@ -184,8 +187,8 @@ class Drift:
     drop_db: float | None = None
     reference_ssim: float | None = None
     candidate_ssim: float | None = None
-    input_psnr: float | None = None
-    input_ssim: float | None = None
+    input_psnr: float | None = field(default=None, metadata=LATER)
+    input_ssim: float | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         _check_sha256(self.reference_sha256, f"drift of {self.file}")
@@ -312,12 +315,13 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
     """JSON as an object of a type: one of the dataclasses above, or what their fields are made of."""
     arguments = get_args(kind)
     if is_dataclass(kind):
-        names = [field.name for field in fields(kind)]
-        if not isinstance(value, dict) or sorted(value) != sorted(names):
+        names = [each.name for each in fields(kind)]
+        later = {each.name for each in fields(kind) if each.metadata == LATER}
+        if not isinstance(value, dict) or not set(names) - later <= set(value) <= set(names):
             found = f"the fields {list(value)}" if isinstance(value, dict) else json.dumps(value)
             raise InputError(f"{where}: expected an object with the fields {names}, found {found}")
         hints = get_type_hints(kind)
-        return kind(**{name: _parse(hints[name], value[name], f"{where}.{name}") for name in names})  # type: ignore
+        return kind(**{name: _parse(hints[name], value[name], f"{where}.{name}") for name in names if name in value})  # type: ignore
     if get_origin(kind) is types.UnionType:
         return None if value is None else _parse(arguments[0], value, where)
     if get_origin(kind) is tuple and isinstance(value, list):

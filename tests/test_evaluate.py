@@ -23,7 +23,7 @@ from torch import nn
 from drsformer import checkpoint, metrics
 from drsformer.config import preset
 from drsformer.data import find_pairs
-from drsformer.evaluate import ROWS_SHOWN, EvaluateOptions, command, table
+from drsformer.evaluate import ROWS_SHOWN, EvaluateOptions, command, evaluate, table
 from drsformer.evaluation import evaluate_model, evaluate_restored, evaluate_without_reference
 from drsformer.metrics import Scores
 from drsformer.model import DRSformer
@@ -144,11 +144,11 @@ def test_all_images_equal_to_their_targets(data):
 
 def test_evaluation_says_how_far_it_is_and_prints_nothing(data, network, capfd):
     told = []
-    for evaluate in (
+    for score in (
         partial(evaluate_model, network, find_pairs(data)),
         partial(evaluate_restored, data / "input", data / "target"),
     ):
-        evaluate(on_progress=lambda *progress: told.append(progress))
+        score(on_progress=lambda *progress: told.append(progress))
     assert told == [(stage, done, 3) for stage in ("Restoring", "Measuring") for done in range(4)]
     assert not any(capfd.readouterr())
 
@@ -255,6 +255,11 @@ def test_several_data_sets_are_scored_one_by_one_and_every_image_is_in_the_csv(
     assert float(lines[3][2]) == pytest.approx(summary[names[1]]["psnr"], abs=1e-6)
     assert lines[2][2:] == lines[3][2:]  # the same pair
     assert sorted(path.name for path in (tmp_path / "saved" / names[0]).glob("*.png")) == ["1.png", "10.png", "2.png"]
+
+
+def test_the_function_opens_the_network_itself(data, weights):
+    options = EvaluateOptions(weights, (data,))
+    assert one(evaluate(options)).rows == one(command(options)).rows
 
 
 def test_saved_images_of_the_same_network_are_not_restored_again(data, weights, tmp_path, monkeypatch):

@@ -298,6 +298,18 @@ def test_flipped_bit_of_the_manifest_is_a_refusal_or_another_manifest(original):
         assert "\n" not in str(found)
 
 
+def test_drift_recorded_before_the_input_was_scored_is_still_read(bundle):
+    whole = load(bundle).manifest
+
+    def without(manifest):
+        del manifest["drift"][0]["input_psnr"], manifest["drift"][0]["input_ssim"]
+
+    rewrite(bundle, without)
+    assert load(bundle).manifest == whole
+    save(whole, bundle)
+    assert "input_psnr" in (bundle / "manifest.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -333,6 +345,8 @@ def test_flipped_bit_of_the_manifest_is_a_refusal_or_another_manifest(original):
         (lambda m: m["files"].pop(0), "expected one model and the engines"),
         (lambda m: m["files"].append(m["files"][0]), "expected every file once"),
         (lambda m: m["drift"][0].update(file="report.html"), "expected a drift of"),
+        (lambda m: m["drift"][0].pop("drop_db"), "expected an object with the fields"),
+        (lambda m: m["drift"][0].update(input_psnr="30"), 'input_psnr: expected float, found "30"'),
         (lambda m: m["drift"][0].update(drop_db=True), "drop_db: expected float, found true"),
         (lambda m: m["drift"][0].update(reference_sha256="aa"), "expected a SHA-256 of 64 digits"),
     ],

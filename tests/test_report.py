@@ -192,6 +192,11 @@ def test_distribution_has_every_image_and_the_percentiles(page):
     }
 
 
+def test_values_that_hardly_differ_have_a_distribution():
+    images = [Comparison(name, value, 1, {}) for name, value in (("a", 40.0), ("b", math.nextafter(40.0, 41)))]
+    assert "<svg" in render(Validation({}, images, {}, None, {}))
+
+
 def test_large_images_are_reduced_and_small_ones_whole():
     for side, scaled in ((1281, True), (1280, False), (1, False)):
         image = np.zeros((side, 8, 3), np.uint8)

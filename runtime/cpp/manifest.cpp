@@ -29,10 +29,14 @@ std::string quote(const json& value) {
 /// An object of the manifest: it has all of these fields and no others. The getters throw Error for another type.
 class Object {
 public:
-    Object(const json& value, std::string where, const std::vector<std::string>& names)
+    /// `later` are fields that came later and that manifests may lack.
+    Object(const json& value, std::string where, const std::vector<std::string>& names,
+           const std::vector<std::string>& later = {})
         : value_(value), where_(std::move(where)) {
         const auto known = [&](const std::string& name) { return value.contains(name); };
-        if (!value.is_object() || value.size() != names.size() || !std::all_of(names.begin(), names.end(), known)) {
+        const auto found = static_cast<std::size_t>(std::count_if(later.begin(), later.end(), known));
+        if (!value.is_object() || value.size() != names.size() + found ||
+            !std::all_of(names.begin(), names.end(), known)) {
             refuse(where_, "an object with the fields " + quote(names), value);
         }
     }
@@ -71,11 +75,13 @@ public:
         return {numbers[0], numbers[1]};
     }
 
-    /// Fields that may be null. They are checked and not kept.
+    /// Fields that may be null or, if they came later, absent. They are checked and not kept.
     void check_optional(const std::vector<const char*>& names, bool (json::*is)() const noexcept,
                         const std::string& expected) const {
         for (const char* name : names) {
-            get(name, expected + " or null", [&](const json& v) { return v.is_null() || (v.*is)(); });
+            if (value_.contains(name)) {
+                get(name, expected + " or null", [&](const json& v) { return v.is_null() || (v.*is)(); });
+            }
         }
     }
 
@@ -224,8 +230,8 @@ std::string parse_drift(const json& value, const std::string& where) {
     const Object object(
         value, where,
         {"file", "provider", "reference_sha256", "data", "protocol", "images", "psnr_between", "max_difference",
-         "reference_psnr", "candidate_psnr", "drop_db", "reference_ssim", "candidate_ssim",
-         "input_psnr", "input_ssim"});
+         "reference_psnr", "candidate_psnr", "drop_db", "reference_ssim", "candidate_ssim"},
+        {"input_psnr", "input_ssim"});
     object.text("provider");
     const std::string reference = object.text("reference_sha256");
     DERAINER_CHECK(is_sha256(reference),
