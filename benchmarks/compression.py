@@ -98,7 +98,7 @@ class Curve:
 
     def __post_init__(self) -> None:
         if not self.macs or not all(0 < fraction < 1 for fraction in self.macs):
-            raise InputError("`macs`: expected fractions between 0 and 1, found something else")
+            raise InputError(f"`macs`: expected fractions between 0 and 1, found {self.macs or 'none'}")
         expect_between("iterations", self.iterations, 0)
         expect_between("limit", self.limit, 1)
 
@@ -213,8 +213,9 @@ def curve(options: Annotated[Curve, tyro.conf.OmitArgPrefixes, tyro.conf.arg(nam
             recovered = run_dir / f"{fraction:g}-recovered.safetensors"
             measure(f"{fraction:g} distilled", trained(f"{fraction:g} distilled", recovered, options.lr))
             fresh = run_dir / f"{fraction:g}-fresh.safetensors"
-            torch.manual_seed(0)
-            checkpoint.save(fresh, DRSformer(checkpoint.load(recovered).model.config), {})
+            if not fresh.exists():
+                torch.manual_seed(0)
+                checkpoint.save(fresh, DRSformer(checkpoint.load(recovered).model.config), {})
             measure(f"{fraction:g} random", trained(f"{fraction:g} random", fresh, 5 * options.lr))
     if options.iterations:
         measure("trained on", trained("trained on", options.weights, options.lr))
@@ -230,7 +231,8 @@ def _plot(rows: dict[str, Row], options: Curve) -> Figure:
     for axes, column in zip(panels, columns, strict=False):
         for kind in kinds:
             found = [(x, row[column]) for x in options.macs if column in (row := rows.get(f"{x:g} {kind}", {}))]
-            axes.plot(*zip(*found, strict=True), marker="o", label=kind) if found else None
+            if found:
+                axes.plot(*zip(*found, strict=True), marker="o", label=kind)
         axes.set(title=column.removesuffix(" drop"), xlabel="fraction of the MACs", ylabel="dB lost")
         axes.grid(alpha=0.3)
         axes.legend()

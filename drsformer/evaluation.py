@@ -85,10 +85,20 @@ def evaluate_derainer(
         InputError: An image cannot be used, the network answers with NaN, or `save` holds the pairs themselves or,
             where an origin is given, images of another one.
     """
-    if save and origin is not None:
-        _expect_origin(save, origin)
+    if save:
+        _expect_no_data(save, pairs)
+        if origin is not None:
+            _expect_origin(save, origin)
     rows = _score_pairs(pairs, protocol, derain, save, resume=origin is not None)
     return Scores(dict(track(rows, len(pairs), "Restoring", on_progress)), protocol)
+
+
+def _expect_no_data(folder: Path, pairs: Sequence[Pair]) -> None:
+    """Raise InputError where images that are saved there would overwrite those of a pair."""
+    for pair in pairs:
+        output = folder / f"{pair.name}.png"
+        if output.resolve() in (pair.input.resolve(), pair.target.resolve()):
+            raise InputError(f"`save`: {folder} would overwrite {output} of the data set; name another folder")
 
 
 def _expect_origin(folder: Path, origin: dict[str, str]) -> None:
@@ -167,17 +177,15 @@ def _score_pairs(
     for pair in pairs:
         image, clean = pair.load()
         output = save / f"{pair.name}.png" if save else None
-        saved = resume and output is not None and output.is_file()
+        saved = output if resume and output and output.is_file() else None
         try:
             row = _score(image, clean, protocol)
             if derain:
-                image = read_rgb(output) if saved and output else derain(image)
+                image = read_rgb(saved) if saved else derain(image)
                 row = _score(image, clean, protocol) | {f"input_{metric}": value for metric, value in row.items()}
         except (InputError, ValueError) as error:
-            raise InputError(f"{pair.input}: {error}") from error
+            raise InputError(f"{saved or pair.input}: {error}") from error
         if output and not saved:
-            if output.resolve() in (pair.input.resolve(), pair.target.resolve()):
-                raise InputError(f"`save`: {save} would overwrite {output} of the data set; name another folder")
             Photo(image).save(output)
         yield pair.name, row
 

@@ -111,7 +111,7 @@ def _changes(validation: Validation) -> list[Change]:
 def _number(value: float | None, form: str) -> str:
     if value is None or math.isnan(value):
         return ""
-    return "∞" if math.isinf(value) else f"{value:{form}}"
+    return f"{value:{form}}".replace("inf", "∞")
 
 
 def _picture(validation: Validation, name: str, picture: Picture) -> dict[str, Any]:
@@ -190,13 +190,18 @@ def _spread(validation: Validation) -> dict[str, Any]:
         for i, count in enumerate(counts.tolist())
         if count
     ]
+    dashed = "; the dashed line is no drop" if edges[0] < 0 < edges[-1] else ""
+    infinite = len(values) - len(finite)
+    left_out = f"; without {infinite} that is infinite" if infinite else ""
     percents = (50, 90, 99, 100) if is_drop else (50, 10, 1, 0)
     names = ("median", "worst 10 %", "worst 1 %", "worst")
     return {
         "sentence": None,
-        "title": f"Images by {what}, dB" + ("; the dashed line is no drop" if edges[0] < 0 < edges[-1] else ""),
+        "title": f"Images by {what}, dB" + dashed + left_out,
         "bars": bars,
-        "zero": round(width * -edges[0] / (edges[-1] - edges[0]), 2) if edges[0] < 0 < edges[-1] else None,
+        "zero": round(width * -edges[0] / (edges[-1] - edges[0]), 2) if dashed else None,
+        "width": width,
+        "height": height,
         "ticks": [
             {"x": x, "anchor": anchor, "text": f"{value:z.3g}"}
             for x, anchor, value in (
@@ -228,7 +233,7 @@ def _layers(validation: Validation) -> list[dict[str, Any]]:
 def _cells(columns: Sequence[Column], image: Comparison) -> list[tuple[str, str]]:
     """Of each column the text, and the number by which the script sorts."""
     values = [(column, getattr(image, column.field)) for column in columns]
-    return [(column.text(value), "Infinity" if value == math.inf else repr(float(value))) for column, value in values]
+    return [(column.text(value), repr(float(value)).replace("inf", "Infinity")) for column, value in values]
 
 
 def _csv(columns: Sequence[Column], images: Sequence[Comparison]) -> str:

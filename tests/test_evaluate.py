@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import runpy
 import shutil
 import sys
@@ -24,7 +25,13 @@ from drsformer import checkpoint, metrics
 from drsformer.config import preset
 from drsformer.data import find_pairs
 from drsformer.evaluate import ROWS_SHOWN, EvaluateOptions, command, evaluate, table
-from drsformer.evaluation import evaluate_model, evaluate_restored, evaluate_without_reference
+from drsformer.evaluation import (
+    RESTORED,
+    evaluate_derainer,
+    evaluate_model,
+    evaluate_restored,
+    evaluate_without_reference,
+)
 from drsformer.metrics import Scores
 from drsformer.model import DRSformer
 from drsformer.session import TorchSession
@@ -196,6 +203,10 @@ def test_save_does_not_overwrite_the_data(data, network, folder):
     before = (data / folder / "1.png").read_bytes()
     with pytest.raises(InputError, match="would overwrite"):
         evaluate_model(network, find_pairs(data), save=data / folder)
+    derain = Derainer(TorchSession(network, "cpu"))
+    with pytest.raises(InputError, match="would overwrite"):
+        evaluate_derainer(derain, find_pairs(data), save=data / folder, origin={"network": "a"})
+    assert not (data / folder / RESTORED).exists()
     assert (data / folder / "1.png").read_bytes() == before
 
 
@@ -271,6 +282,16 @@ def test_saved_images_of_the_same_network_are_not_restored_again(data, weights, 
     resumed = one(command(options))
     assert restored == [(16, 24, 3)]
     assert {name: resumed.rows[name] for name in ("1", "10")} == {name: first.rows[name] for name in ("1", "10")}
+
+
+def test_a_saved_image_that_is_broken_is_named_and_not_that_of_the_data_set(data, weights, tmp_path):
+    options = EvaluateOptions(weights, (data,), save=tmp_path / "saved")
+    command(options)
+    saved = tmp_path / "saved" / "10.png"
+    saved.write_bytes(saved.read_bytes()[:60])
+    with pytest.raises(InputError, match=rf"^{re.escape(str(saved))}: ") as error:
+        command(options)
+    assert str(data) not in str(error.value)
 
 
 def test_saved_images_of_another_network_or_data_set_are_refused(data, weights, network, tmp_path):

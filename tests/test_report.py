@@ -192,6 +192,17 @@ def test_distribution_has_every_image_and_the_percentiles(page):
     }
 
 
+def test_infinite_values_keep_their_sign_and_are_not_passed_over():
+    drops = ((math.inf, 30.0), (30.0, math.inf), (30.0, 29.0), (30.0, 28.0))
+    images = [Comparison(str(i), 40.0, 1, {}, *each, 0.9, 0.9) for i, each in enumerate(drops)]
+    page = render(Validation({}, images[1:], {}, None, {}))
+    assert 'data-key="-Infinity"' in page
+    assert "Images by drop in PSNR, dB; without 1 that is infinite" in page
+    page = render(Validation({}, images[:1] + images[2:], {}, None, {}))
+    assert "-∞" in page  # the reference has an infinite PSNR, and the candidate has not
+    assert "<td>∞</td>" in page
+
+
 def test_values_that_hardly_differ_have_a_distribution():
     images = [Comparison(name, value, 1, {}) for name, value in (("a", 40.0), ("b", math.nextafter(40.0, 41)))]
     assert "<svg" in render(Validation({}, images, {}, None, {}))
