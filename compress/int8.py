@@ -38,7 +38,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 
 from drsformer.data import Pair
 from drsformer.metrics import Protocol, luma, psnr
-from runtime.errors import InputError
+from runtime.errors import DerainError, InputError
 from runtime.ort import OrtSession
 from runtime.pixels import Size
 from runtime.progress import OnProgress, silent, track
@@ -286,8 +286,8 @@ class Drop:
             rainy, clean = pair.load()
             try:
                 found.append(psnr(derain(rainy), clean, self._protocol))
-            except InputError as error:
-                raise InputError(f"{pair.name}: {error}") from error
+            except DerainError as error:
+                raise type(error)(f"{pair.name}: {error}") from error
         return found
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from drsformer.data import Pair, images_in, pair_folders
 from drsformer.metrics import Protocol, Scores, psnr, ssim
 from drsformer.session import TorchSession, torch_device
-from runtime.errors import InputError
+from runtime.errors import DerainError, InputError
 from runtime.files import writing
 from runtime.images import Photo, list_images, read_rgb
 from runtime.pixels import to_batch
@@ -183,7 +183,9 @@ def _score_pairs(
             if derain:
                 image = read_rgb(saved) if saved else derain(image)
                 row = _score(image, clean, protocol) | {f"input_{metric}": value for metric, value in row.items()}
-        except (InputError, ValueError) as error:
+        except DerainError as error:
+            raise type(error)(f"{saved or pair.input}: {error}") from error
+        except ValueError as error:
             raise InputError(f"{saved or pair.input}: {error}") from error
         if output and not saved:
             Photo(image).save(output)

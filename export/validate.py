@@ -58,7 +58,7 @@ from drsformer.data import LayoutError, Pair, find_pairs
 from export.comparison import Comparison, Crop, Extent, Picture, Validation
 from runtime.bundle import load_to_change, private_key, save
 from runtime.cli import hxw, main, progress_shown
-from runtime.errors import InputError, expect_between
+from runtime.errors import DerainError, InputError, expect_between
 from runtime.files import writing
 from runtime.images import list_images, read_rgb
 from runtime.manifest import Drift
@@ -197,7 +197,9 @@ def validate(
                 layer: count_flips(full.scores[layer], judged.scores[layer], full.ks[layer]) for layer in selections
             }
             comparison = _compare(source.name, image, ours, theirs, target, flips, options.protocol)
-        except (InputError, ValueError) as error:
+        except DerainError as error:
+            raise type(error)(f"{source.name}: {error}") from error
+        except ValueError as error:
             raise InputError(f"{source.name}: {error}") from error
         return comparison, partial(_picture, image, ours, theirs, target)
 

@@ -10,14 +10,37 @@
     Image.fromarray(clean).save("clean.png")
 
 `Derainer` is the whole interface; `derainer.images` reads and writes files with everything around the pixels, and the
-command `derain` does both for files and folders. What a user got wrong raises `InputError`, with one line.
+command `derain` does both for files and folders. What goes wrong raises a `DerainError` of one line
+(`derainer.errors` has its kinds).
 
 A product installs this package as the distribution `derainer` (pyproject.toml beside this file), as `runtime` is a name
 that it may have itself; in the checkout the same files are the package `runtime`.
 """
 
-from .errors import GateError, InputError, MismatchError
+from .errors import (
+    DerainError,
+    DeviceError,
+    GateError,
+    InputError,
+    InvalidImage,
+    InvalidModel,
+    MismatchError,
+    OutOfMemory,
+)
 from .session import Derainer, Session, open_session
 from .version import __version__
 
-__all__ = ["Derainer", "GateError", "InputError", "MismatchError", "Session", "__version__", "open_session"]
+__all__ = [
+    "DerainError",
+    "Derainer",
+    "DeviceError",
+    "GateError",
+    "InputError",
+    "InvalidImage",
+    "InvalidModel",
+    "MismatchError",
+    "OutOfMemory",
+    "Session",
+    "__version__",
+    "open_session",
+]

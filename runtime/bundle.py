@@ -1,7 +1,7 @@
 """A bundle on disk: a folder whose `manifest.json` says what every file in it is.
 
     bundle = load(Path("bundle"))                            # or load(Path("bundle"), public_key=Path("public.pem"))
-    plan = bundle.read(bundle.manifest.engines[0].file)      # verified bytes, or InputError
+    plan = bundle.read(bundle.manifest.engines[0].file)      # verified bytes, or InvalidModel
 
 The manifest names every file with its size and SHA-256, and no file is used before both are verified: a compiled
 engine is native code to the library that loads it, and nothing inside it tells who made it. Hashes catch what breaks
@@ -21,7 +21,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import InputError, MismatchError
+from .errors import InputError, InvalidModel, MismatchError
 from .files import writing
 from .manifest import MANIFEST, SIGNATURE, File, Manifest, Role, dump, parse
 
@@ -65,7 +65,7 @@ class Bundle:
         for file in self.manifest.files:
             if file.name == name:
                 return file
-        raise InputError(f"{self.folder}: expected one of {[f.name for f in self.manifest.files]}, found {name!r}")
+        raise InvalidModel(f"{self.folder}: expected one of {[f.name for f in self.manifest.files]}, found {name!r}")
 
     def _open(self, file: File) -> BufferedReader:
         path = _inside(self.folder, file.name)
@@ -91,13 +91,14 @@ def load(folder: str | os.PathLike[str], public_key: str | os.PathLike[str] | No
         public_key: Key (PEM, Ed25519) of the one who has to have signed it; their private key will do as well.
 
     Raises:
-        InputError: For a folder that is no bundle, an unknown schema, a manifest with an unknown, missing or wrong
+        InvalidModel: For a folder that is no bundle, an unknown schema, a manifest with an unknown, missing or wrong
             field, and with a public key, for a missing or wrong signature.
+        InputError: For a public key that cannot be used.
     """
     folder = Path(folder)
     path = _inside(folder, MANIFEST)
     if path is None:
-        raise InputError(f"expected a bundle, which is a folder with a {MANIFEST}, found none at {folder}")
+        raise InvalidModel(f"expected a bundle, which is a folder with a {MANIFEST}, found none at {folder}")
     content = path.read_bytes()
     if public_key is not None:
         signature = _inside(folder, SIGNATURE)
@@ -106,8 +107,8 @@ def load(folder: str | os.PathLike[str], public_key: str | os.PathLike[str] | No
         _check_signature(content, signature, Path(public_key))
     try:
         return Bundle(folder, parse(content))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+    except InvalidModel as error:
+        raise InvalidModel(f"{path}: {error}") from error
 
 
 def describe_file(path: Path, role: Role) -> File:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .bundle import Bundle
-from .errors import InputError
+from .errors import DeviceError
 from .manifest import FLAVOR_TITLES, Engine, Flavor
 
 
@@ -15,32 +15,32 @@ def choose_engine(bundle: Bundle, capability: str, version_of: Callable[[Flavor]
     Args:
         bundle: An open bundle.
         capability: Compute capability of the GPU, such as "8.9".
-        version_of: Tells the version of an installed library; raises InputError where it is not installed.
+        version_of: Tells the version of an installed library; raises DeviceError where it is not installed.
 
     Raises:
-        InputError: No engine is for this GPU, or else what the newest of those that are lacks.
+        DeviceError: No engine is for this GPU, or else what the newest of those that are lacks.
     """
     engines = bundle.manifest.engines
     fitting = [engine for engine in engines if runs_on(engine, capability)]
     if not fitting:
         found = "; ".join(f"{e.flavor} for {', '.join(e.compute_capabilities)}" for e in engines) or "no engine"
-        raise InputError(
+        raise DeviceError(
             f"{bundle.folder}: expected an engine for this GPU of compute capability {capability}, found "
             f"{found}; add one: python -m export.tensorrt --onnx "
             f"{bundle.folder / bundle.manifest.model.file} --output {bundle.folder} with "
             f"--compute-capability {capability}, or on this machine with --flavor tensorrt"
         )
-    errors: list[InputError] = []
+    errors: list[DeviceError] = []
     for engine in reversed(fitting):  # the newest first
         try:
             version = version_of(engine.flavor)
             if fits_version(engine, version):
                 return engine
-            raise InputError(
+            raise DeviceError(
                 f"{bundle.folder / engine.file}: expected {FLAVOR_TITLES[engine.flavor]} {engine.version}, which it "
                 f"was built with, found {version}; install that one or build the engine again"
             )
-        except InputError as error:
+        except DeviceError as error:
             errors.append(error)
     raise errors[0]
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import GateError, InputError, one_line
+from .errors import DerainError, GateError, InputError, one_line
 from .pixels import Size, expect_multiples, size_text
 from .progress import OnProgress
 
@@ -88,7 +88,10 @@ def main(
         if line is not None:
             print(json.dumps(line), flush=True)
         sys.exit(status(result))
-    except InputError as error:
+    except GateError as error:
+        print("failed: " + one_line(as_options(str(error))), file=sys.stderr, flush=True)
+        sys.exit(1)
+    except DerainError as error:
         fail(as_options(str(error)))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
@@ -101,9 +104,6 @@ def main(
             traceback.print_exc()
             sys.exit(3)
         fail(": ".join([*([str(error.filename)] if error.filename else []), error.strerror]))
-    except GateError as error:
-        print("failed: " + one_line(as_options(str(error))), file=sys.stderr, flush=True)
-        sys.exit(1)
     except Exception as error:
         if _is_want_of_memory(error):
             fail(f"out of memory: {error}" if str(error) else "out of memory")

@@ -42,7 +42,7 @@ from .cli import byte_count, hxw, main, progress_shown, share
 import tyro
 from PIL import Image
 
-from .errors import InputError, expect_between, one_line
+from .errors import DerainError, InputError, OutOfMemory, expect_between, one_line
 from .images import SUFFIXES, Photo, list_images, load
 from .pipeline import pipeline
 from .pixels import Size
@@ -194,26 +194,26 @@ def _restore(derainer: Derainer, files: list[tuple[Path, Path]], on_progress: On
     """Restore images, the next one being read and the last one written meanwhile. One that fails is reported."""
     report, tiled = Report([], []), 0
 
-    def read() -> Iterator[tuple[Path, Path, Photo | InputError]]:
+    def read() -> Iterator[tuple[Path, Path, Photo | DerainError]]:
         for source, target in files:
             try:
                 photo = load(source)
                 photo.check(target)  # before the network runs, which takes much longer
-            except InputError as error:
+            except DerainError as error:
                 yield source, target, error
             else:
                 yield source, target, photo
 
-    def work(item: tuple[Path, Path, Photo | InputError]) -> tuple[Path, Photo | InputError]:
+    def work(item: tuple[Path, Path, Photo | DerainError]) -> tuple[Path, Photo | DerainError]:
         source, target, photo = item
-        if isinstance(photo, InputError):
+        if isinstance(photo, DerainError):
             return target, photo
         try:
             return target, replace(photo, rgb=derainer(photo.rgb, show_tiles))
-        except InputError as error:
-            return target, InputError(f"{source}: {error}")
+        except DerainError as error:
+            return target, type(error)(f"{source}: {error}")
         except MemoryError:
-            return target, InputError(f"{source}: not enough memory; cut it into tiles by --memory or --tile")
+            return target, OutOfMemory(f"{source}: not enough memory; cut it into tiles by --memory or --tile")
 
     def show_tiles(done: int, total: int) -> None:
         nonlocal tiled
@@ -221,14 +221,14 @@ def _restore(derainer: Derainer, files: list[tuple[Path, Path]], on_progress: On
         if total > 1:
             on_progress("Tiles", done, total)
 
-    def write(item: tuple[Path, Photo | InputError]) -> None:
+    def write(item: tuple[Path, Photo | DerainError]) -> None:
         target, photo = item
         try:
-            if isinstance(photo, InputError):
+            if isinstance(photo, DerainError):
                 raise photo
             photo.save(target)
             report.restored.append(target)
-        except InputError as error:
+        except DerainError as error:
             report.failures.append(str(error))
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:  # others, such as a full disk, are no fault of this image

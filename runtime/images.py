@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from .errors import InputError
+from .errors import InputError, InvalidImage, OutOfMemory
 from .files import writing
 
 logger = logging.getLogger(__name__)
@@ -149,10 +149,10 @@ def load(path: str | os.PathLike[str]) -> Photo:
     """Read a PNG, JPEG, WebP, BMP or TIFF file, recognised by its content.
 
     Raises:
-        InputError: The file is missing, broken, or refused (the head of this file says which).
+        InvalidImage: The file is missing, broken, or refused (the head of this file says which).
     """
     if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for a writer
-        raise InputError(f"{path}: expected an image file, found a folder, a pipe or a device")
+        raise InvalidImage(f"{path}: expected an image file, found a folder, a pipe or a device")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd metadata
@@ -167,13 +167,13 @@ def load(path: str | os.PathLike[str]) -> Photo:
         reason = _bomb()
     except UnidentifiedImageError:
         reason = "not a PNG, JPEG, WebP, BMP or TIFF image, or cut off at its start"
-    except InputError:
+    except InvalidImage:
         raise
     except MemoryError:
-        reason = "not enough memory"
+        raise OutOfMemory(f"{path}: not enough memory") from None
     except Exception as error:  # on broken files Pillow's decoders raise nearly anything
         reason = getattr(error, "strerror", None) or f"broken image: {error}"
-    raise InputError(f"{path}: {reason}")
+    raise InvalidImage(f"{path}: {reason}")
 
 
 def read_rgb(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
@@ -192,11 +192,11 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def refuse_bomb(path: str | os.PathLike[str], width: int, height: int) -> None:
-    """Raise InputError for an image of more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, before they are decoded: a small
-    file can claim to hold billions, and take all the memory there is. The limit, 89 million unless it is set, is
+    """Raise InvalidImage for an image of more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, before they are decoded: a
+    small file can claim to hold billions, and take all the memory there is. The limit, 89 million unless it is set, is
     Pillow's for the whole process; None is no limit."""
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-        raise InputError(f"{path}: {_bomb()}")
+        raise InvalidImage(f"{path}: {_bomb()}")
 
 
 def _bomb() -> str:
@@ -208,13 +208,13 @@ def _bomb() -> str:
 
 def _refuse_unfit(path: str | os.PathLike[str], image: ImageFile.ImageFile) -> None:
     if re.search(r";16[BLN]", str(image.tile)):  # colours of 16 bits, which Pillow would cut to 8 and call RGB
-        raise InputError(f"{path}: 16 bits a channel, where the network works on 8; convert it to 8 first")
+        raise InvalidImage(f"{path}: 16 bits a channel, where the network works on 8; convert it to 8 first")
     if image.mode not in MODES:
-        raise InputError(
+        raise InvalidImage(
             f"{path}: expected grey, RGB or palette colours of 8 bits, found {image.mode}; convert it first"
         )
     if getattr(image, "is_animated", False) and image.format != "MPO":  # n_frames reads all pages of a TIFF file
-        raise InputError(f"{path}: an animation or a file of several pages; split it into single images first")
+        raise InvalidImage(f"{path}: an animation or a file of several pages; split it into single images first")
 
 
 def _loaded(path: str | os.PathLike[str], image: ImageFile.ImageFile) -> Image.Image:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .errors import InputError
+from .errors import InvalidModel
 from .pixels import IO, GraphIO, size_text
 from .version import __version__
 
@@ -54,7 +54,9 @@ class File:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.+-]{0,254}", self.name, re.ASCII) or self.name.lower() in (MANIFEST, SIGNATURE):
-            raise InputError(f"expected a plain file name of at most 255 letters, digits and _.+-, found {self.name!r}")
+            raise InvalidModel(
+                f"expected a plain file name of at most 255 letters, digits and _.+-, found {self.name!r}"
+            )
         _check_sha256(self.sha256, self.name)
 
 
@@ -100,7 +102,7 @@ class Model:
 
     def __post_init__(self) -> None:
         if not 1 <= self.size_multiple <= MAX_MULTIPLE:
-            raise InputError(
+            raise InvalidModel(
                 f"{self.file}: expected a size multiple from 1 to {MAX_MULTIPLE}, found {self.size_multiple}"
             )
 
@@ -116,7 +118,7 @@ class Profile:
     def __post_init__(self) -> None:
         for low, opt, high in zip(self.min, self.opt, self.max, strict=True):
             if not 1 <= low <= opt <= high:
-                raise InputError(
+                raise InvalidModel(
                     f"expected a profile with 1 <= min <= opt <= max, found {self.min}, {self.opt}, {self.max}"
                 )
 
@@ -149,12 +151,12 @@ class Engine:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.+-]{1,100}", self.version, re.ASCII):
-            raise InputError(f"{self.file}: expected a version such as 11.4.0.106, found {self.version!r:.200}")
+            raise InvalidModel(f"{self.file}: expected a version such as 11.4.0.106, found {self.version!r:.200}")
         for capability in self.compute_capabilities:
             if not re.fullmatch(r"\d+\.\d+", capability, re.ASCII):
-                raise InputError(f"{self.file}: expected compute capabilities such as 8.6, found {capability!r}")
+                raise InvalidModel(f"{self.file}: expected compute capabilities such as 8.6, found {capability!r}")
         if not self.profiles:
-            raise InputError(f"{self.file}: expected at least one profile, found none")
+            raise InvalidModel(f"{self.file}: expected at least one profile, found none")
 
     def profile_for(self, height: int, width: int) -> int | None:
         """Index of the first profile that takes an image of this size, already padded; None where none does."""
@@ -196,7 +198,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is in a bundle. One that contradicts itself raises InputError on construction."""
+    """What is in a bundle. One that contradicts itself raises InvalidModel on construction."""
 
     schema: int
     created_by: str
@@ -208,11 +210,11 @@ class Manifest:
     def __post_init__(self) -> None:
         by_name = {file.name: file for file in self.files}
         if len({name.lower() for name in by_name}) < len(self.files):  # some file systems do not tell A from a
-            raise InputError(f"expected every file once, found {[file.name for file in self.files]}")
+            raise InvalidModel(f"expected every file once, found {[file.name for file in self.files]}")
         described = {self.model.file: "onnx", **{engine.file: "engine" for engine in self.engines}}
         listed = {file.name: file.role for file in self.files if file.role in ("onnx", "engine")}
         if described != listed or len(described) <= len(self.engines):
-            raise InputError(
+            raise InvalidModel(
                 f"expected one model and the engines under files, each described once, found "
                 f"{list(listed)} there and {list(described)} described"
             )
@@ -220,18 +222,18 @@ class Manifest:
         for engine in self.engines:
             for profile in engine.profiles:
                 if any(side % multiple for side in (*profile.min, *profile.max)):
-                    raise InputError(
+                    raise InvalidModel(
                         f"{engine.file}: expected profiles in multiples of {multiple}, found "
                         f"{size_text(profile.min)} to {size_text(profile.max)}"
                     )
             if engine.onnx_sha256 != by_name[self.model.file].sha256:
-                raise InputError(
+                raise InvalidModel(
                     f"{engine.file} was built from another model: expected SHA-256 "
                     f"{by_name[self.model.file].sha256}, found {engine.onnx_sha256}; build it again"
                 )
         for drift in self.drift:
             if drift.file not in described:
-                raise InputError(f"expected a drift of one of {list(described)}, found one of {drift.file!r}")
+                raise InvalidModel(f"expected a drift of one of {list(described)}, found one of {drift.file!r}")
 
     def with_file(self, file: File, engine: Engine | None = None) -> Manifest:
         """With one more engine or report, in place of one of the same name and what was measured on that."""
@@ -244,19 +246,19 @@ class Manifest:
 
 
 def parse(content: bytes) -> Manifest:
-    """A manifest from its JSON. Raises InputError."""
+    """A manifest from its JSON. Raises InvalidModel."""
     try:
         found = json.loads(content.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
         if isinstance(found, dict) and found.get("schema") != SCHEMA:
-            raise InputError(
+            raise InvalidModel(
                 f"expected schema {SCHEMA}, found {found.get('schema')!r:.100}; use the version of "
                 "drsformer-deploy that made the bundle, or make it again"
             )
         return _parse(Manifest, found, "manifest")
-    except InputError as error:
-        raise InputError(f"{error!s:.1000}") from error  # what was found may be of any length
+    except InvalidModel as error:
+        raise InvalidModel(f"{error!s:.1000}") from error  # what was found may be of any length
     except (ValueError, RecursionError) as error:
-        raise InputError(f"expected JSON, found what is not: {error!s:.1000}") from error
+        raise InvalidModel(f"expected JSON, found what is not: {error!s:.1000}") from error
 
 
 def dump(manifest: Manifest) -> bytes:
@@ -266,12 +268,12 @@ def dump(manifest: Manifest) -> bytes:
 
 def describe(file: File, input: Tensor, output: Tensor, metadata: dict[str, str]) -> Manifest:
     """The manifest of a bundle with only this model, by the metadata that `export.onnx` wrote into it. Raises
-    InputError for another kind of network."""
+    InvalidModel for another kind of network."""
     graph_io = read_graph_io((input, output), metadata)
     try:
         config, provenance = (json.loads(metadata.get(key, "null")) for key in ("config", "provenance"))
     except (ValueError, RecursionError) as error:
-        raise InputError(
+        raise InvalidModel(
             f"{file.name}: expected JSON as config and provenance in its metadata, found {error}"
         ) from error
     model = Model(
@@ -290,14 +292,14 @@ def describe(file: File, input: Tensor, output: Tensor, metadata: dict[str, str]
 
 
 def read_graph_io(tensors: Sequence[Tensor], metadata: dict[str, str]) -> GraphIO:
-    """What a graph with these inputs and outputs eats. Raises InputError where that is neither tensors nor images."""
+    """What a graph with these inputs and outputs eats. Raises InvalidModel where that is neither tensors nor images."""
     match tensors:
         case [Tensor("input", "float32" | "float16" as dtype, (_, 3, _, _)), Tensor("output", answered, _)] if (
             answered == dtype
         ):
             text = metadata.get("size_multiple", str(DEFAULT_MULTIPLE))
             if not re.fullmatch(r"\d{1,4}", text) or not 1 <= int(text) <= MAX_MULTIPLE:
-                raise InputError(
+                raise InvalidModel(
                     f"expected a whole number from 1 to {MAX_MULTIPLE} as size_multiple in its metadata, "
                     f"found {text!r:.100}"
                 )
@@ -305,7 +307,7 @@ def read_graph_io(tensors: Sequence[Tensor], metadata: dict[str, str]) -> GraphI
         case [Tensor("input", "uint8", (_, _, _, 3)), Tensor("output", "uint8", _)]:
             return GraphIO("image", 1)
     found = "; ".join(f"{t.name} {t.dtype} {t.shape}" for t in tensors)
-    raise InputError(
+    raise InvalidModel(
         "another kind of network: expected one input named input and one output named output, both "
         f"float32 or both float16 (1, 3, H, W), or both uint8 (1, H, W, 3), found {found}"
     )
@@ -319,7 +321,7 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         later = {each.name for each in fields(kind) if each.metadata == LATER}
         if not isinstance(value, dict) or not set(names) - later <= set(value) <= set(names):
             found = f"the fields {list(value)}" if isinstance(value, dict) else json.dumps(value)
-            raise InputError(f"{where}: expected an object with the fields {names}, found {found}")
+            raise InvalidModel(f"{where}: expected an object with the fields {names}, found {found}")
         hints = get_type_hints(kind)
         return kind(**{name: _parse(hints[name], value[name], f"{where}.{name}") for name in names if name in value})  # type: ignore
     if get_origin(kind) is types.UnionType:
@@ -337,7 +339,7 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
     elif type(value) is (get_origin(kind) or kind):
         return value
     expected = getattr(kind, "__name__", kind) if not arguments else str(kind).replace("typing.", "")
-    raise InputError(f"{where}: expected {expected}, found {json.dumps(value)}")
+    raise InvalidModel(f"{where}: expected {expected}, found {json.dumps(value)}")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -354,4 +356,4 @@ def _refuse_constant(name: str) -> None:
 
 def _check_sha256(text: str, name: str) -> None:
     if not re.fullmatch("[0-9a-f]{64}", text):
-        raise InputError(f"{name}: expected a SHA-256 of 64 digits 0-9 and a-f, found {text!r}")
+        raise InvalidModel(f"{name}: expected a SHA-256 of 64 digits 0-9 and a-f, found {text!r}")

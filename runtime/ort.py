@@ -17,7 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from .bundle import Bundle
-from .errors import InputError, one_line
+from .errors import DeviceError, InputError, InvalidImage, InvalidModel, device_error, one_line
 from .manifest import Tensor, read_graph_io
 from .pixels import GraphIO, Size
 
@@ -63,8 +63,9 @@ class OrtSession:
         threads: How many CPU threads one run uses; 0 is one for each core.
 
     Raises:
-        InputError: For a file that is missing, broken, another network or other than its bundle says, and for a
-            provider that is not there.
+        InvalidModel: For a file that is missing, broken, another network or other than its bundle says.
+        DeviceError: For a provider that is not there.
+        InputError: For an unknown provider, and a number of threads that cannot be.
     """
 
     multiple: int
@@ -89,9 +90,9 @@ class OrtSession:
         else:
             self.path = content = Path(model) if model is not None else SHIPPED
             if not self.path.is_file():
-                raise InputError(f"expected a bundle or an ONNX file, found nothing at {self.path}")
+                raise InvalidModel(f"expected a bundle or an ONNX file, found nothing at {self.path}")
             if self.path.suffix in (".safetensors", ".pth", ".pt"):
-                raise InputError(
+                raise InvalidModel(
                     f"expected a bundle or an ONNX file, found the checkpoint {self.path}; export "
                     f"it first: python -m export.onnx --weights {self.path}"
                 )
@@ -104,13 +105,13 @@ class OrtSession:
         try:
             self._engine = ort.InferenceSession(content, options, providers=[EXECUTION_PROVIDERS[p] for p in wanted])
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
-            raise InputError(
+            raise InvalidModel(
                 f"{self.path} is not an ONNX model that ONNX Runtime can load: {one_line(error)}"
             ) from error
         running = self._engine.get_providers()
         self.provider = next(name for name in wanted if EXECUTION_PROVIDERS[name] in running)
         if provider not in ("auto", self.provider):
-            raise InputError(
+            raise DeviceError(
                 f"the provider {provider} does not start: see the lines above for what it misses, or use "
                 f"the provider {self.provider}"
             )
@@ -118,8 +119,8 @@ class OrtSession:
         tensors = [_describe(node) for node in (*self._engine.get_inputs(), *self._engine.get_outputs())]
         try:
             self.graph_io = read_graph_io(tensors, self.metadata)
-        except InputError as error:
-            raise InputError(f"{self.path}: {error}") from error
+        except InvalidModel as error:
+            raise InvalidModel(f"{self.path}: {error}") from error
         self.input, self.output = tensors
         self.multiple, self.threads = self.graph_io.multiple, threads
         sides = [(1, sys.maxsize) if side == -1 else (side, side) for side in self.graph_io.size(self.input.shape)]
@@ -129,35 +130,38 @@ class OrtSession:
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """float32 (1, 3, H, W) RGB in [0, 1], H and W multiples of `multiple` -> the same shape, not clamped.
 
-        Raises InputError where the graph was exported for another size or ONNX Runtime fails, most often for want of
-        memory. Safe to call from several threads.
+        Safe to call from several threads. Raises InvalidImage where the graph was exported for another size,
+        InvalidModel for an answer of another shape, OutOfMemory, and DeviceError where ONNX Runtime fails.
         """
         H, W = batch.shape[2:]
         height, width = self.graph_io.size(self.input.shape)
         if height not in (-1, H) or width not in (-1, W):
-            raise InputError(
+            raise InvalidImage(
                 f"{self.path} takes only images of {width}x{height} pixels, found {W}x{H} after padding "
                 f"to a multiple of {self.multiple}; export it without --height and --width"
             )
         try:
             return self.graph_io.answer(self._call(self.graph_io.feed(batch)))
-        except Exception as error:
-            raise InputError(f"{self.path} failed on {W}x{H} pixels: {one_line(error)}") from error
+        except InvalidModel:
+            raise
+        except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+            raise device_error(f"{self.path} failed on {W}x{H} pixels", error) from error
 
     def _call(self, array: np.ndarray) -> np.ndarray:
         answer = np.asarray(self._engine.run(["output"], {"input": array})[0])
         if answer.shape != array.shape:
-            raise InputError(f"expected an output of shape {array.shape}, found {answer.shape}")
+            raise InvalidModel(f"{self.path}: expected an output of shape {array.shape}, found {answer.shape}")
         return answer
 
 
 def _choose(provider: str) -> list[str]:
-    """The providers to try, in this order. Raises InputError for one that is unknown or not installed."""
+    """The providers to try, in this order. Raises InputError for one that is unknown, and DeviceError where it is not
+    installed."""
     if provider not in FALLBACKS:
         raise InputError(f"unknown provider {provider!r}; known: {', '.join(FALLBACKS)}")
     installed = [name for name, full in EXECUTION_PROVIDERS.items() if full in ort.get_available_providers()]
     if provider not in ("auto", *installed):
-        raise InputError(
+        raise DeviceError(
             f"the provider {provider} is not in this ONNX Runtime, only {', '.join(installed)}; "
             "on NVIDIA GPUs install onnxruntime-gpu in place of onnxruntime"
         )

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from . import tiling
 from .bundle import Bundle, describe_file, load
 from .choice import choose_engine
-from .errors import InputError, MismatchError
+from .errors import DeviceError, InputError, InvalidImage, InvalidModel
 from .manifest import Manifest, describe
 from .memory import available
 from .pixels import to_batch, to_image
@@ -81,8 +81,9 @@ class Derainer:
         overlap: Pixels that those tiles share; None is 64, or a quarter of the shorter side.
 
     Raises:
-        InputError: For a model that cannot be loaded, a bundle whose files are not those of its manifest, a provider
-            that is not there, and a memory, tile or overlap that cannot be.
+        InvalidModel: For a model that cannot be loaded, and a bundle whose files are not those of its manifest.
+        DeviceError: For a provider that is not there.
+        InputError: For a memory, tile or overlap that cannot be.
     """
 
     session: Session
@@ -130,14 +131,16 @@ class Derainer:
         how many of them are done, and of how many.
 
         Raises:
-            InputError: For any other array, for an image whose tiles would not fit into the memory, and where the
-                network answers with NaN or infinity.
+            InvalidImage: For any other array.
+            InvalidModel: The network answers with NaN or infinity.
+            OutOfMemory: Not even tiles of the image would fit into the memory, or it gives out.
+            DeviceError: Where the network runs fails.
         """
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise InputError(f"expected an RGB image as a uint8 array of shape (height, width, 3), found {found}")
+            raise InvalidImage(f"expected an RGB image as a uint8 array of shape (height, width, 3), found {found}")
         if image.size == 0:
-            raise InputError(f"expected an image of at least one pixel, found shape {image.shape}")
+            raise InvalidImage(f"expected an image of at least one pixel, found shape {image.shape}")
         H, W, _ = image.shape
         plan = self.plan(H, W)
         padded = image
@@ -151,11 +154,11 @@ class Derainer:
 
         restored = tiling.blend(plan, restore, on_tile)[:, :, :H, :W]
         if not np.isfinite(restored).all():
-            raise InputError("the network answered with NaN or infinity; if it runs in float16, export it in float32")
+            raise InvalidModel("the network answered with NaN or infinity; if it runs in float16, export it in float32")
         return to_image(restored)
 
     def plan(self, height: int, width: int) -> tiling.Plan:
-        """How an image of this size is cut: as a whole if it fits. Raises InputError where not even tiles do."""
+        """How an image of this size is cut: as a whole if it fits. Raises OutOfMemory where not even tiles do."""
         multiple = self.session.multiple
         size = height + -height % multiple, width + -width % multiple
         limits = getattr(self.session, "limits", ())
@@ -196,8 +199,9 @@ def open_session(
         public_key: Key (PEM, Ed25519) of the one who has to have signed the bundle.
 
     Raises:
-        InputError: The model cannot be loaded, a bundle's files are not those of its manifest, or the provider is not
-            there.
+        InvalidModel: The model cannot be loaded, or a bundle's files are not those of its manifest.
+        DeviceError: The provider is not there.
+        InputError: The provider is unknown, or the public key cannot be used.
     """
     if provider not in PROVIDERS:
         raise InputError(f"`provider`: expected one of {', '.join(PROVIDERS)}, found {provider!r}")
@@ -214,9 +218,7 @@ def open_session(
     if isinstance(model, Bundle) and model.manifest.engines and provider in ("auto", "tensorrt"):
         try:
             return open_engine(model)
-        except MismatchError:
-            raise
-        except InputError as error:
+        except DeviceError as error:
             if provider == "tensorrt":
                 raise
             level = logging.WARNING if _has_gpu() else logging.INFO
@@ -228,7 +230,7 @@ def open_session(
 
 def open_engine(bundle: Bundle, sizes: int = 8, cuda_graphs: bool = True) -> TrtSession:
     """The engine of a bundle for the GPU and the libraries of this machine; for the rest see `runtime.trt.TrtSession`.
-    Raises InputError where there is none, or no GPU."""
+    Raises DeviceError where there is none, or no GPU."""
     from .trt import TrtSession, gpu, library_version
 
     return TrtSession(bundle, choose_engine(bundle, gpu(), library_version), sizes, cuda_graphs)
@@ -236,7 +238,7 @@ def open_engine(bundle: Bundle, sizes: int = 8, cuda_graphs: bool = True) -> Trt
 
 def describe_onnx(path: Path) -> Manifest:
     """The manifest of a bundle with only this model, a file that ONNX Runtime can load without any other. Raises
-    InputError for one that it cannot."""
+    InvalidModel for one that it cannot."""
     from .ort import OrtSession
 
     session = OrtSession(path, "cpu")
@@ -250,5 +252,5 @@ def _has_gpu() -> bool:
 
     try:
         return bool(gpu())
-    except InputError:
+    except DeviceError:
         return False

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InputError
+from .errors import InputError, OutOfMemory
 from .pixels import Size, size_text
 
 OnTile = Callable[[int, int], None]
@@ -105,7 +105,8 @@ def plan(
         overlap: Pixels that such tiles share; None for as many as others do.
 
     Raises:
-        InputError: For a tile that is not in multiples, and where tiles would have to be smaller than `LEAST`.
+        InputError: For a tile that is not in multiples.
+        OutOfMemory: Tiles would have to be smaller than `LEAST`.
     """
     if tile and any(side < 1 or side % multiple for side in tile):
         raise InputError(f"expected tiles in multiples of {multiple} pixels, found {size_text(tile)}")
@@ -171,7 +172,7 @@ def _shrink(plan: Plan, pixels: int, step: int) -> Plan:
     height = min(h, pixels // max(width, 1))
     tile = [side if side == most else side // step * step for side, most in ((height, h), (width, w))]
     if any(side < min(most, LEAST) for side, most in zip(tile, plan.tile, strict=True)):
-        raise InputError(
+        raise OutOfMemory(
             f"expected memory for tiles of at least {LEAST}x{LEAST} pixels of an image of "
             f"{size_text(plan.size)}, found enough for {pixels} pixels; give or free more"
         )

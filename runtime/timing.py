@@ -19,7 +19,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from . import memory
-from .errors import InputError
+from .errors import OutOfMemory
 from .progress import OnProgress, silent, track
 
 MIN_ROUNDS = 11
@@ -57,12 +57,12 @@ def peak_mib() -> int | None:
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a process of its own. Raises InputError where that process dies."""
+    """What a function returns in a process of its own. Raises OutOfMemory where that process dies."""
     try:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             return pool.submit(function, *arguments).result()
     except BrokenProcessPool as error:
-        raise InputError(
+        raise OutOfMemory(
             "the process that measures memory was ended by the system, most often for want of memory; "
             "take smaller images or a smaller network"
         ) from error

@@ -15,8 +15,15 @@ from typing import Any
 
 import triton_python_backend_utils as triton  # pyright: ignore[reportMissingImports]  # there is one in the server only
 
-from .errors import InputError
+from .errors import DerainError, InvalidImage, OutOfMemory
 from .session import Derainer, open_session
+
+CODES = {
+    InvalidImage: triton.TritonError.INVALID_ARG,
+    OutOfMemory: triton.TritonError.UNAVAILABLE,
+    DerainError: triton.TritonError.INTERNAL,
+}
+"""What a client is told: whether to send another image, to try again later, or that the server is at fault."""
 
 
 class TritonPythonModel:
@@ -31,7 +38,7 @@ class TritonPythonModel:
         try:
             session = open_session(folder, options["provider"], int(options["threads"]))
             self._derain = Derainer(session, tile=(height, width) if height else None)
-        except InputError as error:
+        except DerainError as error:
             raise triton.TritonModelException(str(error)) from error
         triton.Logger.log_info(f"{args['model_instance_name']}: {folder} on {session.provider}")
 
@@ -42,5 +49,6 @@ class TritonPythonModel:
     def _answer(self, image: Any) -> Any:
         try:
             return triton.InferenceResponse([triton.Tensor("output", self._derain(image))])
-        except InputError as error:
-            return triton.InferenceResponse(error=triton.TritonError(str(error), triton.TritonError.INVALID_ARG))
+        except DerainError as error:
+            code = next(code for kind, code in CODES.items() if isinstance(error, kind))
+            return triton.InferenceResponse(error=triton.TritonError(str(error), code))

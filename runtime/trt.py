@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import Bundle
-from .errors import InputError, one_line
+from .errors import DeviceError, InvalidImage, InvalidModel, device_error, one_line
 from .files import writing
 from .manifest import FLAVOR_TITLES, Engine, Flavor
 from .pixels import size_text
@@ -59,11 +59,11 @@ class Library:
     jit: bool
 
     def load(self) -> Any:
-        """Import it. Raises InputError where it is not installed."""
+        """Import it. Raises DeviceError where it is not installed."""
         try:
             return [importlib.import_module(name) for name in self.modules][-1]
         except (ImportError, OSError) as error:
-            raise InputError(f"{self.title} is not installed ({one_line(error)}): {self.install}") from error
+            raise DeviceError(f"{self.title} is not installed ({one_line(error)}): {self.install}") from error
 
 
 LIBRARIES: dict[Flavor, Library] = {
@@ -87,7 +87,7 @@ LIBRARIES: dict[Flavor, Library] = {
 
 
 def library_version(flavor: Flavor) -> str:
-    """Version of an installed library. Raises InputError where it is not installed."""
+    """Version of an installed library. Raises DeviceError where it is not installed."""
     return LIBRARIES[flavor].load().__version__
 
 
@@ -110,21 +110,21 @@ def new_log(trt: Any) -> Any:
 
 
 def load_cuda() -> Any:
-    """`cuda.bindings.runtime`. Raises InputError where it is not installed."""
+    """`cuda.bindings.runtime`. Raises DeviceError where it is not installed."""
     try:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
-        raise InputError(f"CUDA bindings are not installed ({one_line(error)}): pip install cuda-bindings") from error
+        raise DeviceError(f"CUDA bindings are not installed ({one_line(error)}): pip install cuda-bindings") from error
 
 
 def gpu() -> str:
     """Compute capability of the calling thread's current GPU, such as "8.9". That is the first of those in
-    CUDA_VISIBLE_DEVICES, unless cudaSetDevice or torch.cuda.set_device chose another. Raises InputError where there is
+    CUDA_VISIBLE_DEVICES, unless cudaSetDevice or torch.cuda.set_device chose another. Raises DeviceError where there is
     none."""
     cuda = load_cuda()
     code, count = cuda.cudaGetDeviceCount()
     if code or not count:
-        raise InputError(
+        raise DeviceError(
             f"CUDA finds no NVIDIA GPU with a driver ({code.name}); expected one: see that nvidia-smi "
             "shows it, or run the ONNX model with the provider cpu"
         )
@@ -149,8 +149,9 @@ class TrtSession:
         cuda_graphs: Replay the launches of a size from its second run on.
 
     Raises:
-        InputError: Where there is no driver, no engine for the GPU, not the library or another version of it, and for
-            files that are not what the manifest says.
+        DeviceError: Where there is no driver or not the library, or it refuses the engine.
+        MismatchError: For files that are not what the manifest says.
+        OutOfMemory: Where memory on the GPU does not suffice.
     """
 
     provider = "tensorrt"
@@ -185,8 +186,8 @@ class TrtSession:
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """float32 (1, 3, H, W) RGB in [0, 1], H and W multiples of `multiple` -> the same shape, not clamped.
 
-        Raises InputError for a size that is in no profile of the engine, and where memory on the GPU does not suffice.
-        Safe to call from several threads, which take turns.
+        Safe to call from several threads, which take turns. Raises InvalidImage for a size that is in no profile of
+        the engine, OutOfMemory where memory on the GPU does not suffice, and DeviceError where it fails.
         """
         if not self.close.alive:
             raise RuntimeError("the session is closed")
@@ -205,7 +206,7 @@ class TrtSession:
         self._runtime.engine_host_code_allowed = self.engine.flags.get("version_compatible") is True
         engine = self._runtime.deserialize_cuda_engine(bundle.read(self.engine.file))
         if engine is None:
-            raise InputError(
+            raise DeviceError(
                 f"{self._library.title} refuses {self.path}: {self._log.reason()}; build it again on or "
                 "for this machine"
             )
@@ -216,7 +217,7 @@ class TrtSession:
                 not weights.refit_from_bytes(bundle.read(bundle.manifest.model.file))
                 or not refitter.refit_cuda_engine()
             ):
-                raise InputError(
+                raise InvalidModel(
                     f"{self.path} does not take the weights of {bundle.manifest.model.file}: {self._log.reason()}"
                 )
         return engine
@@ -242,7 +243,7 @@ class TrtSession:
         profile = self.engine.profile_for(H, W)
         if profile is None:
             ranges = " or ".join(f"{size_text(p.min)} to {size_text(p.max)}" for p in self.engine.profiles)
-            raise InputError(
+            raise InvalidImage(
                 f"{self.path} takes images of height x width {ranges}, found {H}x{W} after padding to a "
                 f"multiple of {self.multiple}; build it with another --min and --max"
             )
@@ -279,7 +280,7 @@ class TrtSession:
             code, captured = cuda.cudaStreamEndCapture(self._stream)
         try:
             if code or not enqueued:
-                raise InputError(
+                raise DeviceError(
                     f"{self.path} cannot be captured in a CUDA graph: "
                     f"{code.name if enqueued else self._log.reason()}; give TrtSession cuda_graphs=False"
                 )
@@ -288,8 +289,8 @@ class TrtSession:
             if captured is not None:  # as it is where CUDA refused a launch
                 cuda.cudaGraphDestroy(captured)
 
-    def _failed(self, H: int, W: int) -> InputError:
-        return InputError(f"{self.path} failed on {W}x{H} pixels: {self._log.reason()}")
+    def _failed(self, H: int, W: int) -> DeviceError:
+        return device_error(f"{self.path} failed on {W}x{H} pixels", self._log.reason())
 
 
 class _Buffer:
@@ -391,11 +392,10 @@ def _close(resources: contextlib.ExitStack, on_device: Callable[[], Any]) -> Non
 
 
 def _check(result: tuple[Any, ...]) -> Any:
-    """What a function of CUDA returns besides its code. Raises InputError for a code that is no success."""
+    """What a function of CUDA returns besides its code. Raises DeviceError for a code that is no success."""
     code, *values = result
     if code:
-        mend = "; use smaller images or a network of fp16" if code.name == "cudaErrorMemoryAllocation" else ""
-        raise InputError(f"CUDA failed with {code.name}{mend}")
+        raise device_error("CUDA failed", code.name)
     return values[0] if values else None
 
 

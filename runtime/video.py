@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from . import hlg
-from .errors import InputError
+from .errors import DerainError, InputError, InvalidImage
 from .files import writing
 from .images import refuse_bomb
 from .pipeline import pipeline
@@ -126,8 +126,10 @@ def restore(
         tone_map: Map the tones of an HLG video to SDR, in BT.709; others stay as they are.
 
     Raises:
-        InputError: Where the source is no video or one that is refused, where the target's format cannot hold it, and
-            for a frame that `derain` refuses; OSError where the target cannot be written.
+        InvalidImage: The source is no video, or one that is refused.
+        InputError: The target's format cannot hold it.
+        OSError: The target cannot be written.
+        DerainError: Of a frame, whatever `derain` raises.
     """
     source, target = Path(source), Path(target)
     if target.suffix.lower() not in FORMATS:
@@ -170,8 +172,8 @@ def _run(
             return item
         try:
             return replace(item, rgb=derain(item.rgb))
-        except InputError as error:
-            raise InputError(f"{reader.path}: {error}") from error
+        except DerainError as error:
+            raise type(error)(f"{reader.path}: {error}") from error
 
     def consume(item: Picture | Packet) -> None:
         writer.write(item)
@@ -185,13 +187,13 @@ def _run(
 
 def _open(path: Path) -> InputContainer:
     if not path.is_file():
-        raise InputError(f"{path}: expected a video file, found none")
+        raise InvalidImage(f"{path}: expected a video file, found none")
     try:
         options = {"format_whitelist": READABLE, "protocol_whitelist": "file"}
         return av.open(f"file:{path}", container_options=options, metadata_errors="replace")
     except FFmpegError as error:
         reason = error.strerror if isinstance(error, OSError) else "not a video, or cut off so that nothing can be read"
-        raise InputError(f"{path}: {reason}") from error
+        raise InvalidImage(f"{path}: {reason}") from error
 
 
 @contextmanager
@@ -218,7 +220,7 @@ class _Converter:
         self.tone_maps = tone_map and first.color_trc == HLG
         if first.color_trc in HDR and not self.tone_maps:
             how = "--tone-map does that" if first.color_trc == HLG else "here there is --tone-map for HLG only"
-            raise InputError(
+            raise InvalidImage(
                 f"{path}: HDR ({HDR[first.color_trc]}), where the network works on 8 bits a channel; map its tones to "
                 f"SDR first ({how})"
             )
@@ -226,7 +228,7 @@ class _Converter:
         unknown = BT709 if first.width >= 1280 or first.height > 576 else BT601  # as players have it
         code = {0: BT709, UNSPECIFIED: unknown}.get(first.colorspace, first.colorspace)
         if code not in MATRICES:
-            raise InputError(f"{path}: colour matrix {code} of H.273 is unknown here; convert it to BT.709 first")
+            raise InvalidImage(f"{path}: colour matrix {code} of H.273 is unknown here; convert it to BT.709 first")
         self._read_matrix = self._written_matrix = MATRICES[code]
         full = first.color_range == ColorRange.JPEG or first.format.name.startswith("yuvj")
         self.range = ColorRange.JPEG if full and not first.format.is_rgb else ColorRange.MPEG
@@ -321,7 +323,7 @@ class _Reader:
             if stream.codec_context is not None and not stream.disposition & covers
         ]
         if not videos:
-            raise InputError(f"{path}: expected a video, found no video stream in it, or none that FFmpeg can decode")
+            raise InvalidImage(f"{path}: expected a video, found no video stream in it, or none that FFmpeg can decode")
         self.stream = max(videos, key=lambda stream: stream.width * stream.height)
         refuse_bomb(path, self.stream.width, self.stream.height)
         if Image.MAX_IMAGE_PIXELS is not None:  # frames can be larger than the file says
@@ -398,7 +400,7 @@ class _Reader:
             read.append(item)
             if isinstance(item, VideoFrame):
                 return item, chain(read, decoded)
-        raise InputError(f"{self.path}: not one frame of its video stream can be decoded")
+        raise InvalidImage(f"{self.path}: not one frame of its video stream can be decoded")
 
     def _pictures(self, decoded: Iterator[VideoFrame | Packet]) -> Iterator[Picture | Packet]:
         """Frames become pictures, and all times count from the start of the file."""

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from runtime import InputError, bench, memory, timing
+from runtime import InputError, InvalidModel, OutOfMemory, bench, memory, timing
 from runtime.bench import BenchOptions
 from tests.support.bundles import write_bundle
 
@@ -108,7 +108,7 @@ def test_memory_that_cannot_be_measured_is_left_out(monkeypatch):
 
 
 def test_process_that_dies_is_told_in_one_line():
-    with pytest.raises(InputError, match="want of memory") as error:
+    with pytest.raises(OutOfMemory, match="want of memory") as error:
         timing.alone(os._exit, 1)
     assert "\n" not in str(error.value)
 
@@ -138,7 +138,7 @@ def test_network_that_fails(tmp_path):
     model = onnx.load(broken)
     model.graph.node[1].attribute[0].ints[:] = [0, 0, 0, 0]  # its output is smaller than its input
     onnx.save(model, broken)
-    with pytest.raises(InputError, match="failed on 16x16 pixels: expected an output"):
+    with pytest.raises(InvalidModel, match=r"broken\.onnx: expected an output of shape \(1, 3, 16, 16\), found"):
         bench.bench(BenchOptions(broken, size=((16, 16),), provider="cpu"))
 
 

@@ -37,7 +37,7 @@ from drsformer.config import preset
 from drsformer.model import DRSformer
 from export.onnx import command as export
 from export.validate import command as validate
-from runtime import InputError, images, tiling
+from runtime import DerainError, images, tiling
 from runtime.bench import command as bench
 from runtime.bundle import load
 from runtime.cli import main
@@ -63,10 +63,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def one_line(function: Callable, *arguments: Any) -> Any:
-    """The result, or None for an InputError of one line of bearable length; anything else is a fault."""
+    """The result, or None for a DerainError of one line of bearable length; anything else is a fault."""
     try:
         return function(*arguments)
-    except InputError as error:
+    except DerainError as error:
         message = str(error)
         assert "\n" not in message
         assert len(message) < 2000, f"{len(message)} characters: {message[:300]}"

@@ -16,7 +16,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from runtime import Derainer, InputError, trt
+from runtime import Derainer, DeviceError, InputError, trt
 from runtime.bundle import Bundle, describe_file, load, save
 from runtime.derain import DerainOptions, derain
 from runtime.errors import MismatchError
@@ -462,7 +462,7 @@ def test_engine_runs_where_it_can(bundle, monkeypatch):
 def test_model_runs_where_no_engine_can(bundle, monkeypatch, caplog):
     class Missing(Plan):
         def __init__(self, bundle: Bundle) -> None:
-            raise InputError("CUDA finds no GPU")
+            raise DeviceError("CUDA finds no GPU")
 
     monkeypatch.setattr("runtime.session.open_engine", Missing)
     assert isinstance(open_session(bundle, "auto"), OrtSession)

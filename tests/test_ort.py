@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from runtime import Derainer, InputError
+from runtime import Derainer, DerainError, DeviceError, InputError, InvalidImage, InvalidModel
 from runtime.manifest import Tensor, read_graph_io
 from runtime.ort import SHIPPED, OrtSession
 from runtime.pixels import GraphIO
@@ -14,7 +14,7 @@ from tests.support.onnx_files import FLOAT, FLOAT16, UINT8, write_network
 
 
 def refusal(*arguments, **options):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(DerainError) as error:
         OrtSession(*arguments, **options)
     message = str(error.value)
     assert "\n" not in message
@@ -116,7 +116,7 @@ def test_static_graph_takes_its_size_only(tmp_path):
     image = np.full((15, 20, 3), 100, np.uint8)
     assert set(Derainer(session)(image).ravel()) == {50}
     assert set(Derainer(session)(image.transpose(1, 0, 2)).ravel()) == {50}  # two tiles
-    with pytest.raises(InputError, match=r"24x16 pixels, found 16x24 .*without --height"):
+    with pytest.raises(InvalidImage, match=r"24x16 pixels, found 16x24 .*without --height"):
         session.run(random_batch(24, 16))
     assert set(Derainer(session)(np.full((33, 24, 3), 100, np.uint8)).ravel()) == {50}  # three tiles of its size
 
@@ -124,7 +124,7 @@ def test_static_graph_takes_its_size_only(tmp_path):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
 def test_checkpoint_is_not_taken_for_a_model(tmp_path, suffix):
     (tmp_path / f"w{suffix}").write_bytes(b"weights")
-    with pytest.raises(InputError, match=r"found the checkpoint .*; export it first: python -m export.onnx --weights"):
+    with pytest.raises(InvalidModel, match=r"the checkpoint .*; export it first: python -m export.onnx --weights"):
         OrtSession(tmp_path / f"w{suffix}")
 
 
@@ -134,7 +134,7 @@ def test_says_when_a_run_fails(tmp_path):
     scale = helper.make_tensor("scale", FLOAT, [1, 3, 8, 16], np.ones(3 * 8 * 16))  # fits no other size
     model.graph.initializer[0].CopyFrom(scale)
     onnx.save(model, path)
-    with pytest.raises(InputError, match="failed on 32x8 pixels") as error:
+    with pytest.raises(DeviceError, match="failed on 32x8 pixels") as error:
         OrtSession(path).run(random_batch(8, 32))
     assert "\n" not in str(error.value)
 

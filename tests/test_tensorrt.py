@@ -33,7 +33,7 @@ from export.tensorrt import BuildOptions, build
 from export.topk import with_pattern
 from runtime import trt
 from runtime.bundle import load
-from runtime.errors import InputError
+from runtime.errors import DeviceError, InputError
 from runtime.manifest import Profile
 from runtime.session import open_engine
 from runtime.trt import LIBRARIES
@@ -302,7 +302,7 @@ def test_libraries_that_are_not_installed(model, tmp_path, monkeypatch):
 
 
 def no_gpu() -> str:
-    raise InputError("no GPU")
+    raise DeviceError("no GPU")
 
 
 def test_what_needs_a_gpu_says_so(model, tmp_path, monkeypatch):
@@ -390,7 +390,7 @@ def test_a_build_tells_how_far_it_is(model, tmp_path):
 def test_the_runtime_says_that_there_is_no_gpu(built):
     if has_driver():
         pytest.skip("there is a GPU")
-    with pytest.raises(InputError, match=r"CUDA finds no NVIDIA GPU with a driver \(cudaErrorInsufficientDriver\)"):
+    with pytest.raises(DeviceError, match=r"CUDA finds no NVIDIA GPU with a driver \(cudaErrorInsufficientDriver\)"):
         open_engine(built.bundle)
 
 
@@ -399,7 +399,7 @@ def test_the_library_itself_refuses_without_a_driver(built, monkeypatch):
     if has_driver():
         pytest.skip("there is a GPU")
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", Cuda((8, 6)))
-    with pytest.raises(InputError, match=r"TensorRT for RTX refuses .*model\.rtx\.sm86\.engine: .*35"):
+    with pytest.raises(DeviceError, match=r"TensorRT for RTX refuses .*model\.rtx\.sm86\.engine: .*35"):
         open_engine(built.bundle)
 
 

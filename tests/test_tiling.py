@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import Derainer, InputError, footprint, memory, tiling
+from runtime import Derainer, DerainError, InputError, OutOfMemory, footprint, memory, tiling
 from runtime.footprint import Footprint
 from runtime.images import read_rgb
 from runtime.ort import SHIPPED, OrtSession
@@ -130,7 +130,7 @@ def test_tiles_keep_to_their_pixels(size, multiple, pixels):
     H, W = (math.ceil(side / multiple) * multiple for side in size)
     try:
         plan = tiling.plan((H, W), multiple, pixels=pixels)
-    except InputError:
+    except OutOfMemory:
         assert pixels < (64 + 47) ** 2  # rounded down to a multiple of 48 for the last case
         return
     assert math.prod(plan.tile) <= pixels
@@ -311,7 +311,7 @@ def test_small_images_are_not_worth_a_measurement(monkeypatch):
     ],
 )
 def test_refuses_in_one_line(options, message):
-    with pytest.raises(InputError, match=message) as error:
+    with pytest.raises(DerainError, match=message) as error:
         Derainer(Measured(), **options)(random_image(200, 200))
     assert "\n" not in str(error.value)
 

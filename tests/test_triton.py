@@ -20,7 +20,7 @@ from tritonclient.grpc import model_config_pb2
 
 import runtime
 from export.triton import ServeOptions, export
-from runtime import Derainer
+from runtime import Derainer, DeviceError, InvalidImage, InvalidModel, OutOfMemory
 from runtime.bundle import Bundle, describe_file, load, save
 from runtime.manifest import Engine, Profile
 from runtime.session import describe_onnx
@@ -287,11 +287,11 @@ def test_command(bundle, tmp_path, monkeypatch, capsys):
 class Backend(SimpleNamespace):
     """In place of the module that there is only inside the server, as far as it is used."""
 
-    class TritonModelException(Exception):  # noqa: N818
+    class TritonModelException(Exception):
         pass
 
     class TritonError(Exception):
-        INVALID_ARG = 3
+        INTERNAL, INVALID_ARG, UNAVAILABLE = 1, 3, 4
 
         def __init__(self, message: str, code: int) -> None:
             super().__init__(message)
@@ -343,6 +343,25 @@ def test_each_request_has_its_own_answer(bundle, tmp_path, monkeypatch):
     for i in (1, 3, 4):
         assert (answers[i].tensors, answers[i].error.code) == ({}, Backend.TritonError.INVALID_ARG)
         assert "expected an" in str(answers[i].error)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InvalidImage("odd"), Backend.TritonError.INVALID_ARG),
+        (OutOfMemory("full"), Backend.TritonError.UNAVAILABLE),
+        (DeviceError("cudaErrorIllegalAddress"), Backend.TritonError.INTERNAL),
+        (InvalidModel("NaN"), Backend.TritonError.INTERNAL),
+    ],
+)
+def test_code_tells_whose_fault_it_is(bundle, tmp_path, monkeypatch, error, code):
+    def fail(image):
+        raise error
+
+    model = started(export(bundle, tmp_path / "r", ServeOptions(provider="cpu")).folder, monkeypatch)
+    model._derain = fail
+    (answer,) = model.execute([{"input": np.zeros((1, 1, 3), np.uint8)}])
+    assert (str(answer.error), answer.error.code) == (str(error), code)
 
 
 def test_tiles(bundle, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 
 from runtime import trt
 from runtime.bundle import Bundle
-from runtime.errors import InputError
+from runtime.errors import DerainError, DeviceError, InputError, InvalidImage, OutOfMemory
 from runtime.manifest import Profile
 from runtime.pixels import to_batch
 from runtime.session import Derainer, open_engine
@@ -54,7 +54,7 @@ def check(session: TrtSession, height: int, width: int, seed: int = 0) -> None:
 
 
 def refusal(bundle: Bundle) -> str:
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(DerainError) as caught:
         open_engine(bundle)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -107,7 +107,7 @@ def test_the_profile_is_chosen_by_size(bundle, install):
     for height, width, profile in ((32, 32, 0), (16, 48, 1), (8, 8, 0), (8, 128, 1)):
         check(session, height, width)
         assert library.contexts[-1].profile == profile
-    with pytest.raises(InputError, match="takes images of height x width 8x8 to 32x32 or 8x40 to 16x128, found 32x40"):
+    with pytest.raises(InvalidImage, match="of height x width 8x8 to 32x32 or 8x40 to 16x128, found 32x40"):
         session.run(batch(32, 40))
 
 
@@ -203,7 +203,7 @@ def test_everything_is_freed(bundle, install, explicit):
 def test_memory_that_does_not_suffice(bundle, install):
     install(Cuda(memory=4 * 24576 + 1000))
     session = open_engine(bundle)
-    with pytest.raises(InputError, match="cudaErrorMemoryAllocation; use smaller images"):
+    with pytest.raises(OutOfMemory, match="cudaErrorMemoryAllocation; use smaller images"):
         session.run(batch(8, 16))
     check(session, 8, 8)  # what is left is in order
     assert "cudaErrorMemoryAllocation" in refusal(bundle)
@@ -215,7 +215,7 @@ def test_a_run_that_fails_tells_the_reason(bundle, install, fault, reason):
     _, library = install()
     session = open_engine(bundle)
     setattr(library, fault, True)
-    with pytest.raises(InputError, match=f"failed on 8x8 pixels: {reason}"):
+    with pytest.raises(DeviceError, match=f"failed on 8x8 pixels: {reason}"):
         session.run(batch(8, 8))
     setattr(library, fault, False)
     check(session, 8, 8)
@@ -230,7 +230,7 @@ def test_a_size_that_cannot_be_captured(bundle, install, fault, reason):
     check(session, 8, 8)
     setattr(library, fault, True)
     for _ in range(2):
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(DerainError) as caught:
             session.run(batch(8, 8))
         line = f"0.engine cannot be captured in a CUDA graph: {reason}; give TrtSession cuda_graphs=False"
         assert str(caught.value).endswith(line)
@@ -273,7 +273,7 @@ def test_a_session_stays_on_the_gpu_that_was_current(bundle, install, explicit):
     assert failures == []
     cuda.cudaSetDevice(0)
     library.failing = True
-    with pytest.raises(InputError, match="failed"):
+    with pytest.raises(DeviceError, match="failed"):
         session.run(batch(8, 16))
     assert cuda.current == 0
     if explicit:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from runtime.errors import InputError
+from runtime.errors import DerainError
 
 
 def refusal(function: Callable, *arguments, **options) -> str:
-    with pytest.raises(InputError) as error:
+    with pytest.raises(DerainError) as error:
         function(*arguments, **options)
     message = str(error.value)
     assert "\n" not in message
