@@ -198,7 +198,10 @@ def build(
         onnx_sha256=hashlib.sha256(content).hexdigest(),
         build_seconds=round(seconds, 1),
     )
-    bundle = save(described.with_file(describe_file(path, "engine"), engine), output, options.sign)
+    from export.canaries import add_canaries
+
+    manifest = add_canaries(described.with_file(describe_file(path, "engine"), engine), output, on_progress)
+    bundle = save(manifest, output, options.sign)
     return Built(bundle, engine, compiler.network.num_layers, plan.nbytes, time.monotonic() - started, peak())
 
 

@@ -18,6 +18,7 @@ that it may have itself; in the checkout the same files are the package `runtime
 """
 
 from .errors import (
+    CanaryError,
     DerainError,
     DeviceError,
     GateError,
@@ -26,11 +27,13 @@ from .errors import (
     InvalidModel,
     MismatchError,
     OutOfMemory,
+    UnprovenError,
 )
 from .session import Derainer, Session, open_session
 from .version import __version__
 
 __all__ = [
+    "CanaryError",
     "DerainError",
     "Derainer",
     "DeviceError",
@@ -41,6 +44,7 @@ __all__ = [
     "MismatchError",
     "OutOfMemory",
     "Session",
+    "UnprovenError",
     "__version__",
     "open_session",
 ]

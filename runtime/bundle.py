@@ -56,6 +56,12 @@ class Bundle:
         for file in self.manifest.files:
             self.path(file.name)
 
+    def beside(self, name: str, kind: str) -> Path:
+        """Where a machine keeps what it has found out about a file: beside the folder and not in it, since whoever
+        delivers a bundle should not deliver that too."""
+        folder = self.folder.resolve()
+        return folder.with_name(f"{folder.name}.{self._file(name).sha256[:12]}.{kind}")
+
     def unlisted(self) -> list[str]:
         """Names of what else is in the folder."""
         known = {MANIFEST, SIGNATURE, *(file.name for file in self.manifest.files)}

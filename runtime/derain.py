@@ -42,6 +42,7 @@ from .cli import byte_count, hxw, main, progress_shown, share
 import tyro
 from PIL import Image
 
+from .canary import When
 from .errors import DerainError, InputError, OutOfMemory, expect_between, one_line
 from .images import SUFFIXES, Photo, list_images, load
 from .pipeline import pipeline
@@ -95,6 +96,9 @@ class DerainOptions:
             CPU. tensorrt is the bundle's engine, ort-tensorrt ONNX Runtime's TensorRT provider.
         threads: CPU threads; 0 is one for each core.
         public_key: Refuse the bundle unless this key's owner signed it; see runtime/bundle.py.
+        canary: When what runs has to answer the bundle's canaries as its model does: the first time on this machine,
+            always or never.
+        require_proof: Run only files that the manifest says were judged against the full model.
         overwrite: Restore also the images of a folder whose results are there already.
         shard: Share of a folder's images to restore, given as I/N from 1/N to N/N.
         memory: Cut larger images into tiles to stay below this, such as 4GB; if not given, below the free memory.
@@ -108,6 +112,8 @@ class DerainOptions:
     provider: Provider = "auto"
     threads: int = 0
     public_key: Path | None = None
+    canary: When = "first"
+    require_proof: bool = False
     overwrite: bool = False
     shard: Annotated[tuple[int, int], share("shard")] | None = None
     memory: Annotated[int, byte_count("memory")] | None = None
@@ -147,7 +153,9 @@ def derain(
     if options.max_pixels is not None:
         expect_between("max_pixels", options.max_pixels, 1)
         Image.MAX_IMAGE_PIXELS = options.max_pixels
-    session = open_session(options.model, options.provider, options.threads, options.public_key)
+    session = open_session(
+        options.model, options.provider, options.threads, options.public_key, options.canary, options.require_proof
+    )
     derainer = Derainer(session, memory=options.memory, tile=options.tile)
     _refuse_unwritable(output if input.is_dir() else files[0][1].parent)
     if not input.is_dir() and _is_video(*files[0]):

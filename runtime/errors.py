@@ -5,8 +5,10 @@
             InvalidImage        an image or a video
             InvalidModel        a model or a bundle
                 MismatchError   a file is not what its manifest or signature says
+                UnprovenError   it was not judged against the full model, and that was demanded
         DeviceError             where the network runs: no such device, driver or library, or it failed
             OutOfMemory
+            CanaryError         it answers with something else than the model does
         GateError               what was made does not pass its test
 
 A function names a parameter of its own in backquotes, as in "`rounds`: expected at least 1, found 0"; a command shows
@@ -42,12 +44,20 @@ class MismatchError(InvalidModel):
     """A file is not what the manifest or the signature says, so that nothing of the bundle may be used."""
 
 
+class UnprovenError(InvalidModel):
+    """What would run was not judged against the full model, where only what was may run."""
+
+
 class DeviceError(DerainError):
     """The device, its driver or its library is missing, or fails."""
 
 
 class OutOfMemory(DeviceError):
     """Memory does not suffice, of the machine or of its GPU: a smaller image, or smaller tiles, may fit."""
+
+
+class CanaryError(DeviceError):
+    """A file of the bundle answers here with something else than the model does, so nothing it restores is right."""
 
 
 class GateError(DerainError):

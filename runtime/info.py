@@ -2,21 +2,31 @@
 
     python -m runtime.info bundle/
     python -m runtime.info bundle/ --public-key public.pem
+    python -m runtime.info bundle/ --require-proof --canary
 
 Every file is compared with the size and the SHA-256 in the manifest, and with --public-key the manifest with its
-signature. Exit status: 0 if the bundle is whole, else 2, after one line that says what is wrong. What else is in the
-folder is named and does no harm: nothing loads it. The last line is one JSON object.
+signature. The model and each engine are proven, which is to have been judged against the full model by
+`export.validate --record`; or have canaries only, known answers that each machine compares with its own; or are NOT
+PROVEN. With --canary, what can run here answers the canaries now. What else is in the folder is named and does no harm:
+nothing loads it. The last line is one JSON object.
+
+Exit status: 0 if the bundle is whole; 1 if a file is not proven and --require-proof is given, or a canary is answered
+wrongly; else 2, after one line that says what is wrong.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import asdict
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 # First of all, as it says what to install where tyro is missing.
-from .cli import main
+from .cli import main, progress_shown
 
 # isort: split
 import tyro
@@ -26,7 +36,87 @@ from rich.markup import escape
 from rich.table import Table
 
 from .bundle import Bundle, load
-from .manifest import SIGNATURE, Manifest
+from .canary import Answer, ask
+from .contract import Session
+from .errors import DerainError, MismatchError
+from .manifest import SIGNATURE, Manifest, Proof
+from .ort import OrtSession, installed
+from .pixels import size_text
+from .progress import OnProgress, silent, track
+from .trt import TrtSession
+
+PROOFS: dict[Proof, str] = {"proven": "proven", "canary": "by canary only", "not proven": "NOT PROVEN"}
+"""In words."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How what runs here answered the canaries of a bundle.
+
+    Attributes:
+        file: Name of the model or the engine.
+        provider: Where it ran.
+        answers: One for each canary that it takes; none where it did not run.
+        error: Why it did not run.
+    """
+
+    file: str
+    provider: str
+    answers: tuple[Answer, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A bundle whose files are as its manifest says.
+
+    Attributes:
+        asked: How they answered the canaries, where they were asked.
+        failed: A canary was answered wrongly, or there is no proof where one is required.
+    """
+
+    bundle: Bundle
+    asked: tuple[Asked, ...] = ()
+    failed: bool = False
+
+    @property
+    def unproven(self) -> list[str]:
+        """Names of the model and the engines that were not judged against the full model."""
+        manifest = self.bundle.manifest
+        return [name for name in manifest.networks if manifest.proof(name) != "proven"]
+
+    @property
+    def wrong(self) -> list[str]:
+        """Names of the files that answered a canary wrongly, and where."""
+        return [f"{a.file} on {a.provider}" for a in self.asked if not all(answer.passed for answer in a.answers)]
+
+
+def ask_all(bundle: Bundle, on_progress: OnProgress = silent) -> tuple[Asked, ...]:
+    """Have everything of a bundle that can run here answer its canaries, whatever is known of it.
+
+    Args:
+        bundle: An open bundle.
+        on_progress: Is told how far it is.
+    """
+    ways: list[tuple[str, str, Callable[[], Session]]] = [
+        (engine.file, "tensorrt", partial(TrtSession, bundle, engine)) for engine in bundle.manifest.engines
+    ]
+    model = bundle.manifest.model.file
+    ways += [
+        (model, name, partial(OrtSession, bundle, name))
+        for name in ("cuda", "ort-tensorrt", "cpu")
+        if name in installed()
+    ]
+
+    def asked(file: str, provider: str, way: Callable[[], Session]) -> Asked:
+        try:
+            return Asked(file, provider, tuple(ask(way(), bundle)))
+        except MismatchError:
+            raise
+        except DerainError as error:
+            return Asked(file, provider, error=str(error))
+
+    return tuple(asked(*way) for way in track(ways, len(ways), "Asking the canaries", on_progress))
 
 
 def info(bundle: Path, public_key: Path | None = None) -> Bundle:
@@ -50,8 +140,14 @@ def tables(manifest: Manifest) -> list[Table]:
     result = [
         _table(
             "files",
-            ["name", "role", "bytes", "SHA-256"],
-            [[f.name, f.role, f"{f.size:,}", f.sha256[:12]] for f in manifest.files],
+            ["name", "role", "bytes", "SHA-256", "proof"],
+            [
+                [
+                    *(f.name, f.role, f"{f.size:,}", f.sha256[:12]),
+                    PROOFS[manifest.proof(f.name)] if f.name in manifest.networks else "",
+                ]
+                for f in manifest.files
+            ],
         ),
         _table(
             "model",
@@ -101,15 +197,50 @@ def tables(manifest: Manifest) -> list[Table]:
     return result
 
 
-def summary(bundle: Bundle) -> dict[str, Any]:
+def canary_table(asked: Iterable[Asked]) -> Table:
+    """How the canaries were answered, for people."""
+    rows: list[list[str]] = []
+    for each in asked:
+        rows += [
+            [
+                f"{each.file} on {each.provider}",
+                size_text(answer.canary.size),
+                {math.inf: "equal", -math.inf: "NaN"}.get(answer.psnr, f"{answer.psnr:.1f}"),
+                f"{answer.canary.floor_db:.1f}",
+                f"{answer.milliseconds:.0f}",
+                "right" if answer.passed else "WRONG",
+            ]
+            for answer in each.answers
+        ]
+        if each.error:
+            rows.append([f"{each.file} on {each.provider}", "", "", "", "", f"does not run: {each.error}"])
+    return _table("canaries", ["file", "size", "dB", "floor", "ms", ""], rows)
+
+
+def summary(report: Report) -> dict[str, Any]:
     """For JSON."""
-    manifest = bundle.manifest
+    bundle, manifest = report.bundle, report.bundle.manifest
     return {
         "bundle": os.fspath(bundle.folder),
         "schema": manifest.schema,
         "files": len(manifest.files),
         "bytes": sum(file.size for file in manifest.files),
         "engines": [engine.file for engine in manifest.engines],
+        "proof": {name: manifest.proof(name) for name in manifest.networks},
+        "canaries": [
+            {
+                "file": each.file,
+                "provider": each.provider,
+                "height": answer.canary.height,
+                "width": answer.canary.width,
+                "psnr_db": round(answer.psnr, 2) if math.isfinite(answer.psnr) else None,
+                "floor_db": answer.canary.floor_db,
+                "passed": answer.passed,
+                "milliseconds": round(answer.milliseconds, 3),
+            }
+            for each in report.asked
+            for answer in each.answers
+        ],
         "drift": [asdict(drift) for drift in manifest.drift],
         "worst_drop_db": max((d.drop_db for d in manifest.drift if d.drop_db is not None), default=None),
         "unlisted": bundle.unlisted(),
@@ -137,13 +268,18 @@ def _db(value: float | None) -> str:
 
 
 def command(
-    bundle: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BUNDLE")], public_key: Path | None = None
-) -> Bundle:
+    bundle: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="BUNDLE")],
+    public_key: Path | None = None,
+    canary: bool = False,
+    require_proof: bool = False,
+) -> Report:
     """Verify a bundle and print what is in it.
 
     Args:
         bundle: Folder of the bundle.
         public_key: Refuse the bundle unless this key's owner signed it; see runtime/bundle.py.
+        canary: Have the model and the engines answer the canaries on this machine.
+        require_proof: Exit with status 1 unless the model and every engine were judged against the full model.
     """
     opened = info(bundle, public_key)
     if public_key is not None:
@@ -153,15 +289,24 @@ def command(
     console = Console()
     for table in tables(opened.manifest):
         console.print(table)
+    report = Report(opened)
+    if canary:
+        with progress_shown() as on_progress:
+            report = Report(opened, ask_all(opened, on_progress))
+        console.print(canary_table(report.asked))
     print(f"All {len(opened.manifest.files)} files are as the manifest says. Signature: {signature}.")
     if unlisted := opened.unlisted():
         print(f"Not in the manifest: {unlisted}")
-    return opened
+    if report.wrong:
+        print(f"failed: a canary was answered wrongly by {', '.join(report.wrong)}", file=sys.stderr)
+    if require_proof and report.unproven:
+        print(f"failed: not judged against the full model: {', '.join(report.unproven)}", file=sys.stderr)
+    return replace(report, failed=bool(report.wrong or (require_proof and report.unproven)))
 
 
 def run() -> None:
     """The command line."""
-    main(command, __doc__, summary)
+    main(command, __doc__, summary, status=lambda report: int(report.failed))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import InvalidModel
-from .pixels import IO, GraphIO, size_text
+from .pixels import IO, GraphIO, Size, size_text
 from .version import __version__
 
 SCHEMA = 1
@@ -33,11 +33,17 @@ SIGNATURE = "manifest.json.sig"
 DEFAULT_MULTIPLE = 8
 """Size multiple of a graph whose metadata does not name one: that of the released network."""
 
+MAX_CANARY = 16384
+"""Pixels that a side of a canary may have."""
+
 MAX_MULTIPLE = 1024
 """A larger one would have a small image padded to one that no memory holds."""
 
-Role = Literal["onnx", "engine", "report"]
+Role = Literal["onnx", "engine", "report", "canary"]
 Flavor = Literal["rtx", "tensorrt"]
+
+Proof = Literal["proven", "canary", "not proven"]
+"""Of a model or an engine: whether it was judged against the full model, or has only canaries to be checked by."""
 
 FLAVOR_TITLES: dict[Flavor, str] = {"rtx": "TensorRT for RTX", "tensorrt": "TensorRT"}
 """What the vendor calls the libraries that run engines."""
@@ -197,6 +203,34 @@ class Drift:
 
 
 @dataclass(frozen=True)
+class Canary:
+    """A known answer, by which a machine finds out whether what it runs is still the model.
+
+    Attributes:
+        file: Name of a file of two images, uint8 (2, height, width, 3) RGB without a header: the input, and what the
+            model answers in float32.
+        height: In pixels, a multiple of the model's size multiple, as `width`.
+        floor_db: Least PSNR over RGB, in dB, between this answer and another that rounding can explain.
+    """
+
+    file: str
+    height: int
+    width: int
+    floor_db: float
+
+    @property
+    def size(self) -> Size:
+        return self.height, self.width
+
+    def __post_init__(self) -> None:
+        if not (min(self.size) >= 1 and max(self.size) <= MAX_CANARY and 0 <= self.floor_db <= 100):
+            raise InvalidModel(
+                f"{self.file}: expected a canary of at most {MAX_CANARY} pixels a side and a floor of 0 to 100 dB, "
+                f"found {size_text(self.size)} and {self.floor_db}"
+            )
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What is in a bundle. One that contradicts itself raises InvalidModel on construction."""
 
@@ -206,16 +240,19 @@ class Manifest:
     files: tuple[File, ...]
     engines: tuple[Engine, ...] = ()
     drift: tuple[Drift, ...] = ()
+    canaries: tuple[Canary, ...] = field(default=(), metadata=LATER)
 
     def __post_init__(self) -> None:
         by_name = {file.name: file for file in self.files}
         if len({name.lower() for name in by_name}) < len(self.files):  # some file systems do not tell A from a
             raise InvalidModel(f"expected every file once, found {[file.name for file in self.files]}")
-        described = {self.model.file: "onnx", **{engine.file: "engine" for engine in self.engines}}
-        listed = {file.name: file.role for file in self.files if file.role in ("onnx", "engine")}
-        if described != listed or len(described) <= len(self.engines):
+        entries = (self.model, *self.engines, *self.canaries)
+        roles = ["onnx", *["engine"] * len(self.engines), *["canary"] * len(self.canaries)]
+        described = {entry.file: role for entry, role in zip(entries, roles, strict=True)}
+        listed = {file.name: file.role for file in self.files if file.role in ("onnx", "engine", "canary")}
+        if described != listed or len(described) < len(entries):
             raise InvalidModel(
-                f"expected one model and the engines under files, each described once, found "
+                f"expected one model, the engines and the canaries under files, each described once, found "
                 f"{list(listed)} there and {list(described)} described"
             )
         multiple = self.model.size_multiple
@@ -232,8 +269,33 @@ class Manifest:
                     f"{by_name[self.model.file].sha256}, found {engine.onnx_sha256}; build it again"
                 )
         for drift in self.drift:
-            if drift.file not in described:
-                raise InvalidModel(f"expected a drift of one of {list(described)}, found one of {drift.file!r}")
+            if drift.file not in self.networks:
+                raise InvalidModel(f"expected a drift of one of {list(self.networks)}, found one of {drift.file!r}")
+        for canary in self.canaries:
+            if by_name[canary.file].size != canary.height * canary.width * 6:
+                raise InvalidModel(
+                    f"{canary.file}: expected {canary.height * canary.width * 6} bytes for two images of "
+                    f"{size_text(canary.size)}, found {by_name[canary.file].size}"
+                )
+            if canary.height % multiple or canary.width % multiple:
+                raise InvalidModel(
+                    f"{canary.file}: expected a canary in multiples of {multiple}, found {size_text(canary.size)}"
+                )
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Names of the files that can run: the model and the engines."""
+        return self.model.file, *(engine.file for engine in self.engines)
+
+    def proof(self, name: str) -> Proof:
+        """What the bundle has to say for one of `networks`."""
+        if any(drift.file == name for drift in self.drift):
+            return "proven"
+        return "canary" if self.canaries else "not proven"
+
+    def with_canary(self, file: File, canary: Canary) -> Manifest:
+        """With one more canary."""
+        return replace(self, files=(*self.files, file), canaries=(*self.canaries, canary))
 
     def with_file(self, file: File, engine: Engine | None = None) -> Manifest:
         """With one more engine or report, in place of one of the same name and what was measured on that."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from .bundle import Bundle
 from .errors import DeviceError, InputError, InvalidImage, InvalidModel, device_error, one_line
+from .machine import nvidia, processor
 from .manifest import Tensor, read_graph_io
 from .pixels import GraphIO, Size
 
@@ -54,8 +55,8 @@ class OrtSession:
     steps of 1/255.
 
     Attributes besides those of `Session`: `path`, of the file; `metadata`, the strings that export wrote into it;
-    `input`, `output` and `graph_io`, what it takes and gives; `provider`, the one that runs; and `threads`. ONNX
-    Runtime keeps the memory of the largest image so far.
+    `input`, `output` and `graph_io`, what it takes and gives; `provider`, the one that runs; `threads`; and `identity`,
+    its library and device for `runtime.canary`. ONNX Runtime keeps the memory of the largest image so far.
 
     Args:
         model: Path of the .onnx file, or a bundle that has one; None is the network that ships with the project.
@@ -77,6 +78,7 @@ class OrtSession:
     graph_io: GraphIO
     provider: str
     threads: int
+    identity: dict[str, str]
 
     def __init__(
         self, model: str | os.PathLike[str] | Bundle | None = None, provider: str = "auto", threads: int = 0
@@ -115,6 +117,7 @@ class OrtSession:
                 f"the provider {provider} does not start: see the lines above for what it misses, or use "
                 f"the provider {self.provider}"
             )
+        self.identity = {"library": f"ONNX Runtime {ort.__version__}", **_device(self.provider)}
         self.metadata = self._engine.get_modelmeta().custom_metadata_map
         tensors = [_describe(node) for node in (*self._engine.get_inputs(), *self._engine.get_outputs())]
         try:
@@ -154,23 +157,34 @@ class OrtSession:
         return answer
 
 
+def installed() -> list[str]:
+    """The providers that this ONNX Runtime has, whether or not they start."""
+    return [name for name, full in EXECUTION_PROVIDERS.items() if full in ort.get_available_providers()]
+
+
 def _choose(provider: str) -> list[str]:
     """The providers to try, in this order. Raises InputError for one that is unknown, and DeviceError where it is not
     installed."""
     if provider not in FALLBACKS:
         raise InputError(f"unknown provider {provider!r}; known: {', '.join(FALLBACKS)}")
-    installed = [name for name, full in EXECUTION_PROVIDERS.items() if full in ort.get_available_providers()]
-    if provider not in ("auto", *installed):
+    if provider not in ("auto", *installed()):
         raise DeviceError(
-            f"the provider {provider} is not in this ONNX Runtime, only {', '.join(installed)}; "
+            f"the provider {provider} is not in this ONNX Runtime, only {', '.join(installed())}; "
             "on NVIDIA GPUs install onnxruntime-gpu in place of onnxruntime"
         )
-    wanted = [name for name in FALLBACKS[provider] if name in installed]
+    wanted = [name for name in FALLBACKS[provider] if name in installed()]
     if wanted == ["cpu"]:
         return wanted
     with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
         ort.preload_dlls()  # CUDA and cuDNN from their Python packages, where those are installed
     return wanted
+
+
+def _device(provider: str) -> dict[str, str]:
+    """Where a provider runs: the processor, or the GPUs and their driver."""
+    if provider == "cpu":
+        return {"device": processor()}
+    return {"device": nvidia("name,uuid") or "", "driver": nvidia("driver_version") or ""}
 
 
 def _describe(node: ort.NodeArg) -> Tensor:

@@ -1,9 +1,9 @@
-"""One contract for every engine, and the image contract on top of it.
+"""The image contract on top of that of engines, and how a model becomes a session.
 
-An engine is whatever offers `Session`. `Derainer` stands on any of them and is the only place that knows how an image
-becomes the network's input and back, so that no two engines can disagree about padding or rounding. It runs the whole
-image at once, as the authors do: the network's attention is global, and tiles change its answer. Memory grows with the
-image, so one that does not fit is cut into tiles all the same, by `runtime.tiling`.
+An engine is whatever offers `runtime.contract.Session`. `Derainer` stands on any of them and is the only place that
+knows how an image becomes the network's input and back, so that no two engines can disagree about padding or rounding.
+It runs the whole image at once, as the authors do: the network's attention is global, and tiles change its answer.
+Memory grows with the image, so one that does not fit is cut into tiles all the same, by `runtime.tiling`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ import functools
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import tiling
 from .bundle import Bundle, describe_file, load
+from .canary import When, check
 from .choice import choose_engine
-from .errors import DeviceError, InputError, InvalidImage, InvalidModel
+from .contract import Session
+from .errors import DeviceError, InputError, InvalidImage, InvalidModel, UnprovenError
 from .manifest import Manifest, describe
 from .memory import available
 from .pixels import to_batch, to_image
@@ -46,25 +49,6 @@ AMPLE_BYTES = 32_000
 full one took in ONNX Runtime."""
 
 
-class Session(Protocol):
-    """A network in one engine, ready to run.
-
-    One without `limits` takes any size, and nobody knows the memory of one without `footprint`.
-
-    Attributes:
-        multiple: The height and width that `run` takes are multiples of this; 1 where any size will do.
-        limits: Pairs of the smallest and the largest (height, width), one of which is enough; () for any size.
-        footprint: `runtime.footprint.Footprint`, or None where it is not known. Where the session lacks it and its
-            `provider` is "cpu", as of ONNX Runtime, it is measured when it is needed, which may take seconds.
-    """
-
-    multiple: int
-
-    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 (1, 3, H, W) RGB in [0, 1] -> the same shape, not clamped. Safe to call from several threads."""
-        ...
-
-
 class Derainer:
     """Takes the rain out of images. Keeps no state between calls, so threads may share one.
 
@@ -79,10 +63,14 @@ class Derainer:
             object is made, where the system and the session tell. Threads that share one take it each.
         tile: Height and width of the tiles into which larger images are cut, whatever the memory.
         overlap: Pixels that those tiles share; None is 64, or a quarter of the shorter side.
+        canary: See `open_session`, as for the next two; not for a session.
+        require_proof: Run only what the bundle's manifest says was judged against the full model.
+        threads: CPU threads, 0 for all cores.
 
     Raises:
-        InvalidModel: For a model that cannot be loaded, and a bundle whose files are not those of its manifest.
-        DeviceError: For a provider that is not there.
+        InvalidModel: For a model that cannot be loaded, and a bundle whose files are not those of its manifest, or not
+            proven where that is required.
+        DeviceError: For a provider that is not there, or that answers a canary wrongly.
         InputError: For a memory, tile or overlap that cannot be.
     """
 
@@ -96,15 +84,18 @@ class Derainer:
         memory: int | None = None,
         tile: tiling.Size | None = None,
         overlap: int | None = None,
+        canary: When = "first",
+        require_proof: bool = False,
+        threads: int = 0,
     ) -> None:
         if memory is not None and tile:
             raise InputError("expected a memory or a tile, found both")
         if overlap is not None and not tile:
             raise InputError("expected an overlap only with a tile")
         if model is None or isinstance(model, (str, os.PathLike)):
-            model = open_session(model, provider, public_key=public_key)
-        elif public_key is not None:
-            raise InputError("expected the path of a bundle to verify with a public key, found a session")
+            model = open_session(model, provider, threads, public_key, canary, require_proof)
+        elif public_key is not None or require_proof:
+            raise InputError("expected the path of a bundle, whose signature or proof is demanded, found a session")
         self.session = model
         self._tile, self._overlap = tile, overlap
         if memory is None:
@@ -186,6 +177,8 @@ def open_session(
     provider: str = "auto",
     threads: int = 0,
     public_key: str | os.PathLike[str] | None = None,
+    canary: When = "first",
+    require_proof: bool = False,
 ) -> OrtSession | TrtSession:
     """The network at a path, ready to run.
 
@@ -197,10 +190,14 @@ def open_session(
             where there is no GPU as information.
         threads: CPU threads, 0 for all cores.
         public_key: Key (PEM, Ed25519) of the one who has to have signed the bundle.
+        canary: When what runs has to answer the bundle's canaries, see `runtime.canary`: "first", "always" or "never".
+            Where it does not, "auto" goes on with what it takes next.
+        require_proof: Run only files of the bundle that were judged against the full model, as its manifest records.
 
     Raises:
-        InvalidModel: The model cannot be loaded, or a bundle's files are not those of its manifest.
+        InvalidModel: The model cannot be loaded, a bundle's files are not those of its manifest, or none is proven.
         DeviceError: The provider is not there.
+        CanaryError: What runs here answers a canary wrongly.
         InputError: The provider is unknown, or the public key cannot be used.
     """
     if provider not in PROVIDERS:
@@ -215,17 +212,46 @@ def open_session(
             f"provider tensorrt: expected a bundle with an engine, found {found}; build one with export.tensorrt, or "
             "run the ONNX model with the provider ort-tensorrt"
         )
-    if isinstance(model, Bundle) and model.manifest.engines and provider in ("auto", "tensorrt"):
-        try:
-            return open_engine(model)
-        except DeviceError as error:
-            if provider == "tensorrt":
-                raise
-            level = logging.WARNING if _has_gpu() else logging.INFO
-            logger.log(level, "the ONNX model of %s runs in place of its engine: %s", model.folder, error)
-    from .ort import OrtSession
+    if not isinstance(model, Bundle):
+        from .ort import OrtSession
 
-    return OrtSession(model, provider, threads)
+        if require_proof:
+            raise UnprovenError(f"expected a bundle, whose manifest records proofs, found {model or 'no model named'}")
+        return OrtSession(model, provider, threads)
+    ways = _ways(model, provider, threads)
+    for i, (title, way) in enumerate(ways, 1):
+        try:
+            session = way()
+            if require_proof and model.manifest.proof(session.path.name) != "proven":
+                raise UnprovenError(
+                    f"{session.path}: expected a proof against the full model in the manifest, found none; judge it: "
+                    f"python -m export.validate --candidate {model.folder} --record, or leave out the demand for one"
+                )
+            check(session, model, session.path.name, canary)
+        except (DeviceError, UnprovenError) as error:
+            if i == len(ways):
+                raise
+            level = logging.INFO if type(error) is DeviceError and not _has_gpu() else logging.WARNING
+            logger.log(level, "%s: %s is tried in place of %s: %s", model.folder, ways[i][0], title, error)
+        else:
+            return session
+    raise AssertionError  # the last way returns or raises
+
+
+def _ways(bundle: Bundle, provider: str, threads: int) -> list[tuple[str, Callable[[], OrtSession | TrtSession]]]:
+    """What a provider may run of a bundle, the best first."""
+    from .ort import OrtSession, installed
+
+    ways: list[tuple[str, Callable[[], OrtSession | TrtSession]]] = []
+    if bundle.manifest.engines and provider in ("auto", "tensorrt"):
+        ways.append(("its engine", lambda: open_engine(bundle)))
+    if provider == "auto":
+        names = [name for name in ("cuda", "cpu") if name in installed()]
+    else:
+        names = [] if provider == "tensorrt" else [provider]
+    for name in names:
+        ways.append((f"its model on {name}", functools.partial(OrtSession, bundle, name, threads)))
+    return ways
 
 
 def open_engine(bundle: Bundle, sizes: int = 8, cuda_graphs: bool = True) -> TrtSession:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import re
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +17,7 @@ from numpy.typing import NDArray
 
 from . import memory
 from .errors import OutOfMemory
+from .machine import nvidia, processor
 from .progress import OnProgress, silent, track
 
 MIN_ROUNDS = 11
@@ -77,28 +75,13 @@ def machine() -> dict[str, Any]:
     """The facts that a time depends on. `load` is that of the last minute, before anything is timed."""
     affinity = getattr(os, "sched_getaffinity", None)
     facts = {
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "onnxruntime": onnxruntime.__version__,
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "gpu": _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
+        "gpu": nvidia("name,driver_version"),
     }
     return {name: value for name, value in facts.items() if value is not None}
-
-
-def _cpu() -> str:
-    try:
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def _output(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -19,7 +19,6 @@ import contextlib
 import ctypes
 import functools
 import importlib
-import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -33,7 +32,7 @@ from numpy.typing import NDArray
 
 from .bundle import Bundle
 from .errors import DeviceError, InvalidImage, InvalidModel, device_error, one_line
-from .files import writing
+from .files import read_own, writing
 from .manifest import FLAVOR_TITLES, Engine, Flavor
 from .pixels import size_text
 
@@ -180,6 +179,7 @@ class TrtSession:
             self._stream = _check(self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking))
             resources.callback(self._cuda.cudaStreamDestroy, self._stream)
             self._input, self._output = (_Buffer(self._cuda, size, resources) for _ in range(2))
+        self.identity = {"library": f"{self._library.title} {trt.__version__}", **_device(self._cuda)}
         self._contexts = _Contexts(self._cuda, sizes)
         resources.callback(self._contexts.close)
 
@@ -232,7 +232,7 @@ class TrtSession:
         graphs = trt.CudaGraphStrategy
         config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if self._cuda_graphs else graphs.DISABLED
         cache, path = config.create_runtime_cache(), cache_path(bundle, self.engine)
-        known = _read_own(path)
+        known = read_own(path)
         if known:
             cache.deserialize(known)  # False for one of another GPU or driver, which changes nothing
         config.set_runtime_cache(cache)
@@ -368,11 +368,19 @@ class _Contexts:
 
 
 def cache_path(bundle: Bundle, engine: Engine) -> Path:
-    """Where TensorRT for RTX keeps the kernels that it has compiled for an engine: beside the bundle's folder and not
-    in it, since kernels are code, and whoever delivers a bundle should not deliver a cache, which nothing verifies."""
-    sha256 = next(file.sha256 for file in bundle.manifest.files if file.name == engine.file)
-    folder = bundle.folder.resolve()
-    return folder.with_name(f"{folder.name}.{sha256[:12]}.cache")
+    """Where TensorRT for RTX keeps the kernels that it has compiled for an engine. Not in the bundle's folder: kernels
+    are code, and nothing verifies them."""
+    return bundle.beside(engine.file, "cache")
+
+
+def _device(cuda: Any) -> dict[str, str]:
+    """The current GPU, by its name and UUID, and its driver."""
+    properties = _check(cuda.cudaGetDeviceProperties(_check(cuda.cudaGetDevice())))
+    name = properties.name.decode(errors="replace").rstrip("\0")
+    return {
+        "device": f"{name} {bytes(properties.uuid.bytes).hex()}",
+        "driver": str(_check(cuda.cudaDriverGetVersion())),
+    }
 
 
 @contextlib.contextmanager
@@ -397,17 +405,6 @@ def _check(result: tuple[Any, ...]) -> Any:
     if code:
         raise device_error("CUDA failed", code.name)
     return values[0] if values else None
-
-
-def _read_own(path: Path) -> bytes:
-    """The content of a file that nobody but this user could write; nothing, where it is not there or not so."""
-    try:
-        with path.open("rb") as stream:
-            status = os.fstat(stream.fileno())
-            foreign = hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022)
-            return b"" if foreign else stream.read()
-    except OSError:
-        return b""
 
 
 def _save_cache(cache: Any, path: Path, known: bytes) -> None:

@@ -25,7 +25,7 @@ from runtime.bundle import load
 from runtime.manifest import Profile, parse
 from runtime.pixels import size_text
 from runtime.version import __version__
-from tests.support.bundles import ENGINES, flip, make_keys, rewrite, write_bundle
+from tests.support.bundles import ENGINES, add_canary, flip, make_keys, rewrite, write_bundle
 from tests.support.images import random_image
 from tests.support.tensorrt import PROFILES, make_bundle
 
@@ -324,6 +324,19 @@ def profile(**sizes: list[int]) -> Callable[[Path], None]:
     return lambda b: rewrite(b, lambda m: m["engines"][0]["profiles"][0].update(sizes))
 
 
+def canary(**fields: object) -> Callable[[Path], object]:
+    """Add a canary, with other fields."""
+
+    def damage(bundle: Path) -> None:
+        rewrite(add_canary(bundle, np.copy), lambda manifest: manifest["canaries"][0].update(fields))
+
+    return damage
+
+
+def canary_drift(bundle: Path) -> None:
+    rewrite(add_canary(bundle, np.copy), lambda manifest: manifest["drift"][0].update(file="canary.16x24.rgb"))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "none": (lambda b: None, ""),
     "more files": (lambda b: (b / "notes.txt").write_text("more"), ""),
@@ -354,6 +367,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "largest size": (profile(max=[1090, 1920]), "expected profiles in multiples of 4, found 64x64 to 1090x1920"),
     "fastest size": (profile(opt=[255, 257]), ""),
     "other model": (lambda b: rewrite(b, lambda m: m["engines"][0].update(onnx_sha256="0" * 64)), "another model"),
+    "canary": (lambda b: add_canary(b, np.copy), ""),
+    "no canaries": (lambda b: rewrite(b, lambda m: m.pop("canaries")), ""),
+    "broken canary": (lambda b: flip(add_canary(b, np.copy) / "canary.16x24.rgb", 9), "expected SHA-256"),
+    "canary of another size": (canary(height=20), "expected 2880 bytes for two images of 20x24, found 2304"),
+    "canary without a floor": (canary(floor_db=None), "floor_db: expected"),
+    "canary with a high floor": (canary(floor_db=100.5), "a floor of 0 to 100 dB"),
+    "canary of no size": (canary(height=0), "a canary of at most 16384 pixels a side"),
+    "canary in no multiples": (canary(height=6, width=64), "expected a canary in multiples of 4, found 6x64"),
+    "canary of no file": (canary(file="other.rgb"), "expected one model, the engines and the canaries"),
+    "drift of a canary": (canary_drift, "expected a drift of"),
 }
 
 
@@ -451,7 +474,7 @@ STRANGE = (
 
 
 def test_same_verdict_on_every_changed_field(contract, tmp_path):
-    bundle = write_bundle(tmp_path / "bundle")
+    bundle = add_canary(write_bundle(tmp_path / "bundle"), np.copy)
     content = (bundle / "manifest.json").read_bytes()
     contents = [json.dumps(changed).encode() for changed in variants(json.loads(content))]
     contents += [content, b"\n\t " + content + b"\n", *STRANGE]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from runtime import (
+    CanaryError,
     Derainer,
     DerainError,
     DeviceError,
@@ -15,6 +16,7 @@ from runtime import (
     InvalidModel,
     MismatchError,
     OutOfMemory,
+    UnprovenError,
     open_session,
 )
 from runtime.errors import device_error
@@ -36,12 +38,9 @@ class Answers:
 
 def test_kinds():
     assert [kind.__mro__[1] for kind in (InputError, DeviceError, GateError)] == [DerainError] * 3
-    assert [kind.__mro__[1] for kind in (InvalidImage, InvalidModel, MismatchError)] == [
-        InputError,
-        InputError,
-        InvalidModel,
-    ]
-    assert [kind.__mro__[1] for kind in (OutOfMemory,)] == [DeviceError]
+    assert [kind.__mro__[1] for kind in (InvalidImage, InvalidModel)] == [InputError] * 2
+    assert [kind.__mro__[1] for kind in (MismatchError, UnprovenError)] == [InvalidModel] * 2
+    assert [kind.__mro__[1] for kind in (OutOfMemory, CanaryError)] == [DeviceError] * 2
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ import runpy
 import sys
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 
 from runtime.bundle import load, save
+from runtime.manifest import Drift
 from runtime.session import describe_onnx
-from tests.support.bundles import ENGINES, FILES, flip, make_keys, write_bundle
+from tests.support.bundles import ENGINES, FILES, add_canary, flip, make_keys, rewrite, write_bundle
 from tests.support.onnx_files import write_network
 
 
@@ -61,6 +63,8 @@ def test_tells_what_is_there(bundle, monkeypatch, capsys):
         "files": 4,
         "bytes": sum((bundle / name).stat().st_size for name in FILES),
         "engines": list(ENGINES),
+        "proof": dict(zip(("model.onnx", *ENGINES), ("proven", "not proven", "not proven"), strict=True)),
+        "canaries": [],
         "drift": [asdict(found.drift[0])],
         "worst_drop_db": 0.0,
         "unlisted": ["notes.txt"],
@@ -76,6 +80,49 @@ def test_bundle_with_a_model_alone(tmp_path, monkeypatch, capsys):
     assert "engines  " not in printed
     assert "drift from" not in printed
     assert json.loads(printed.splitlines()[-1])["worst_drop_db"] is None
+
+
+def test_every_file_is_proven_or_not(bundle, monkeypatch, capsys):
+    status, printed, error = command(monkeypatch, capsys, bundle, "--require-proof")
+    assert status == 1
+    assert error == f"failed: not judged against the full model: {', '.join(ENGINES)}\n"
+    lines = {name: next(line for line in printed.splitlines() if name in line) for name in ("model.onnx", *ENGINES)}
+    assert " proven" in lines["model.onnx"]
+    assert all("NOT PROVEN" in lines[name] for name in ENGINES)
+    add_canary(bundle, lambda image: np.rint(image * np.float32(0.5)).astype(np.uint8), (64, 64))
+    _, printed, _ = command(monkeypatch, capsys, bundle, "--require-proof")
+    assert printed.count("by canary only") == 2
+    proofs = json.loads(printed.splitlines()[-1])["proof"]
+    assert proofs == {"model.onnx": "proven"} | dict.fromkeys(ENGINES, "canary")
+    save(describe_onnx(bundle / "model.onnx"), bundle)
+    rewrite(bundle, lambda manifest: manifest.update(drift=[drift_of("model.onnx")]))
+    assert command(monkeypatch, capsys, bundle, "--require-proof")[0] == 0
+
+
+def drift_of(name: str) -> dict:
+    return asdict(Drift(name, "cpu", 64 * "a", "val", None, 12, 80.0, 1))
+
+
+def test_canaries_on_demand(bundle, monkeypatch, capsys):
+    add_canary(bundle, lambda image: np.rint(image * np.float32(0.5)).astype(np.uint8), (16, 24))
+    status, printed, error = command(monkeypatch, capsys, bundle, "--canary")
+    assert (status, error) == (0, "")
+    (found,) = json.loads(printed.splitlines()[-1])["canaries"]
+    assert found.pop("milliseconds") > 0
+    assert found == {
+        "file": "model.onnx",
+        "provider": "cpu",
+        "height": 16,
+        "width": 24,
+        "psnr_db": None,
+        "floor_db": 50.0,
+        "passed": True,
+    }
+    assert "does not run: " in printed  # the engines, for which there is no GPU
+    add_canary(bundle, lambda image: image, (64, 64))
+    status, printed, error = command(monkeypatch, capsys, bundle, "--canary")
+    assert (status, error) == (1, "failed: a canary was answered wrongly by model.onnx on cpu\n")
+    assert [found["passed"] for found in json.loads(printed.splitlines()[-1])["canaries"]] == [True, False]
 
 
 def test_text_of_a_bundle_is_only_text(bundle, monkeypatch, capsys):

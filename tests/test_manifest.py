@@ -75,7 +75,7 @@ def test_comes_back_as_it_was_saved(bundle):
 def test_json_is_what_other_readers_are_told(original):
     """Names and types here are an interface: a change is a new schema."""
     found = json.loads((original / "manifest.json").read_text())
-    assert list(found) == ["schema", "created_by", "model", "files", "engines", "drift"]
+    assert list(found) == ["schema", "created_by", "model", "files", "engines", "drift", "canaries"]
     assert found["schema"] == 1
     assert found["files"][0].keys() == {"name", "sha256", "size", "role"}
     assert found["model"]["output"] == {"name": "output", "dtype": "float32", "shape": [1, 3, -1, -1]}
@@ -298,6 +298,12 @@ def test_flipped_bit_of_the_manifest_is_a_refusal_or_another_manifest(original):
         assert "\n" not in str(found)
 
 
+def test_a_bundle_from_before_canaries_is_still_read(bundle):
+    whole = load(bundle).manifest
+    rewrite(bundle, lambda manifest: manifest.pop("canaries"))
+    assert load(bundle).manifest == whole
+
+
 def test_drift_recorded_before_the_input_was_scored_is_still_read(bundle):
     whole = load(bundle).manifest
 
@@ -308,6 +314,19 @@ def test_drift_recorded_before_the_input_was_scored_is_still_read(bundle):
     assert load(bundle).manifest == whole
     save(whole, bundle)
     assert "input_psnr" in (bundle / "manifest.json").read_text()
+
+
+def canary(**fields) -> dict:
+    return {"file": "canary.rgb", "height": 32, "width": 31, "floor_db": 50} | fields
+
+
+def canary_file(size: int = 6138) -> dict:
+    return {"name": "canary.rgb", "sha256": 64 * "0", "size": size, "role": "canary"}
+
+
+def with_canary(manifest: dict, size: int = 6138, **fields) -> None:
+    manifest["files"].append(canary_file(size))
+    manifest["canaries"].append(canary(**fields))
 
 
 @pytest.mark.parametrize(
@@ -337,12 +356,19 @@ def test_drift_recorded_before_the_input_was_scored_is_still_read(bundle):
         (lambda m: m["engines"][0].update(compute_capabilities=["sm86"]), "such as 8.6, found 'sm86'"),
         (lambda m: m["engines"][0].update(onnx_sha256="0" * 64), "built from another model"),
         (lambda m: m["engines"][0].update(build_seconds="long"), 'build_seconds: expected float, found "long"'),
-        (lambda m: m["engines"].pop(), "expected one model and the engines"),
-        (lambda m: m["engines"].append(m["engines"][0]), "expected one model and the engines"),
-        (lambda m: m["engines"][0].update(file="report.html"), "expected one model and the engines"),
-        (lambda m: m["engines"][0].update(file="model.onnx"), "expected one model and the engines"),
-        (lambda m: m["model"].update(file="other.onnx"), "expected one model and the engines"),
-        (lambda m: m["files"].pop(0), "expected one model and the engines"),
+        (lambda m: m["canaries"].append(canary()), "expected one model, the engines and the canaries"),
+        (lambda m: m["files"].append(canary_file()), "expected one model, the engines and the canaries"),
+        (lambda m: with_canary(m, width=32), "canary.rgb: expected 6144 bytes for two images of 32x32, found 6138"),
+        (lambda m: with_canary(m, size=6132, height=1022, width=1), "in multiples of 4, found 1022x1"),
+        (lambda m: with_canary(m, height=0), "a canary of at most 16384 pixels a side"),
+        (lambda m: with_canary(m, floor_db=101), "a floor of 0 to 100 dB, found 32x31 and 101.0"),
+        (lambda m: with_canary(m, floor_db=None), "floor_db: expected float, found null"),
+        (lambda m: m["engines"].pop(), "expected one model, the engines and the canaries"),
+        (lambda m: m["engines"].append(m["engines"][0]), "expected one model, the engines and the canaries"),
+        (lambda m: m["engines"][0].update(file="report.html"), "expected one model, the engines and the canaries"),
+        (lambda m: m["engines"][0].update(file="model.onnx"), "expected one model, the engines and the canaries"),
+        (lambda m: m["model"].update(file="other.onnx"), "expected one model, the engines and the canaries"),
+        (lambda m: m["files"].pop(0), "expected one model, the engines and the canaries"),
         (lambda m: m["files"].append(m["files"][0]), "expected every file once"),
         (lambda m: m["drift"][0].update(file="report.html"), "expected a drift of"),
         (lambda m: m["drift"][0].pop("drop_db"), "expected an object with the fields"),
@@ -471,7 +497,7 @@ def test_model_runs_where_no_engine_can(bundle, monkeypatch, caplog):
     monkeypatch.setattr(trt, "gpu", lambda: "8.9")
     assert isinstance(open_session(bundle, "auto"), OrtSession)
     assert [record.getMessage() for record in caplog.records] == [
-        f"the ONNX model of {bundle} runs in place of its engine: CUDA finds no GPU"
+        f"{bundle}: its model on cpu is tried in place of its engine: CUDA finds no GPU"
     ]
 
 

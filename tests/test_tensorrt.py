@@ -109,7 +109,10 @@ def test_a_bundle_is_complete_and_verifies(built, model):
     folder = built.bundle.folder
     loaded = load(folder)
     loaded.verify()
-    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "model.onnx", "model.rtx.sm86.engine"]
+    canaries = ["canary.128x192.rgb", "canary.64x64.rgb"]
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == [*canaries, "manifest.json", "model.onnx", "model.rtx.sm86.engine"]
+    assert sorted(canary.file for canary in loaded.manifest.canaries) == canaries
     assert loaded.read("model.onnx") == model.read_bytes()
     (engine,) = loaded.manifest.engines
     assert (engine.flavor, engine.version, engine.compute_capabilities) == ("rtx", VERSION, ("8.6",))
@@ -377,7 +380,7 @@ def test_a_build_tells_how_far_it_is(model, tmp_path):
         model, tmp_path / "bundle", BuildOptions(compute_capability=("8.6",), **SMALL), lambda *step: told.append(step)
     )
     stages = dict.fromkeys(stage for stage, *_ in told)
-    assert list(stages) == ["Parsing", "Building engine"]
+    assert list(stages) == ["Parsing", "Building engine", "Known answers"]
     for stage in stages:
         *_, (done, total, *_) = (step for name, *step in told if name == stage)
         assert done == total > 0

@@ -67,6 +67,10 @@ public:
         return get(name, "a list of integers", all).get<std::vector<std::int64_t>>();
     }
 
+    double number(const char* name) const {
+        return get(name, "a number", [](const json& v) { return v.is_number(); }).get<double>();
+    }
+
     Size size(const char* name) const {
         const std::vector<std::int64_t> numbers = integers(name);
         if (numbers.size() != 2) {
@@ -154,7 +158,7 @@ bool is_version(const std::string& text) {
 File parse_file(const json& value, const std::string& where) {
     const Object object(value, where, {"name", "sha256", "size", "role"});
     File file{object.text("name"), object.text("sha256"), object.integer("size"),
-              object.choice("role", {"onnx", "engine", "report"})};
+              object.choice("role", {"onnx", "engine", "canary", "report"})};
     DERAINER_CHECK(is_plain_name(file.name),
                    "expected a plain file name of at most 255 letters, digits and _.+-, found " + quote(file.name));
     DERAINER_CHECK(is_sha256(file.sha256),
@@ -247,6 +251,18 @@ std::string parse_drift(const json& value, const std::string& where) {
     return object.text("file");
 }
 
+Canary parse_canary(const json& value, const std::string& where) {
+    const Object object(value, where, {"file", "height", "width", "floor_db"});
+    Canary canary{object.text("file"), {object.integer("height"), object.integer("width")}, object.number("floor_db")};
+    const auto [height, width] = canary.size;
+    DERAINER_CHECK(1 <= std::min(height, width) && std::max(height, width) <= kMaxCanary && 0 <= canary.floor_db &&
+                       canary.floor_db <= 100,
+                   canary.file + ": expected a canary of at most " + std::to_string(kMaxCanary) +
+                       " pixels a side and a floor of 0 to 100 dB, found " + to_string(canary.size) + " and " +
+                       std::to_string(canary.floor_db));
+    return canary;
+}
+
 /// JSON in which no object has a field twice, since two readers may take different ones.
 json parse_json(const std::string& content) {
     std::vector<std::set<std::string>> seen;
@@ -289,13 +305,19 @@ Manifest parse(const std::string& content) {
                                               "; use the version of drsformer-deploy that made the bundle, or make it "
                                               "again");
     }
-    const Object object(found, "manifest", {"schema", "created_by", "model", "files", "engines", "drift"});
+    const Object object(found, "manifest", {"schema", "created_by", "model", "files", "engines", "drift"},
+                        {"canaries"});
     object.integer("schema");
     const auto engines = parse_list(object.list("engines"), "manifest.engines", parse_engine);
     Manifest manifest{object.text("created_by"),
                       parse_model(object.object("model"), "manifest.model"),
                       parse_list(object.list("files"), "manifest.files", parse_file),
+                      {},
+                      {},
                       {}};
+    if (found.contains("canaries")) {
+        manifest.canaries = parse_list(object.list("canaries"), "manifest.canaries", parse_canary);
+    }
 
     std::map<std::string, std::string> listed;  // roles by name
     std::map<std::string, std::string> described{{manifest.model.file, "onnx"}};
@@ -316,8 +338,13 @@ Manifest parse(const std::string& content) {
                        "expected every engine described once, found " + quote(engine.file) + " twice");
         manifest.engines.push_back(engine);
     }
-    DERAINER_CHECK(described == listed, "expected one model and the engines under files, each described once, found " +
-                                            quote(listed) + " there and " + quote(described) + " described");
+    for (const Canary& canary : manifest.canaries) {
+        DERAINER_CHECK(described.emplace(canary.file, "canary").second,
+                       "expected every canary described once, found " + quote(canary.file) + " twice");
+    }
+    DERAINER_CHECK(described == listed,
+                   "expected one model, the engines and the canaries under files, each described once, found " +
+                       quote(listed) + " there and " + quote(described) + " described");
     for (const auto& [engine, built_from] : engines) {
         DERAINER_CHECK(built_from == onnx_sha256, engine.file + " was built from another model: expected SHA-256 " +
                                                       onnx_sha256 + ", found " + quote(built_from) +
@@ -330,8 +357,22 @@ Manifest parse(const std::string& content) {
         }
     }
     for (const std::string& measured : parse_list(object.list("drift"), "manifest.drift", parse_drift)) {
-        DERAINER_CHECK(described.count(measured) == 1,
-                       "expected a drift of one of " + quote(described) + ", found one of " + quote(measured));
+        const auto role = described.find(measured);
+        DERAINER_CHECK(role != described.end() && role->second != "canary",
+                       "expected a drift of the model or an engine of " + quote(described) + ", found one of " +
+                           quote(measured));
+        manifest.proven.insert(measured);
+    }
+    for (const Canary& canary : manifest.canaries) {
+        const auto file = std::find_if(manifest.files.begin(), manifest.files.end(),
+                                       [&](const File& each) { return each.name == canary.file; });
+        const std::int64_t bytes = canary.size.height * canary.size.width * 6;
+        DERAINER_CHECK(file->size == bytes, canary.file + ": expected " + std::to_string(bytes) +
+                                                " bytes for two images of " + to_string(canary.size) + ", found " +
+                                                std::to_string(file->size));
+        DERAINER_CHECK(is_multiple(canary.size, manifest.model.graph_io.multiple),
+                       canary.file + ": expected a canary in multiples of " +
+                           std::to_string(manifest.model.graph_io.multiple) + ", found " + to_string(canary.size));
     }
     return manifest;
 }

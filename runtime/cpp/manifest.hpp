@@ -18,11 +18,12 @@ namespace derainer {
 
 inline constexpr std::int64_t kSchema = 1;
 inline constexpr std::int64_t kMaxMultiple = 1024;  // a larger one would have small images padded to huge ones
+inline constexpr std::int64_t kMaxCanary = 16384;   // pixels that a side of a canary may have
 inline constexpr const char* kManifest = "manifest.json";
 inline constexpr const char* kSignature = "manifest.json.sig";
 
-/// A file of the bundle. `name` is a plain name, without folders; `size` is in bytes; `role` is "onnx", "engine" or
-/// "report".
+/// A file of the bundle. `name` is a plain name, without folders; `size` is in bytes; `role` is "onnx", "engine",
+/// "canary" or "report".
 struct File {
     std::string name;
     std::string sha256;
@@ -60,12 +61,22 @@ struct Engine {
     std::optional<std::size_t> profile_for(Size size) const;
 };
 
+/// A known answer: two images without a header, uint8 (2, height, width, 3) RGB, the input and what the model answers in
+/// float32. `floor_db` is the least PSNR over RGB, in dB, between this answer and another that rounding can explain.
+struct Canary {
+    std::string file;
+    Size size;
+    double floor_db;
+};
+
 /// What is in a bundle, as far as it takes to run it. Everything else is checked and left out.
 struct Manifest {
     std::string created_by;
     Model model;
     std::vector<File> files;
     std::vector<Engine> engines;
+    std::vector<Canary> canaries;
+    std::set<std::string> proven;  // names of the model and the engines that were judged against the full model
 };
 
 /// A manifest from its JSON. Throws Error.

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from runtime.bundle import describe_file, save
-from runtime.manifest import Drift, Engine, Profile
+import numpy as np
+
+from runtime.bundle import describe_file, load, save
+from runtime.manifest import Canary, Drift, Engine, Profile
 from runtime.session import describe_onnx
 from tests.support.onnx_files import write_network
 
@@ -40,6 +42,18 @@ def write_bundle(folder: Path, scale: float = 0.5, key: Path | None = None) -> P
     made = made.with_file(describe_file(folder / "report.html", "report"))
     drift = Drift("model.onnx", "cpu", 64 * "a", "val", "rain200", 3, None, 0, reference_psnr=30.25, drop_db=0.0)
     save(replace(made, drift=(drift,)), folder, key)
+    return folder
+
+
+def add_canary(
+    folder: Path, answer: Callable[[np.ndarray], np.ndarray], size: tuple[int, int] = (16, 24), floor_db: float = 50.0
+) -> Path:
+    """Add a canary of noise to a bundle, whose known answer `answer` makes of it: uint8 (H, W, 3) -> the same."""
+    image = np.random.default_rng(size[0]).integers(0, 256, (*size, 3), dtype=np.uint8)
+    path = folder / f"canary.{size[0]}x{size[1]}.rgb"
+    path.write_bytes(np.stack([image, answer(image)]).tobytes())
+    entry = Canary(path.name, *size, floor_db=floor_db)
+    save(load(folder).manifest.with_canary(describe_file(path, "canary"), entry), folder)
     return folder
 
 

@@ -44,6 +44,7 @@ class Cuda(ModuleType):
         self.capabilities = capabilities or ((8, 6),)
         self.devices = len(self.capabilities) if devices is None else devices
         self.free = memory
+        self.driver = 13000
         self.thread = threading.local()
         self.calls: list[str] = []
         self.used: set[int] = set()
@@ -65,6 +66,13 @@ class Cuda(ModuleType):
 
     def cudaGetDeviceCount(self):  # noqa: N802
         return (Code.cudaSuccess, self.devices) if self.devices >= 0 else (Code.cudaErrorInsufficientDriver, None)
+
+    def cudaDriverGetVersion(self):  # noqa: N802
+        return Code.cudaSuccess, self.driver
+
+    def cudaGetDeviceProperties(self, device):  # noqa: N802
+        name = b"Stand-in %d.%d" % self.capabilities[device]
+        return Code.cudaSuccess, SimpleNamespace(name=name, uuid=SimpleNamespace(bytes=bytes([device] * 16)))
 
     def cudaGetDevice(self):  # noqa: N802
         return Code.cudaSuccess, self.current

@@ -24,7 +24,7 @@ const nlohmann::json& golden() {
     return vectors;
 }
 
-Bundle bundle_of(const std::vector<Engine>& engines) { return {"bundle", {"", {"", {Io::tensor, 8}}, {}, engines}}; }
+Bundle bundle_of(const std::vector<Engine>& engines) { return {"bundle", {"", {"", {Io::tensor, 8}}, {}, engines, {}, {}}}; }
 
 const std::vector<Profile> profiles = {{{64, 64}, {128, 128}, {256, 512}}, {{64, 64}, {512, 512}, {1088, 696}}};
 const std::vector<Limits> limits = {{{64, 64}, {256, 512}}, {{64, 64}, {1088, 696}}};

@@ -1,0 +1,29 @@
+"""The contract of every engine."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Session(Protocol):
+    """A network in one engine, ready to run.
+
+    One without `limits` takes any size, and nobody knows the memory of one without `footprint`.
+
+    Attributes:
+        multiple: The height and width that `run` takes are multiples of this; 1 where any size will do.
+        limits: Pairs of the smallest and the largest (height, width), one of which is enough; () for any size.
+        footprint: `runtime.footprint.Footprint`, or None where it is not known. Where the session lacks it and its
+            `provider` is "cpu", as of ONNX Runtime, it is measured when it is needed, which may take seconds.
+        identity: Names and versions of the library, the device and its driver, by which `runtime.canary` knows a
+            machine again. What lacks it, or leaves one of them empty, has to answer the canaries every time.
+    """
+
+    multiple: int
+
+    def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """float32 (1, 3, H, W) RGB in [0, 1] -> the same shape, not clamped. Safe to call from several threads."""
+        ...
