@@ -136,22 +136,23 @@ class OrtSession:
         Safe to call from several threads. Raises InvalidImage where the graph was exported for another size,
         InvalidModel for an answer of another shape, OutOfMemory, and DeviceError where ONNX Runtime fails.
         """
-        H, W = batch.shape[2:]
-        height, width = self.graph_io.size(self.input.shape)
+        return self.graph_io.answer(self._call(self.graph_io.feed(batch)))
+
+    def run_image(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """uint8 (H, W, 3) -> the same, of a graph of images; for the rest see `run`."""
+        return self._call(np.ascontiguousarray(image[None]))[0]
+
+    def _call(self, array: np.ndarray) -> np.ndarray:
+        (H, W), (height, width) = self.graph_io.size(array.shape), self.graph_io.size(self.input.shape)
         if height not in (-1, H) or width not in (-1, W):
             raise InvalidImage(
                 f"{self.path} takes only images of {width}x{height} pixels, found {W}x{H} after padding "
                 f"to a multiple of {self.multiple}; export it without --height and --width"
             )
         try:
-            return self.graph_io.answer(self._call(self.graph_io.feed(batch)))
-        except InvalidModel:
-            raise
+            answer = np.asarray(self._engine.run(["output"], {"input": array})[0])
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
             raise device_error(f"{self.path} failed on {W}x{H} pixels", error) from error
-
-    def _call(self, array: np.ndarray) -> np.ndarray:
-        answer = np.asarray(self._engine.run(["output"], {"input": array})[0])
         if answer.shape != array.shape:
             raise InvalidModel(f"{self.path}: expected an output of shape {array.shape}, found {answer.shape}")
         return answer

@@ -162,7 +162,7 @@ class TrtSession:
         self.multiple = bundle.manifest.model.size_multiple
         self.limits = tuple((profile.min, profile.max) for profile in self.engine.profiles)
         self._library = LIBRARIES[self.engine.flavor]
-        self._graph_io = bundle.manifest.model.graph_io
+        self.graph_io = bundle.manifest.model.graph_io
         trt = self._library.load()
         self._cuda_graphs = cuda_graphs
         self._lock = threading.Lock()
@@ -170,7 +170,7 @@ class TrtSession:
         self._on_device = functools.partial(_on_device, self._cuda, _check(self._cuda.cudaGetDevice()))
         self._log = new_log(trt)
         pixels = max(height * width for _, (height, width) in self.limits)
-        size = pixels * 3 * self._graph_io.dtype.itemsize
+        size = pixels * 3 * self.graph_io.dtype.itemsize
         resources = contextlib.ExitStack()
         self.close = weakref.finalize(self, _close, resources, self._on_device)
         with self._on_device():
@@ -189,16 +189,21 @@ class TrtSession:
         Safe to call from several threads, which take turns. Raises InvalidImage for a size that is in no profile of
         the engine, OutOfMemory where memory on the GPU does not suffice, and DeviceError where it fails.
         """
+        return self.graph_io.answer(self._call(self.graph_io.feed(batch)))
+
+    def run_image(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """uint8 (H, W, 3) -> the same, of a graph of images; for the rest see `run`."""
+        return self._call(image[None])[0]
+
+    def _call(self, feed: np.ndarray) -> np.ndarray:
         if not self.close.alive:
             raise RuntimeError("the session is closed")
-        H, W = batch.shape[2:]
-        feed = self._graph_io.feed(batch)
+        H, W = self.graph_io.size(feed.shape)
         with self._lock, self._on_device():
             context = self._contexts.get((H, W)) or self._prepare(H, W, feed.shape)
             self._input.upload(feed, self._stream)
             self._launch(context)
-            answer = self._output.download(feed.shape, feed.dtype, self._stream)
-        return self._graph_io.answer(answer)
+            return self._output.download(feed.shape, feed.dtype, self._stream)
 
     def _deserialize(self, trt: Any, bundle: Bundle) -> Any:
         self._runtime = trt.Runtime(self._log)
