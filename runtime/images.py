@@ -25,7 +25,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,9 @@ SRGB = bytes([1, 13, 0, 1])
 
 SRGB_GAMMA = 0.45455
 """What a chunk gAMA says of sRGB."""
+
+LOSSY = ("JPEG", "MPO")
+"""Formats that are lossy always; WebP may be."""
 
 ENDINGS = [bytes([first, *random.Random(first).choices(range(255), k=63)]) for first in range(0, 256, 16)]
 """Data, without a marker, by which a JPEG file might go on that has no end: any four bits, then others."""
@@ -117,6 +120,23 @@ class Photo:
         Raises:
             InputError: As `check` does and where the format cannot hold so much EXIF data.
         """
+        content = self._encode(path)
+        with writing(path) as temporary:
+            temporary.write_bytes(content)
+
+    def encode(self, format: str = "png") -> bytes:
+        """The bytes of the file that `save` would write, for those who have no file.
+
+        Args:
+            format: A suffix of `SUFFIXES`, with or without its point.
+
+        Raises:
+            InputError: As `save` does.
+        """
+        return bytes(self._encode(f"image.{format.removeprefix('.')}"))
+
+    def _encode(self, path: str | os.PathLike[str]) -> memoryview:
+        """What is to be written at `path`."""
         self.check(path)
         image = Image.fromarray(self.rgb)
         if self.grey:
@@ -141,8 +161,7 @@ class Photo:
             image.save(encoded, file_format, **options.get(file_format, {}), **around)
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be written: {error}") from error
-        with writing(path) as temporary:
-            temporary.write_bytes(encoded.getbuffer())
+        return encoded.getbuffer()
 
 
 def load(path: str | os.PathLike[str]) -> Photo:
@@ -154,15 +173,39 @@ def load(path: str | os.PathLike[str]) -> Photo:
     if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for a writer
         raise InvalidImage(f"{path}: expected an image file, found a folder, a pipe or a device")
     try:
+        with open(path, "rb") as file:
+            return _read(file, os.fspath(path))
+    except OSError as error:  # those of decoders do not get here
+        raise InvalidImage(f"{path}: {error.strerror}") from error
+
+
+def decode(content: bytes, name: str = "image") -> Photo:
+    """The image in the bytes of a file, with the guards of `load`: for services, which have no file.
+
+    Args:
+        content: PNG, JPEG, WebP, BMP or TIFF.
+        name: What errors and remarks call it.
+
+    Raises:
+        InvalidImage: It is broken, or refused (the head of this file says what is).
+        OutOfMemory: It does not fit into the memory.
+    """
+    return _read(io.BytesIO(content), name)
+
+
+def _read(file: BinaryIO, name: str) -> Photo:
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd metadata
-            with Image.open(path, formats=sorted({*FORMATS.values()})) as image:
-                refuse_bomb(path, *image.size)
-                _refuse_unfit(path, image)
+            with Image.open(file, formats=sorted({*FORMATS.values()})) as image:
+                refuse_bomb(name, *image.size)
+                _refuse_unfit(name, image)
                 if image.format == "PNG":
-                    _remark_on_colours(path, image)
+                    _remark_on_colours(file, name, image)
                 webp = image.format == "WEBP"
-                return _photo(_loaded(path, image), _is_lossy_webp(path) if webp else image.format in ("JPEG", "MPO"))
+                return _photo(
+                    _loaded(file, name, image), _is_lossy_webp(file) if webp else image.format in ("JPEG", "MPO")
+                )
     except Image.DecompressionBombError:  # by Pillow itself, at twice the limit
         reason = _bomb()
     except UnidentifiedImageError:
@@ -170,10 +213,10 @@ def load(path: str | os.PathLike[str]) -> Photo:
     except InvalidImage:
         raise
     except MemoryError:
-        raise OutOfMemory(f"{path}: not enough memory") from None
+        raise OutOfMemory(f"{name}: not enough memory") from None
     except Exception as error:  # on broken files Pillow's decoders raise nearly anything
         reason = getattr(error, "strerror", None) or f"broken image: {error}"
-    raise InvalidImage(f"{path}: {reason}")
+    raise InvalidImage(f"{name}: {reason}")
 
 
 def read_rgb(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
@@ -206,18 +249,18 @@ def _bomb() -> str:
     )
 
 
-def _refuse_unfit(path: str | os.PathLike[str], image: ImageFile.ImageFile) -> None:
+def _refuse_unfit(name: str, image: ImageFile.ImageFile) -> None:
     if re.search(r";16[BLN]", str(image.tile)):  # colours of 16 bits, which Pillow would cut to 8 and call RGB
-        raise InvalidImage(f"{path}: 16 bits a channel, where the network works on 8; convert it to 8 first")
+        raise InvalidImage(f"{name}: 16 bits a channel, where the network works on 8; convert it to 8 first")
     if image.mode not in MODES:
         raise InvalidImage(
-            f"{path}: expected grey, RGB or palette colours of 8 bits, found {image.mode}; convert it first"
+            f"{name}: expected grey, RGB or palette colours of 8 bits, found {image.mode}; convert it first"
         )
     if getattr(image, "is_animated", False) and image.format != "MPO":  # n_frames reads all pages of a TIFF file
-        raise InvalidImage(f"{path}: an animation or a file of several pages; split it into single images first")
+        raise InvalidImage(f"{name}: an animation or a file of several pages; split it into single images first")
 
 
-def _loaded(path: str | os.PathLike[str], image: ImageFile.ImageFile) -> Image.Image:
+def _loaded(file: BinaryIO, name: str, image: ImageFile.ImageFile) -> Image.Image:
     """The image with its pixels decoded, where at most the end marker of a JPEG file is missing.
 
     Whether more is missing the decoder does not tell, as it makes up the rest. But then the rest depends on what
@@ -228,18 +271,19 @@ def _loaded(path: str | os.PathLike[str], image: ImageFile.ImageFile) -> Image.I
     except OSError:
         if image.format != "JPEG":
             raise
-        content = Path(path).read_bytes().rstrip(b"\xff")  # of a marker that was cut in two
+        file.seek(0)
+        content = file.read().rstrip(b"\xff")  # of a marker that was cut in two
         whole, *others = (Image.open(io.BytesIO(content + end + b"\xff\xd9"), formats=["JPEG"]) for end in ENDINGS)
         if any(other.tobytes() != whole.tobytes() for other in others):
             raise
-        logger.warning("%s: is complete but for the end marker of a JPEG file, and restored", path)
+        logger.warning("%s: is complete but for the end marker of a JPEG file, and restored", name)
         return whole
     return image
 
 
-def _remark_on_colours(path: str | os.PathLike[str], image: ImageFile.ImageFile) -> None:
+def _remark_on_colours(file: BinaryIO, name: str, image: ImageFile.ImageFile) -> None:
     """Log what a PNG file says of its colours, other than that they are sRGB, in chunks that Pillow does not write."""
-    chunks = _png_chunks(path)
+    chunks = _png_chunks(file)
     primaries, curve, *others = chunks.get(b"cICP", SRGB)
     if (primaries, curve, *others) != (*SRGB,):
         told = f"cICP (primaries {primaries}, curve {curve} of ITU-T H.273)"
@@ -247,17 +291,17 @@ def _remark_on_colours(path: str | os.PathLike[str], image: ImageFile.ImageFile)
         return
     else:
         told = f"gAMA ({image.info['gamma']:g})"
-    logger.warning("%s: how its colours are to be shown, %s, is not kept; they will be taken for sRGB", path, told)
+    logger.warning("%s: how its colours are to be shown, %s, is not kept; they will be taken for sRGB", name, told)
 
 
-def _png_chunks(path: str | os.PathLike[str]) -> dict[bytes, bytes]:
+def _png_chunks(file: BinaryIO) -> dict[bytes, bytes]:
     """The chunks of a PNG file before its pixels; 4 bytes of each, which of a shorter one include its checksum."""
-    chunks = {}
-    with open(path, "rb") as file:
-        file.seek(8)
-        while len(header := file.read(8)) == 8 and header[4:] != b"IDAT":
-            chunks[header[4:]] = file.read(4)
-            file.seek(int.from_bytes(header[:4]) + 4 - len(chunks[header[4:]]), os.SEEK_CUR)
+    chunks, position = {}, file.tell()
+    file.seek(8)
+    while len(header := file.read(8)) == 8 and header[4:] != b"IDAT":
+        chunks[header[4:]] = file.read(4)
+        file.seek(int.from_bytes(header[:4]) + 4 - len(chunks[header[4:]]), os.SEEK_CUR)
+    file.seek(position)  # where Pillow goes on
     return chunks
 
 
@@ -291,13 +335,12 @@ def _dpi(image: Image.Image) -> tuple[float, float] | None:
     return (across, down) if all(1 <= number < 65535.5 for number in (across, down)) else None
 
 
-def _is_lossy_webp(path: str | os.PathLike[str]) -> bool:
+def _is_lossy_webp(file: BinaryIO) -> bool:
     """Pillow does not tell, but the name of the chunk that holds the pixels does."""
-    with open(path, "rb") as file:
-        file.seek(12)
-        while header := file.read(8):
-            if header[:4] in (b"VP8 ", b"VP8L"):
-                return header[:4] == b"VP8 "
-            size = int.from_bytes(header[4:], "little")
-            file.seek(size + size % 2, os.SEEK_CUR)
+    file.seek(12)
+    while header := file.read(8):
+        if header[:4] in (b"VP8 ", b"VP8L"):
+            return header[:4] == b"VP8 "
+        size = int.from_bytes(header[4:], "little")
+        file.seek(size + size % 2, os.SEEK_CUR)
     return False

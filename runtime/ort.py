@@ -105,12 +105,13 @@ class OrtSession:
         options.log_severity_level = 3  # errors; the warnings are about the graph's inner names
         wanted = _choose(provider)
         try:
-            self._engine = ort.InferenceSession(content, options, providers=[EXECUTION_PROVIDERS[p] for p in wanted])
+            engine = ort.InferenceSession(content, options, providers=[EXECUTION_PROVIDERS[p] for p in wanted])
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
             raise InvalidModel(
                 f"{self.path} is not an ONNX model that ONNX Runtime can load: {one_line(error)}"
             ) from error
-        running = self._engine.get_providers()
+        self._engine: ort.InferenceSession | None = engine
+        running = engine.get_providers()
         self.provider = next(name for name in wanted if EXECUTION_PROVIDERS[name] in running)
         if provider not in ("auto", self.provider):
             raise DeviceError(
@@ -118,8 +119,8 @@ class OrtSession:
                 f"the provider {self.provider}"
             )
         self.identity = {"library": f"ONNX Runtime {ort.__version__}", **_device(self.provider)}
-        self.metadata = self._engine.get_modelmeta().custom_metadata_map
-        tensors = [_describe(node) for node in (*self._engine.get_inputs(), *self._engine.get_outputs())]
+        self.metadata = engine.get_modelmeta().custom_metadata_map
+        tensors = [_describe(node) for node in (*engine.get_inputs(), *engine.get_outputs())]
         try:
             self.graph_io = read_graph_io(tensors, self.metadata)
         except InvalidModel as error:
@@ -129,6 +130,10 @@ class OrtSession:
         sides = [(1, sys.maxsize) if side == -1 else (side, side) for side in self.graph_io.size(self.input.shape)]
         least, most = zip(*sides, strict=True)
         self.limits = ((least, most),)
+
+    def close(self) -> None:
+        """Free the network and its memory; not during a run, and none may follow."""
+        self._engine = None
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """float32 (1, 3, H, W) RGB in [0, 1], H and W multiples of `multiple` -> the same shape, not clamped.
@@ -149,6 +154,8 @@ class OrtSession:
                 f"{self.path} takes only images of {width}x{height} pixels, found {W}x{H} after padding "
                 f"to a multiple of {self.multiple}; export it without --height and --width"
             )
+        if self._engine is None:
+            raise RuntimeError("the session is closed")
         try:
             answer = np.asarray(self._engine.run(["output"], {"input": array})[0])
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own

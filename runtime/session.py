@@ -12,9 +12,9 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, Self, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,6 +155,25 @@ class Derainer:
         if not np.isfinite(restored.sum()) and not np.isfinite(restored).all():
             raise InvalidModel("the network answered with NaN or infinity; if it runs in float16, export it in float32")
         return to_image(restored)
+
+    def warm_up(self, sizes: Iterable[tiling.Size] = ((256, 256),)) -> None:
+        """Restore an image of each (height, width), so that the first of a user's does not wait for what a library
+        sets up and compiles at the first of a size. Raises what a call does."""
+        for height, width in sizes:
+            self(np.zeros((height, width, 3), np.uint8))
+
+    def close(self) -> None:
+        """Free what the session holds, at once instead of at the end of its life: memory on a GPU, that of ONNX
+        Runtime. Not during a call, and no call may follow. `with Derainer(...) as derain:` closes at its end."""
+        close = getattr(self.session, "close", None)
+        if close:
+            close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def plan(self, height: int, width: int) -> tiling.Plan:
         """How an image of this size is cut: as a whole if it fits. Raises OutOfMemory where not even tiles do."""

@@ -42,8 +42,8 @@ from runtime.bench import command as bench
 from runtime.bundle import load
 from runtime.cli import main
 from runtime.derain import command as derain
+from runtime.info import Report, summary, tables
 from runtime.info import command as info
-from runtime.info import summary, tables
 from tests.support.bundles import write_bundle
 from tests.support.networks import SMALL, fill
 from tests.support.onnx_files import write_network
@@ -250,7 +250,7 @@ def load_bundle(bundle: Path, content: bytes) -> None:
     for table in tables(opened.manifest):
         Console(file=screen, width=200).print(table)
     screen.getvalue().encode()
-    json.dumps(summary(opened)).encode()
+    json.dumps(summary(Report(opened))).encode()
     for file in opened.manifest.files:
         read = one_line(opened.read, file.name)
         if read is not None:

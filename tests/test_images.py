@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, ImageCms
 from PIL.JpegImagePlugin import JpegImageFile
 
 from runtime import InputError, InvalidImage, OutOfMemory
-from runtime.images import FORMATS, SUFFIXES, Photo, list_images, load, read_rgb
+from runtime.images import FORMATS, SUFFIXES, Photo, decode, list_images, load, read_rgb
 
 LOSSLESS = [".png", ".webp", ".bmp", ".tif", ".tiff"]
 WITH_METADATA = [".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"]
@@ -485,3 +485,42 @@ def test_list_images(tmp_path):
     assert [path.name for path in list_images(tmp_path)] == ["a.JPG", "b.png", "c.tiff", "d.jfif", "e.JPE"]
     with pytest.raises(InputError, match="none at"):
         list_images(tmp_path / "none")
+
+
+# Without files.
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tif"])
+def test_bytes_are_read_and_written_as_files_are(tmp_path, suffix):
+    photo = Photo(smooth(), dpi=(300.0, 300.0))
+    photo.save(tmp_path / f"a{suffix}")
+    content = (tmp_path / f"a{suffix}").read_bytes()
+    assert photo.encode(suffix) == photo.encode(suffix[1:]) == content
+    read, decoded = load(tmp_path / f"a{suffix}"), decode(content)
+    np.testing.assert_array_equal(read.rgb, decoded.rgb)
+    assert (read.lossy, read.exif, read.icc_profile, read.dpi) == (
+        decoded.lossy,
+        decoded.exif,
+        decoded.icc_profile,
+        decoded.dpi,
+    )
+
+
+def test_bytes_have_the_guards_of_files(tmp_path, monkeypatch):
+    content = Photo(smooth()).encode("png")
+    for broken in (b"", b"<html>", content[:20], content[:-30]):
+        with pytest.raises(InvalidImage, match="upload 7: "):
+            decode(broken, "upload 7")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(InvalidImage, match="image: more than 10 pixels"):
+        decode(content)
+    with pytest.raises(InputError, match=r"ending in \.png"):
+        Photo(smooth()).encode("gif")
+    with pytest.raises(InputError, match="cannot hold the transparency"):
+        Photo(smooth(), alpha=np.zeros(smooth().shape[:2], np.uint8)).encode("jpg")
+
+
+def test_a_jpeg_without_its_end_is_complete_in_bytes_too(caplog):
+    content = Photo(smooth()).encode("jpg")
+    np.testing.assert_array_equal(decode(content[:-2], "cut").rgb, decode(content).rgb)
+    assert "cut: is complete but for the end marker" in caplog.text

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from runtime import Derainer, InputError
+from runtime.pixels import ROWS, to_batch, to_image
 from tests.support.images import random_image
+from tests.support.onnx_files import UINT8, write_network
 
 
 class Network:
@@ -160,3 +162,44 @@ def test_threads_may_share_one(tile):
         restored = list(pool.map(derain, images))
     for image, result in zip(images, restored, strict=True):
         np.testing.assert_array_equal(result, Derainer(Network(), tile=tile)(image))
+
+
+def test_warm_up_runs_every_size():
+    network = Network()
+    Derainer(network).warm_up([(9, 16), (32, 8)])
+    assert network.shapes == [(1, 3, 16, 16), (1, 3, 32, 8)]
+
+
+def test_a_closed_one_holds_nothing_and_runs_nothing(tmp_path):
+    image = np.full((8, 8, 3), 100, np.uint8)
+    with Derainer(write_network(tmp_path / "model.onnx"), "cpu") as derain:
+        assert (derain(image) == 50).all()
+    with pytest.raises(RuntimeError, match="closed"):
+        derain(image)
+    Derainer(Network()).close()  # a session without anything to free
+
+
+def test_bytes_go_straight_into_a_graph_of_images(tmp_path, monkeypatch):
+    """They are the same as by way of float32, for whole images and in tiles."""
+    derain = Derainer(write_network(tmp_path / "model.onnx", 0.7, UINT8, metadata={}), "cpu")
+    image = np.random.default_rng(0).integers(0, 256, (71, 93, 3), dtype=np.uint8)
+    slow = derain.session.run(to_batch(image))
+    told = []
+    monkeypatch.setattr(derain.session, "run", lambda batch: pytest.fail("went through float32"))
+    straight = derain(image, lambda *step: told.append(step))
+    np.testing.assert_array_equal(straight, to_image(slow))
+    assert straight.flags.c_contiguous
+    assert told == [(1, 1)]
+
+
+def test_rows_are_converted_in_blocks_of_any_height():
+    for H in (1, ROWS - 1, ROWS, ROWS + 1, 2 * ROWS + 7):
+        levels = np.random.default_rng(H).uniform(-0.2, 1.2, (1, 3, H, 5)).astype(np.float32)
+        expected = np.rint(levels[0].clip(0, 1) * np.float32(255)).astype(np.uint8).transpose(1, 2, 0)
+        np.testing.assert_array_equal(to_image(levels), expected)
+    halves = np.array([0.5, 1.5, 2.5, 3.5], np.float32) / 255  # to the even level
+    assert to_image(np.tile(halves, (1, 3, 1, 1)))[0, :, 0].tolist() == np.rint(halves * np.float32(255)).tolist()
+
+
+def test_huge_finite_numbers_are_not_taken_for_infinity():
+    assert (Derainer(Constant(3e38))(np.zeros((8, 8, 3), np.uint8)) == 255).all()
