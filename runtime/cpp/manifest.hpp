@@ -68,7 +68,7 @@ struct Manifest {
     std::vector<Engine> engines;
 };
 
-/// A manifest from its JSON. Throws Error.
+/// A manifest from its JSON. Throws InvalidModel.
 Manifest parse(const std::string& content);
 
 }  // namespace derainer

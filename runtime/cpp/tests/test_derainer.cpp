@@ -1,12 +1,10 @@
 /// Derainer on stand-ins for CUDA and TensorRT that check what they are asked for; with TensorRT's and with RTX's
 /// source.
 #include <filesystem>
-#include <fstream>
 #include <iterator>
 #include <thread>
 
-#include <unistd.h>
-
+#include "bundle_folder.hpp"
 #include "catch.hpp"
 #include "crypto.hpp"
 #include "derainer.hpp"
@@ -20,58 +18,27 @@ using namespace derainer;
 namespace {
 
 /// A bundle with an engine of two profiles, 8x8 to 32x40 and 8x48 to 16x128, in a folder of its own.
-class TestBundle {
+class TestBundle : public BundleFolder {
 public:
     explicit TestBundle(const std::string& plan = "tensor", const std::string& flags = "{}") {
         fake = Fake();
-        char pattern[] = "/tmp/derainer-XXXXXX";
-        parent_ = ::mkdtemp(pattern);
-        folder = parent_ / "bundle";
-        std::filesystem::create_directory(folder);
         write("model.onnx", "weights");
         write("plan.engine", plan);
-        const std::string tensor = R"("dtype": "any", "shape": [1, 3, -1, -1]})";
-        const std::string io = plan == "image"      ? R"("image", "size_multiple": 1)"
-                               : plan == "tensor16" ? R"("tensor16", "size_multiple": 8)"
-                                                    : R"("tensor", "size_multiple": 8)";
-        write("manifest.json", R"({"schema": 1, "created_by": "test", "drift": [], "model": {"file": "model.onnx",
-            "input": {"name": "input", )" +
-                                   tensor + R"(, "output": {"name": "output", )" + tensor + R"(,
-            "precision": null, "topk": null, "config": null, "weights_sha256": null, "provenance": null, "io": )" +
-                                   io + R"(},
-            "files": [)" + entry("model.onnx", "onnx") +
-                                   ", " + entry("plan.engine", "engine") + R"(],
-            "engines": [{"file": "plan.engine", "flavor": ")" +
-                                   Library::flavor + R"(", "version": "11.4.0.106",
+        const std::string io = plan == "image" || plan == "tensor16" ? plan : "tensor";
+        write_manifest(io, R"({"file": "plan.engine", "flavor": ")" + std::string(Library::flavor) +
+                               R"(", "version": "11.4.0.106",
             "compute_capabilities": ["8.6"], "flags": )" +
-                                   flags + R"(, "build_seconds": 1,
-            "onnx_sha256": ")" + sha256("weights") +
-                                   R"(", "profiles": [
+                               flags + R"(, "build_seconds": 1,
+            "onnx_sha256": ")" +
+                               sha256("weights") +
+                               R"(", "profiles": [
             {"min": [8, 8], "opt": [32, 40], "max": [32, 40]}, {"min": [8, 48], "opt": [8, 48],
-            "max": [16, 128]}]}]})");
-    }
-    ~TestBundle() { std::filesystem::remove_all(parent_); }
-    TestBundle(const TestBundle&) = delete;
-    TestBundle& operator=(const TestBundle&) = delete;
-
-    void write(const std::string& name, const std::string& content) const {
-        std::ofstream(folder / name, std::ios::binary) << content;
+            "max": [16, 128]}]})");
     }
 
     std::filesystem::path cache() const {
         return folder.string() + "." + sha256(read_file(folder / "plan.engine")).substr(0, 12) + ".cache";
     }
-
-    std::filesystem::path folder;
-
-private:
-    std::string entry(const std::string& name, const std::string& role) const {
-        const std::string content = read_file(folder / name);
-        return R"({"name": ")" + name + R"(", "sha256": ")" + sha256(content) + R"(", "size": )" +
-               std::to_string(content.size()) + R"(, "role": ")" + role + R"("})";
-    }
-
-    std::filesystem::path parent_;
 };
 
 using Pixels = std::vector<std::uint8_t>;
