@@ -4,8 +4,8 @@
 #include <fstream>
 #include <vector>
 
-#include "crypto.hpp"
 #include "check.hpp"
+#include "crypto.hpp"
 #include "files.hpp"
 
 namespace derainer {

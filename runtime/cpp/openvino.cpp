@@ -3,6 +3,8 @@
 /// do not answer otherwise; a float16 graph too, which it takes and gives as float16.
 #include <algorithm>
 #include <cctype>
+#include <exception>
+#include <new>
 #include <string>
 
 #include <openvino/openvino.hpp>
@@ -28,7 +30,9 @@ template <class Type, class Action>
 auto in_openvino(const std::string& what, Action action) {
     try {
         return action();
-    } catch (const ov::Exception& error) {
+    } catch (const std::bad_alloc&) {
+        throw;
+    } catch (const std::exception& error) {
         const std::string message = what + ": " + one_line(error.what());
         if (message.find("Failed to allocate") != std::string::npos) {
             throw OutOfMemory(message + "; use smaller tiles", "OpenVINO");

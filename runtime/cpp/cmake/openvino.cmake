@@ -2,7 +2,7 @@
 # the file that says so; `openvino_missing` says what is not there.
 
 set(openvino_missing "")
-if(DERAINER_OPENVINO STREQUAL "OFF")
+if(NOT DERAINER_OPENVINO)
   set(openvino_missing "\n  OpenVINO: DERAINER_OPENVINO is OFF")
 else()
   find_package(OpenVINO QUIET CONFIG COMPONENTS Runtime)

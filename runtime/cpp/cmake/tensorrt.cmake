@@ -20,7 +20,7 @@ else()
 endif()
 
 set(tensorrt_missing "")
-if(DERAINER_TENSORRT STREQUAL "OFF")
+if(NOT DERAINER_TENSORRT)
   set(tensorrt_missing "\n  ${title}: DERAINER_TENSORRT is OFF")
 else()
   find_package(CUDAToolkit QUIET)

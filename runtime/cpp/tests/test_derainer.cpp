@@ -73,6 +73,8 @@ TEST_CASE("images come out restored, again and again, at several sizes") {
     Derainer derain(bundle.folder);
     CHECK(derain.graph_io().io == Io::tensor);
     CHECK(derain.graph_io().multiple == 8);
+    CHECK(derain.provider() == "tensorrt");
+    CHECK(derain.fallback_reason().empty());
     for (int i = 0; i < 3; ++i) {
         CHECK(run(derain, 16, 128) == expected(16, 128));
         CHECK(run(derain, 16, 24) == expected(16, 24));
@@ -190,6 +192,7 @@ TEST_CASE("memory grows with the largest size so far, and does not leak") {
         CHECK(before - fake.memory == lanes + 16 * 16 * 3 * 4);
         fake.memory = 8 * 16 * 3 * 4;
         const std::string error = refusal([&] { run(derain, 32, 40); });
+        CHECK_THROWS_AS(run(derain, 32, 40), OutOfMemory);
         CHECK(contains(error, "CUDA failed with cudaErrorMemoryAllocation; use smaller tiles"));
         CHECK(contains(error, "[cudaMalloc(&pointer, bytes)]"));
         CHECK(run(derain, 8, 16) == expected(8, 16));
@@ -262,7 +265,10 @@ TEST_CASE("without a GPU, nothing of TensorRT is touched") {
     const TestBundle bundle;
     for (const int devices : {0, -1}) {
         fake.devices = devices;
-        CHECK(contains(refusal([&] { Derainer derain(bundle.folder); }), "CUDA finds no NVIDIA GPU with a driver"));
+        const std::string said = refusal([&] { Derainer derain(bundle.folder); });
+        CHECK(contains(said, "CUDA finds no NVIDIA GPU with a driver"));
+        CHECK(contains(said, "and on the CPU: expected a build with OpenVINO, found one without"));
+        CHECK_THROWS_AS(Derainer(bundle.folder), DeviceError);
     }
     CHECK(fake.calls.empty());
 }
