@@ -1,7 +1,8 @@
 """The C++ library: its own tests under sanitizers, and the same verdicts and the same bytes as Python.
 
-Built once, into a temporary folder. What needs TensorRT runs on stand-ins there, which are linked and installed as an
-SDK is; where the real one is (TENSORRT_ROOT), it is compiled and linked as well.
+Built once, into a temporary folder, with OpenVINO, in which it restores photographs there. What needs TensorRT runs on
+stand-ins, which are linked and installed as an SDK is; where the real one is (TENSORRT_ROOT), it is compiled and linked
+as well.
 """
 
 from __future__ import annotations
@@ -17,19 +18,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from drsformer.metrics import psnr_rgb
+from drsformer.rendering import add_rain, draw_streaks
 from runtime import Derainer, InputError
-from runtime.bundle import load
-from runtime.manifest import Profile, parse
-from runtime.pixels import size_text
+from runtime.bundle import describe_file, load, save
+from runtime.manifest import Engine, Profile, parse
+from runtime.ort import SHIPPED
+from runtime.pixels import IO, size_text
+from runtime.session import describe_onnx
 from runtime.version import __version__
 from tests.support.bundles import ENGINES, add_canary, flip, make_keys, rewrite, write_bundle
 from tests.support.images import random_image
+from tests.support.onnx_files import FLOAT, FLOAT16, UINT8, write_network
 from tests.support.tensorrt import PROFILES, make_bundle
 
 SOURCE = Path(__file__).parents[1] / "runtime" / "cpp"
+PHOTOGRAPHS = Path(__file__).parents[1] / "docs" / "photographs"
 PACKAGES = "g++ cmake nlohmann-json3-dev libssl-dev catch2 libpng-dev"
 
 
@@ -51,8 +60,12 @@ pytestmark = [
 ]
 
 
-def run(*command: str | Path, input: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(command, input=input, capture_output=True)
+def run(
+    *command: str | Path, input: bytes = b"", cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[bytes]:
+    sanitized = {"TBB_ENABLE_SANITIZERS": "1"}  # without which the threads of OpenVINO do not start under them
+    env = os.environ | sanitized | environment
+    return subprocess.run(command, input=input, capture_output=True, cwd=cwd, env=env)
 
 
 def succeed(*command: str | Path, input: bytes = b"") -> bytes:
@@ -63,6 +76,8 @@ def succeed(*command: str | Path, input: bytes = b"") -> bytes:
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory) -> Path:
+    import openvino
+
     folder = tmp_path_factory.mktemp("build")
     configured = run(
         "cmake",
@@ -75,11 +90,13 @@ def build(tmp_path_factory) -> Path:
         "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON",
         "-DCMAKE_BUILD_TYPE=Debug",
         "-DCMAKE_CXX_FLAGS_DEBUG=-g1",
+        "-DCMAKE_C_FLAGS=-Wpedantic -Wstrict-prototypes",
+        "-DDERAINER_OPENVINO=ON",
+        f"-DOpenVINO_DIR={openvino.utils.get_cmake_path()}",
     )
     said = " ".join((configured.stdout + configured.stderr).decode().split())
     assert configured.returncode == 0, said
-    core = "Only the core (bundles, image contract, tiles) and derainer-info are built, not the library"
-    assert "CUDA 1" in said or core in said
+    assert "CUDA 1" in said or "The library is built without:" in said
     compile_and_install(folder, folder / "installed")
     return folder
 
@@ -87,6 +104,12 @@ def build(tmp_path_factory) -> Path:
 def compile_and_install(folder: Path, prefix: Path) -> None:
     succeed("cmake", "--build", folder, "--parallel", str(len(os.sched_getaffinity(0))))
     succeed("cmake", "--install", folder, "--prefix", prefix)
+
+
+@pytest.fixture(scope="module")
+def installed(build) -> Path:
+    """Where the library is that has OpenVINO and no stand-ins."""
+    return build / "installed"
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +133,7 @@ def on_fakes(build, tmp_path_factory) -> Path:
 
 
 def make_consumer(installed: Path, folder: Path) -> Path:
+    """The program in C++; that in C is beside it."""
     succeed(
         "cmake",
         "-S",
@@ -118,6 +142,7 @@ def make_consumer(installed: Path, folder: Path) -> Path:
         folder,
         f"-DCMAKE_PREFIX_PATH={installed}",
         "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined",
+        "-DCMAKE_C_FLAGS=-fsanitize=address,undefined -Wstrict-prototypes",
     )
     succeed("cmake", "--build", folder)
     return folder / "consumer"
@@ -143,8 +168,21 @@ def test_version_is_that_of_python(tmp_path):
     assert "CMAKE_PROJECT_VERSION:STATIC=7.8.9" in (tmp_path / "build" / "CMakeCache.txt").read_text().splitlines()
 
 
-def test_installed_program(build, tmp_path):
-    info = build / "installed" / "bin" / "derainer-info"
+def test_backends_are_those_that_are_asked_for(tmp_path):
+    def configure(*options: str) -> tuple[int, str]:
+        done = run("cmake", "-S", SOURCE, "-B", tmp_path / "build", "-DDERAINER_TESTS=OFF", *options)
+        return done.returncode, " ".join((done.stdout + done.stderr).decode().split())
+
+    status, said = configure("-DDERAINER_OPENVINO=OFF", "-DDERAINER_TENSORRT=OFF")
+    assert status == 0
+    assert "Only the core (bundles, image contract, tiles) and derainer-info are built, not the library" in said
+    status, said = configure("-DDERAINER_OPENVINO=ON", "-DCMAKE_DISABLE_FIND_PACKAGE_OpenVINO=ON")
+    assert status != 0
+    assert "DERAINER_OPENVINO is ON. Missing: OpenVINO's CMake package: pip install openvino" in said
+
+
+def test_installed_program(installed, tmp_path):
+    info = installed / "bin" / "derainer-info"
     bundle = write_bundle(tmp_path / "bundle")
     assert b"All 4 files are as the manifest says" in succeed(info, bundle)
     (bundle / "manifest.json").unlink()
@@ -155,12 +193,17 @@ def test_installed_package(on_fakes, tmp_path):
     """Also that it finds the SDK it was linked to."""
     consumer = make_consumer(on_fakes, tmp_path / "consumer")
     bundle = make_bundle(tmp_path / "bundle", ENGINE, plan=b"tensor").folder
-    succeed(consumer, bundle)
+    assert succeed(consumer, bundle) == b"tensorrt \n"
+    assert succeed(f"{consumer}-c", bundle) == f"{__version__} tensorrt\n".encode()
     (bundle / "0.engine").write_bytes(b"tenser")
     done = run(consumer, bundle)
     assert done.returncode == 2
     assert b"expected SHA-256" in done.stderr
     assert done.stderr.splitlines()[1] == b"sha256 == file.sha256"
+    done = run(f"{consumer}-c", bundle)
+    assert done.returncode == INVALID_BUNDLE
+    assert b"expected SHA-256" in done.stderr
+    assert run(f"{consumer}-c").returncode == INVALID_ARGUMENT
     done = run(on_fakes / "bin" / "derain")
     assert done.returncode == 2
     assert done.stderr.startswith(b"usage: derain")
@@ -168,25 +211,41 @@ def test_installed_package(on_fakes, tmp_path):
 
 def test_installed_package_is_derainer_and_nothing_else(on_fakes):
     assert sorted(path.name for path in (on_fakes / "include" / "derainer").iterdir()) == [
+        "derainer.h",
         "derainer.hpp",
         "errors.hpp",
+        "export.h",
         "pixels.hpp",
     ]
     (library,) = on_fakes.glob(f"lib*/**/libderainer.so.{__version__}")
     assert not list(on_fakes.rglob("*core*"))
     symbols = succeed("nm", "--dynamic", "--demangle", "--defined-only", library).decode()
     without_parameters = re.sub(r"\(.*", "", symbols)
-    assert set(re.findall(r"derainer::\w+|nlohmann", without_parameters)) == {"derainer::Derainer", "derainer::Error"}
+    errors = (
+        "DerainError",
+        "InputError",
+        "InvalidImage",
+        "InvalidModel",
+        "MismatchError",
+        "DeviceError",
+        "OutOfMemory",
+    )
+    assert set(re.findall(r"derainer::\w+|nlohmann", without_parameters)) == {
+        f"derainer::{name}" for name in ("Derainer", *errors)
+    }
+    functions = ("open", "restore", "provider", "fallback_reason", "close", "error", "version")
+    assert set(re.findall(r" T (derainer_\w+)", symbols)) == {f"derainer_{name}" for name in functions}
 
 
 @pytest.mark.skipif("TENSORRT_ROOT" not in os.environ, reason="the real TensorRT is not installed")
-def test_installed_package_with_the_real_library(build, tmp_path):
-    consumer = make_consumer(build / "installed", tmp_path / "consumer")
-    done = run(consumer, write_bundle(tmp_path / "bundle"))
-    assert done.returncode == 2
-    assert b"CUDA finds no NVIDIA GPU" in done.stderr or b"expected an engine" in done.stderr
+def test_installed_package_with_the_real_library(installed, tmp_path):
+    consumer = make_consumer(installed, tmp_path / "consumer")
+    said = succeed(consumer, write_bundle(tmp_path / "bundle"))
+    assert said.startswith(b"cpu ")
+    assert b"CUDA finds no NVIDIA GPU" in said or b"expected an engine" in said
 
 
+INVALID_IMAGE, INVALID_BUNDLE, DEVICE, MEMORY, INVALID_ARGUMENT = range(1, 6)  # of derainer.h
 ENGINE = {"version": "11.4.0.106"}  # of the stand-in
 LARGE = (Profile((64, 64), (64, 64), (256, 512)), Profile((64, 64), (64, 64), (512, 256)))
 ONE_GROWS = (Profile((24, 16), (24, 16), (48, 64)), Profile((8, 96), (8, 96), (40, 256)))
@@ -274,6 +333,241 @@ def test_example_program_replaces_only_files(on_fakes, tmp_path):
     assert b"clean.png cannot be written: " in done.stderr
     assert clean.read_bytes() == before
     assert set(tmp_path.rglob("*")) == files
+
+
+# On the CPU: photographs, to the bytes that Python has from the same engine.
+
+
+class OpenVino:
+    """The model of a bundle as a session of Python, in the engine of the C++ library."""
+
+    limits: tuple = ()
+
+    def __init__(self, bundle: Path) -> None:
+        model = load(bundle).manifest.model
+        self.graph_io, self.multiple = model.graph_io, model.graph_io.multiple
+        import openvino
+
+        core = openvino.Core()
+        network = core.read_model((bundle / model.file).read_bytes())
+        self.model = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        return self.graph_io.answer(self.model([self.graph_io.feed(batch)])["output"])
+
+
+def bundle_of(folder: Path, write: Callable[[Path], object]) -> Path:
+    """A bundle without an engine, whose model `write` writes."""
+    folder.mkdir(parents=True)
+    write(folder / "model.onnx")
+    return save(describe_onnx(folder / "model.onnx"), folder).folder
+
+
+def photograph(name: str) -> np.ndarray:
+    return np.asarray(Image.open(PHOTOGRAPHS / f"{name}.jpg").convert("RGB"))
+
+
+def in_cpp(installed: Path, rainy: np.ndarray, bundle: Path, folder: Path) -> np.ndarray:
+    """Restored by the program in C++."""
+    Image.fromarray(rainy).save(folder / "rainy.png")
+    succeed(installed / "bin" / "derain", folder / "rainy.png", folder / "clean.png", bundle)
+    return np.asarray(Image.open(folder / "clean.png"))
+
+
+def in_c(
+    installed: Path, rainy: np.ndarray, bundle: Path, folder: Path, provider: str = "auto", **environment: str
+) -> tuple[int, str, np.ndarray]:
+    """Status of the program in C, what it says, and the restored image, where there is one."""
+    Image.fromarray(rainy).save(folder / "rainy.ppm")
+    (folder / "clean.ppm").unlink(missing_ok=True)
+    files = folder / "rainy.ppm", folder / "clean.ppm"
+    done = run(installed / "bin" / "derain-c", *files, bundle, provider, cwd=folder, **environment)
+    restored = np.asarray(Image.open(files[1])) if files[1].exists() else np.empty(0)
+    return done.returncode, done.stderr.decode(), restored
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory) -> Path:
+    return bundle_of(tmp_path_factory.mktemp("shipped") / "bundle", lambda path: shutil.copy(SHIPPED, path))
+
+
+@pytest.mark.parametrize("name", ["chelsea", "coffee", "rocket"])
+def test_photographs_are_restored(installed, shipped, tmp_path, name):
+    clean = photograph(name)[:251, :333]
+    rainy = add_rain(clean, draw_streaks(np.random.default_rng(0), *clean.shape[:2]))
+    restored = in_cpp(installed, rainy, shipped, tmp_path)
+    np.testing.assert_array_equal(restored, Derainer(OpenVino(shipped))(rainy))
+    assert psnr_rgb(restored, Derainer(shipped, provider="cpu")(rainy)) > 60  # ONNX Runtime
+    assert psnr_rgb(restored, clean) > psnr_rgb(rainy, clean) + 3
+    if name == "chelsea":
+        status, said, also_restored = in_c(installed, rainy, shipped, tmp_path)
+        assert status == 0
+        assert said.startswith("remark: it ran on the CPU: ")
+        np.testing.assert_array_equal(also_restored, restored)
+
+
+def as_io(io: IO, path: Path) -> None:
+    """Write the network that ships as a graph of `io`."""
+    model = onnx.load(SHIPPED)
+    graph, make = model.graph, helper.make_node
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [f"float_{name}" if name in ("input", "output") else name for name in names]
+    kind = FLOAT16 if io == "tensor16" else UINT8
+    if io == "tensor16":
+        before = [make("Cast", ["input"], ["float_input"], to=FLOAT)]
+        after = [make("Cast", ["float_output"], ["output"], to=kind)]
+    else:
+        constants = {"peak": np.float32(255), "lowest": np.float32(0), "highest": np.float32(1)}
+        graph.initializer.extend(numpy_helper.from_array(np.array(v), name) for name, v in constants.items())
+        before = [
+            make("Cast", ["input"], ["levels"], to=FLOAT),
+            make("Div", ["levels", "peak"], ["divided"]),
+            make("Transpose", ["divided"], ["float_input"], perm=[0, 3, 1, 2]),
+        ]
+        after = [
+            make("Clip", ["float_output", "lowest", "highest"], ["clamped"]),
+            make("Mul", ["clamped", "peak"], ["multiplied"]),
+            make("Round", ["multiplied"], ["rounded"]),
+            make("Cast", ["rounded"], ["whole"], to=kind),
+            make("Transpose", ["whole"], ["output"], perm=[0, 2, 3, 1]),
+        ]
+    nodes = [*before, *graph.node, *after]
+    del graph.node[:], graph.input[:], graph.output[:]
+    graph.node.extend(nodes)
+    shape = (1, "H", "W", 3) if io == "image" else (1, 3, "H", "W")
+    graph.input.append(helper.make_tensor_value_info("input", kind, shape))
+    graph.output.append(helper.make_tensor_value_info("output", kind, shape))
+    helper.set_model_props(model, {"size_multiple": "8", "io": io})
+    onnx.save(model, path)
+
+
+@pytest.mark.parametrize("io", ["tensor16", "image"])
+def test_every_kind_of_graph_restores(installed, shipped, tmp_path, io):
+    bundle = bundle_of(tmp_path / "bundle", lambda path: as_io(io, path))
+    rainy = np.ascontiguousarray(photograph("chelsea")[:96, :144])
+    restored = in_cpp(installed, rainy, bundle, tmp_path)
+    np.testing.assert_array_equal(restored, Derainer(OpenVino(bundle))(rainy))
+    assert psnr_rgb(restored, Derainer(bundle, provider="cpu")(rainy)) > 60
+    assert psnr_rgb(restored, Derainer(shipped, provider="cpu")(rainy)) > 50
+    assert not np.array_equal(restored, rainy)
+
+
+def test_a_graph_of_one_size_takes_tiles(installed, tmp_path):
+    bundle = bundle_of(tmp_path / "bundle", lambda path: write_network(path, shape=(1, 3, 32, 40)))
+    session = OpenVino(bundle)
+    session.limits = (((32, 40), (32, 40)),)
+    for height, width in ((32, 40), (9, 20), (70, 50)):
+        image = random_image(height, width)
+        np.testing.assert_array_equal(in_cpp(installed, image, bundle, tmp_path), Derainer(session)(image))
+
+
+def test_refusals_on_the_cpu_have_their_codes(installed, shipped, tmp_path):
+    image = random_image(16, 24)
+    nan = bundle_of(tmp_path / "nan", lambda path: write_network(path, float("nan")))
+    status, said, _ = in_c(installed, image, nan, tmp_path)
+    assert (status, "NaN or infinity" in said) == (INVALID_BUNDLE, True)
+    status, said, _ = in_c(installed, image, shipped, tmp_path, "tensorrt")
+    assert (status, "expected a bundle with an engine" in said) == (INVALID_BUNDLE, True)
+    status, said, _ = in_c(installed, image, write_bundle(tmp_path / "engines"), tmp_path, "tensorrt")
+    assert (status, "expected" in said) == (DEVICE, True)
+    status, said, _ = in_c(installed, image, shipped, tmp_path, "gpu")
+    assert (status, "expected the provider auto, tensorrt or cpu" in said) == (INVALID_ARGUMENT, True)
+    damaged = shutil.copytree(shipped, tmp_path / "damaged")
+    os.truncate(damaged / "model.onnx", 1000)
+    status, said, _ = in_c(installed, image, damaged, tmp_path)
+    assert (status, "bytes, found 1000" in said) == (INVALID_BUNDLE, True)
+
+
+def test_too_little_memory_is_told(installed, shipped, tmp_path):
+    """A sanitizer refuses what is larger than this."""
+    limit = "allocator_may_return_null=1:max_allocation_size_mb=20"
+    status, said, _ = in_c(installed, photograph("chelsea"), shipped, tmp_path, ASAN_OPTIONS=limit)
+    assert (status, "use smaller tiles" in said) == (MEMORY, True)
+
+
+def external(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    """The same, kept in the file `weights`."""
+    (moved := TensorProto()).CopyFrom(tensor)
+    moved.ClearField("raw_data")
+    moved.data_location = TensorProto.EXTERNAL
+    moved.external_data.add(key="location", value="weights")
+    return moved
+
+
+def subgraph(tensor: onnx.TensorProto) -> onnx.GraphProto:
+    return helper.make_graph([], "branch", [], [helper.make_tensor_value_info(tensor.name, FLOAT, [])], [tensor])
+
+
+PLACES: dict[str, Callable[[onnx.TensorProto], tuple[list, list]]] = {
+    "initializer": lambda t: ([], [t]),
+    "constant": lambda t: ([helper.make_node("Constant", [], [t.name], value=t)], []),
+    "branch": lambda t: (
+        [
+            helper.make_node("Constant", [], ["yes"], value=numpy_helper.from_array(np.array(True))),
+            helper.make_node("If", ["yes"], [t.name], then_branch=subgraph(t), else_branch=subgraph(t)),
+        ],
+        [],
+    ),
+}
+"""Where weights can be in a graph: nodes and initializers."""
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_weights_in_other_files_are_refused(installed, tmp_path, place):
+    """Which nothing verifies, and OpenVINO would read from the current directory."""
+    scale = numpy_helper.from_array(np.array(0.5, np.float32), "scale")
+    (tmp_path / "weights").write_bytes(scale.raw_data)
+    image = helper.make_tensor_value_info("input", FLOAT, (1, 3, "H", "W"))
+    answer = helper.make_tensor_value_info("output", FLOAT, (1, 3, "H", "W"))
+    for tensor, refused in ((scale, False), (external(scale), True)):
+        nodes, initializers = PLACES[place](tensor)
+        graph = helper.make_graph(
+            [*nodes, helper.make_node("Mul", ["input", "scale"], ["output"])], "test", [image], [answer], initializers
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        helper.set_model_props(model, {"size_multiple": "8"})
+        bundle = bundle_of(tmp_path / f"bundle{refused}", lambda path: write_network(path))
+        (bundle / "model.onnx").write_bytes(model.SerializeToString())
+        described = describe_file(bundle / "model.onnx", "onnx")
+        rewrite(bundle, lambda m, file=described: m["files"][0].update(size=file.size, sha256=file.sha256))
+        status, said, _ = in_c(installed, random_image(16, 24), bundle, tmp_path, "cpu")
+        assert (status, "keeps them in other files" in said) == (INVALID_BUNDLE if refused else 0, refused), said
+
+
+def with_engine(folder: Path, plan: bytes = b"tensor", **options: object) -> Path:
+    """A bundle with a network that halves, and an engine for the stand-ins unless `options` say otherwise."""
+    bundle = bundle_of(folder, write_network)
+    manifest = load(bundle).manifest
+    (bundle / "plan.engine").write_bytes(plan)
+    usual = dict(flavor="tensorrt", **ENGINE, compute_capabilities=("8.6",), profiles=PROFILES, flags={})
+    engine = Engine("plan.engine", **(usual | options), onnx_sha256=manifest.files[0].sha256)
+    save(manifest.with_file(describe_file(bundle / "plan.engine", "engine"), engine), bundle)
+    return bundle
+
+
+def test_auto_takes_the_engine_where_it_runs(on_fakes, tmp_path):
+    """On the stand-ins, whose GPU has the compute capability 8.6; else the CPU, and says why."""
+    image = random_image(16, 24)
+    engine, cpu = Derainer(StandIn(8))(image), Derainer(OpenVino(bundle_of(tmp_path / "cpu", write_network)))(image)
+    bundle = with_engine(tmp_path / "fits")
+    status, said, restored = in_c(on_fakes, image, bundle, tmp_path)
+    assert (status, said) == (0, "")
+    np.testing.assert_array_equal(restored, engine)
+    np.testing.assert_array_equal(in_c(on_fakes, image, bundle, tmp_path, "cpu")[2], cpu)
+    for name, bundle, refusal, reason in (
+        ("gpu", with_engine(tmp_path / "gpu", compute_capabilities=("8.9",)), DEVICE, "for this GPU"),
+        ("version", with_engine(tmp_path / "version", version="11.5.0"), DEVICE, "expected version 11.5.0"),
+        ("plan", with_engine(tmp_path / "plan", b"other!"), INVALID_BUNDLE, "is refused"),
+    ):
+        status, said, restored = in_c(on_fakes, image, bundle, tmp_path)
+        assert (status, reason in said) == (0, True), name
+        np.testing.assert_array_equal(restored, cpu)
+        status, said, _ = in_c(on_fakes, image, bundle, tmp_path, "tensorrt")
+        assert (status, reason in said) == (refusal, True), name
+    flip(bundle / "plan.engine", 0)
+    status, said, _ = in_c(on_fakes, image, bundle, tmp_path)
+    assert (status, "expected SHA-256" in said) == (INVALID_BUNDLE, True)
 
 
 # Bundles: whatever one reader refuses, the other refuses.

@@ -4,7 +4,7 @@
 #include <sstream>
 #include <vector>
 
-#include "errors.hpp"
+#include "check.hpp"
 
 namespace derainer {
 
@@ -53,19 +53,21 @@ const Engine& choose_engine(const Bundle& bundle, const std::string& capability,
     const std::vector<Engine>& engines = bundle.manifest.engines;
     const auto fits_gpu = [&](const Engine& e) { return e.flavor == flavor && runs_on(e, capability); };
     const auto newest = std::find_if(engines.rbegin(), engines.rend(), fits_gpu);
-    DERAINER_CHECK(newest != engines.rend(), bundle.folder.string() + ": expected an engine of flavor " + flavor +
-                                                 " for this GPU of compute capability " + capability + ", found " +
-                                                 describe(engines) + "; add one with python -m export.tensorrt");
+    DERAINER_CHECK(DeviceError, newest != engines.rend(),
+                   bundle.folder.string() + ": expected an engine of flavor " + flavor +
+                       " for this GPU of compute capability " + capability + ", found " + describe(engines) +
+                       "; add one with python -m export.tensorrt");
     const auto fits = [&](const Engine& e) { return fits_gpu(e) && fits_version(e, version); };
-    DERAINER_CHECK(std::any_of(engines.begin(), engines.end(), fits),
+    DERAINER_CHECK(DeviceError, std::any_of(engines.begin(), engines.end(), fits),
                    (bundle.folder / newest->file).string() + ": expected version " + newest->version +
                        " of the library, which it was built with, found " + version +
                        "; install that one or build the engine again");
     const auto found = std::find_if(engines.rbegin(), engines.rend(),
                                     [&](const Engine& e) { return fits(e) && !has(e, "strip_weights"); });
-    DERAINER_CHECK(found != engines.rend(), bundle.folder.string() +
-                                                ": expected an engine with its weights for this GPU, found only "
-                                                "stripped ones; build one without --strip-weights");
+    DERAINER_CHECK(DeviceError, found != engines.rend(),
+                   bundle.folder.string() +
+                       ": expected an engine with its weights for this GPU, found only "
+                       "stripped ones; build one without --strip-weights");
     return *found;
 }
 

@@ -8,7 +8,7 @@
 namespace derainer {
 
 /// The newest engine of a bundle that fits and has its weights. `capability`: of the GPU, such as "8.9"; `flavor`:
-/// "rtx" or "tensorrt", and `version` of that library, in full. Throws Error where none fits.
+/// "rtx" or "tensorrt", and `version` of that library, in full. Throws DeviceError where none fits.
 const Engine& choose_engine(const Bundle& bundle, const std::string& capability, const std::string& flavor,
                             const std::string& version);
 

@@ -26,7 +26,7 @@ private:
 std::string sha256(const std::string& content);
 
 /// Whether `signature` is the raw Ed25519 signature of `message` by the owner of `key`, a public or private key in PEM
-/// without a password. Throws Error where there is no such key in the file.
+/// without a password. Throws InputError where there is no such key in the file.
 bool verify_ed25519(const std::string& message, const std::string& signature, const std::filesystem::path& key);
 
 }  // namespace derainer

@@ -1,58 +1,126 @@
 #include "derainer.hpp"
 
+#include <memory>
 #include <mutex>
+#include <new>
 #include <utility>
 
+#include "backends.hpp"
 #include "bundle.hpp"
-#include "choice.hpp"
+#include "canary.hpp"
+#include "check.hpp"
 #include "session.hpp"
 #include "tiling.hpp"
-#include "trt.hpp"
 
 namespace derainer {
 
+namespace {
+
+/// A network that is open, the provider in which it runs, and why "auto" did not take the engine.
+struct Opened {
+    std::unique_ptr<Session> session;
+    std::string provider;
+    std::string fallback_reason;
+};
+
+/// A session that may be used. Throws UnprovenError and CanaryError.
+std::unique_ptr<Session> accepted(std::unique_ptr<Session> session, const Bundle& bundle, const Options& options) {
+    DERAINER_CHECK(UnprovenError, !options.require_proof || bundle.manifest.proven.count(session->file()) == 1,
+                   (bundle.folder / session->file()).string() +
+                       ": expected a proof against the full model in the manifest, found none; judge it: "
+                       "python -m export.validate --record, or do not require one");
+    check_canaries(*session, bundle, options.canary);
+    return session;
+}
+
+Opened open_engine(const Bundle& bundle, const Options& options) {
+    DERAINER_CHECK(InvalidModel, !bundle.manifest.engines.empty(),
+                   bundle.folder.string() +
+                       ": expected a bundle with an engine, found none in it; build one with "
+                       "python -m export.tensorrt, or use the provider cpu");
+    return {accepted(open_tensorrt(bundle, options), bundle, options), "tensorrt", {}};
+}
+
+/// On the CPU, for this reason.
+Opened fall_back(const Bundle& bundle, const Options& options, const DerainError& reason) {
+    try {
+        return {accepted(open_cpu(bundle, options), bundle, options), "cpu", reason.message()};
+    } catch (const DeviceError& error) {
+        throw DeviceError(reason.message() + "; and on the CPU: " + error.message(),
+                          reason.expression() + ", " + error.expression());
+    }
+}
+
+Opened open(const Bundle& bundle, const Options& options) {
+    if (options.provider == "tensorrt") {
+        return open_engine(bundle, options);
+    }
+    if (options.provider == "cpu") {
+        return {accepted(open_cpu(bundle, options), bundle, options), "cpu", {}};
+    }
+    DERAINER_CHECK(InputError, options.provider == "auto",
+                   "expected the provider auto, tensorrt or cpu, found " + options.provider);
+    try {
+        return open_engine(bundle, options);
+    } catch (const MismatchError&) {
+        throw;
+    } catch (const InvalidModel& error) {
+        return fall_back(bundle, options, error);
+    } catch (const DeviceError& error) {
+        return fall_back(bundle, options, error);
+    }
+}
+
+/// What `action` gives. Throws OutOfMemory where the host has too little.
+template <class Action>
+auto within_memory(Action action) {
+    try {
+        return action();
+    } catch (const std::bad_alloc&) {
+        throw OutOfMemory("expected enough memory, found too little; use smaller tiles", "std::bad_alloc");
+    }
+}
+
+}  // namespace
+
 class Derainer::Implementation {
 public:
-    /// The bundle is verified, and the GPU, of that compute capability, the current one.
-    Implementation(const Bundle& bundle, const Options& options, const std::string& capability)
-        : options_(options),
-          session_(bundle, choose_engine(bundle, capability, Library::flavor, library_version()), options.sizes,
-                   options.cuda_graphs) {}
+    /// The bundle is verified.
+    Implementation(const Bundle& bundle, const Options& options) : options_(options), opened_(open(bundle, options)) {}
 
-    int device() const { return options_.device; }
-    GraphIo graph_io() const { return session_.graph_io(); }
+    GraphIo graph_io() const { return opened_.session->graph_io(); }
+    const std::string& provider() const { return opened_.provider; }
+    const std::string& fallback_reason() const { return opened_.fallback_reason; }
 
     void run(const std::vector<Image>& images) {
         const std::lock_guard<std::mutex> lock(mutex_);
-        const OnDevice on_device(options_.device);
         std::vector<Task> tasks;
         for (const Image& image : images) {
             check(image);
             const Size size = graph_io().padded({image.height, image.width});
             tasks.push_back(
-                {image, plan(size, graph_io().multiple, session_.limits(), options_.tile, options_.overlap)});
+                {image, plan(size, graph_io().multiple, opened_.session->limits(), options_.tile, options_.overlap)});
         }
-        restore(session_, tasks);
+        restore(*opened_.session, tasks);
     }
 
     void enqueue(const void* input, void* output, Size size, cudaStream_t stream) {
         const std::lock_guard<std::mutex> lock(mutex_);
-        const OnDevice on_device(options_.device);
-        session_.enqueue(input, output, size, stream);
+        opened_.session->enqueue(input, output, size, stream);
     }
 
 private:
     const Options options_;
-    TrtSession session_;
+    const Opened opened_;
     std::mutex mutex_;
 };
 
 Derainer::Derainer(const std::filesystem::path& folder, const Options& options) {
-    const Bundle bundle = load(folder, options.public_key);
-    bundle.verify();
-    const std::string capability = gpu(options.device);  // before TensorRT is touched
-    const OnDevice on_device(options.device);
-    implementation_ = std::make_unique<Implementation>(bundle, options, capability);
+    implementation_ = within_memory([&] {
+        const Bundle bundle = load(folder, options.public_key);
+        bundle.verify();
+        return std::make_unique<Implementation>(bundle, options);
+    });
 }
 
 Derainer::Derainer(Derainer&& other) noexcept : implementation_(std::move(other.implementation_)) {}
@@ -62,24 +130,25 @@ Derainer& Derainer::operator=(Derainer&& other) noexcept {
     return *this;
 }
 
-Derainer::~Derainer() {
-    if (implementation_ != nullptr) {
-        const OnDevice on_device(implementation_->device());
-        implementation_.reset();
-    }
-}
+Derainer::~Derainer() = default;
 
 void Derainer::run(const std::uint8_t* rgb, std::int64_t height, std::int64_t width, std::size_t stride,
                    std::uint8_t* out) {
-    implementation_->run({{rgb, height, width, stride, out}});
+    run({{rgb, height, width, stride, out}});
 }
 
-void Derainer::run(const std::vector<Image>& images) { implementation_->run(images); }
+void Derainer::run(const std::vector<Image>& images) {
+    within_memory([&] { implementation_->run(images); });
+}
 
 void Derainer::enqueue(const void* input, void* output, std::int64_t height, std::int64_t width, cudaStream_t stream) {
     implementation_->enqueue(input, output, {height, width}, stream);
 }
 
 GraphIo Derainer::graph_io() const { return implementation_->graph_io(); }
+
+const std::string& Derainer::provider() const { return implementation_->provider(); }
+
+const std::string& Derainer::fallback_reason() const { return implementation_->fallback_reason(); }
 
 }  // namespace derainer

@@ -1,11 +1,13 @@
-/// Takes the rain out of images, on an NVIDIA GPU: a bundle made by `export.tensorrt`, in C++.
+/// Takes the rain out of images: a bundle made by `export.tensorrt`, in C++, on an NVIDIA GPU or on the CPU. derainer.h
+/// is the same for C and all that binds to it.
 ///
 ///     #include <derainer/derainer.hpp>
 ///
 ///     try {
 ///         derainer::Options options;
 ///         options.public_key = "public.pem";               // optional: refuse what its owner did not sign
-///         derainer::Derainer derain("bundle", options);    // verifies every file, then loads the engine
+///         derainer::Derainer derain("bundle", options);    // verifies every file, then loads what runs here
+///         std::clog << derain.provider() << "\n";          // "tensorrt", or "cpu", and derain.fallback_reason()
 ///
 ///         // One image on the host: rows of `width` pixels of 3 bytes, red first, `stride` bytes apart; any size.
 ///         std::vector<std::uint8_t> clean(height * stride);
@@ -16,7 +18,7 @@
 ///
 ///         // What is on the GPU already, in the network's own format (derain.graph_io()), without waiting.
 ///         derain.enqueue(device_input, device_output, 720, 1280, stream);
-///     } catch (const derainer::Error& error) {
+///     } catch (const derainer::DerainError& error) {       // of the types in errors.hpp
 ///         std::cerr << error.what() << "\n";               // one line: expected, found, how to mend, what failed
 ///     }
 ///
@@ -27,12 +29,14 @@
 /// and bottom to the next multiple that the network takes, by reflection without repeating the border (an axis that is
 /// not longer than its padding repeats its border), run, clamp to [0, 1], crop, multiply by 255, round half to even.
 /// Images larger than the engine takes are cut into overlapping tiles, smaller ones are padded to the smallest size
-/// that it takes. The network looks at the whole of what it is given, so that both change its answer.
+/// that it takes. The network looks at the whole of what it is given, so that both change its answer. On the CPU the
+/// bundle's ONNX model runs in OpenVINO, in float32, which takes images of any size; so large ones need memory, or
+/// `Options::tile`.
 ///
 /// Threads may share a Derainer: they take turns, in any order. Only moving and destroying it is not for while another
-/// thread uses it. After an Error it can be used again, unless CUDA itself failed for good.
+/// thread uses it. After an error it can be used again, unless CUDA itself failed for good.
 ///
-/// Written against the vendor's API and tested against stand-ins; it has not run on a GPU yet.
+/// What runs on a GPU is written against the vendor's API and tested against stand-ins; it has not run on one yet.
 #pragma once
 
 #include <cstddef>
@@ -40,9 +44,11 @@
 #include <filesystem>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "errors.hpp"
+#include "export.h"
 #include "pixels.hpp"
 
 extern "C" {
@@ -55,48 +61,66 @@ namespace derainer {
 struct Options {
     /// Public key of the one who has to have signed the bundle, if anyone: Ed25519 in PEM.
     std::optional<std::filesystem::path> public_key;
+    /// "tensorrt" is the bundle's engine; "cpu" its ONNX model; "auto" the engine where it runs, or else the CPU.
+    std::string provider = "auto";
+    /// When what runs has to answer the bundle's canaries as its model does: the "first" time that a machine opens it,
+    /// "always", or "never".
+    std::string canary = "first";
+    /// Run only a file that was judged against the full model, as the manifest records.
+    bool require_proof = false;
     /// CUDA's number of the GPU.
     int device = 0;
+    /// Of the CPU; 0 for all cores.
+    int threads = 0;
     /// Size of the tiles into which larger images are cut, in multiples of what the network takes; if not given, as
-    /// large as the engine takes, and none where it takes the whole image.
+    /// large as the network takes, and none where it takes the whole image.
     std::optional<Size> tile;
     /// Pixels that tiles share, at most half a tile; 64, or a quarter of a small tile, if not given.
     std::optional<std::int64_t> overlap;
-    /// For how many sizes of images or tiles the set-up is kept, at least 1; the longest unused goes first.
+    /// On a GPU: for how many sizes of images or tiles the set-up is kept, at least 1; the longest unused goes first.
     std::size_t sizes = 8;
-    /// Replay the launches of a size from its second run on.
+    /// On a GPU: replay the launches of a size from its second run on.
     bool cuda_graphs = true;
 };
 
-/// The engine of a bundle for a GPU, with all that stands between it and an image.
-class DERAINER_PUBLIC Derainer {
+/// The network of a bundle, with all that stands between it and an image.
+class DERAINER_API Derainer {
 public:
     /// Memory on the GPU and pinned memory of the host are taken here, for the largest size that the engine takes and
     /// two tiles at a time; memory for what lies between the network's layers grows with the largest size so far.
-    /// Throws Error where there is no GPU, no engine for it and this library, and for a bundle that is not what its
-    /// manifest or signature says.
+    /// Throws InvalidModel for a bundle that cannot be used, MismatchError for one that is not what its manifest or
+    /// signature says, UnprovenError where a proof is required, DeviceError where the provider does not run here
+    /// ("auto": where none does), CanaryError where it answers with something else than the model, OutOfMemory, and
+    /// InputError for other options than these.
     explicit Derainer(const std::filesystem::path& bundle, const Options& options = {});
     Derainer(Derainer&&) noexcept;
     Derainer& operator=(Derainer&&) noexcept;
     ~Derainer();
 
-    /// Restore an image on the host into `out`, which has the same size and stride and may be `rgb`. Throws Error for
-    /// an image without pixels or with rows that overlap, for `Options::tile` and `overlap` that the engine does not
-    /// take, for want of memory on the GPU, and where the network answers with NaN or infinity.
+    /// Restore an image on the host into `out`, which has the same size and stride and may be `rgb`. Throws
+    /// InvalidImage for one without pixels or with rows that overlap, InputError for `Options::tile` and `overlap` that
+    /// the network does not take, InvalidModel where it answers with NaN or infinity, OutOfMemory, and DeviceError
+    /// where it fails.
     void run(const std::uint8_t* rgb, std::int64_t height, std::int64_t width, std::size_t stride, std::uint8_t* out);
 
     /// Restore several images, of equal or different sizes, as `run` does each. None may be written where another is
-    /// read. After an Error some are not written.
+    /// read. After an error some are not written.
     void run(const std::vector<Image>& images);
 
     /// Let `stream` restore what is on the GPU, and come back at once; `cudaStreamSynchronize(stream)` waits for it.
     /// In the network's own format, see `graph_io`: of a size that a profile takes, in multiples. The output is neither
     /// clamped nor rounded. The Derainer has to outlive the work. A size that is new waits for the GPU, so `stream`
-    /// must not be in capture.
+    /// must not be in capture. Throws InputError for another size, and on the CPU.
     void enqueue(const void* input, void* output, std::int64_t height, std::int64_t width, cudaStream_t stream);
 
     /// What `enqueue` takes and gives: format, shape and bytes.
     GraphIo graph_io() const;
+
+    /// What runs: "tensorrt" or "cpu".
+    const std::string& provider() const;
+
+    /// Why "auto" did not take the bundle's engine, in one line; empty where it did, and where another was asked for.
+    const std::string& fallback_reason() const;
 
 private:
     class Implementation;

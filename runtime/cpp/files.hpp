@@ -6,7 +6,7 @@
 
 namespace derainer {
 
-/// The content of a file. Throws Error where it cannot be read.
+/// The content of a file. Throws InputError where it cannot be read.
 std::string read_file(const std::filesystem::path& path);
 
 }  // namespace derainer

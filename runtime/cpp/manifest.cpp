@@ -6,7 +6,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include "errors.hpp"
+#include "check.hpp"
 
 namespace derainer {
 
@@ -23,10 +23,11 @@ std::string quote(const json& value) {
 }
 
 [[noreturn]] void refuse(const std::string& where, const std::string& expected, const json& found) {
-    throw Error(where + ": expected " + expected + ", found " + quote(found), where);
+    throw InvalidModel(where + ": expected " + expected + ", found " + quote(found), where);
 }
 
-/// An object of the manifest: it has all of these fields and no others. The getters throw Error for another type.
+/// An object of the manifest: it has all of these fields and no others. The getters throw InvalidModel for another
+/// type.
 class Object {
 public:
     /// `later` are fields that came later and that manifests may lack.
@@ -159,9 +160,9 @@ File parse_file(const json& value, const std::string& where) {
     const Object object(value, where, {"name", "sha256", "size", "role"});
     File file{object.text("name"), object.text("sha256"), object.integer("size"),
               object.choice("role", {"onnx", "engine", "canary", "report"})};
-    DERAINER_CHECK(is_plain_name(file.name),
+    DERAINER_CHECK(InvalidModel, is_plain_name(file.name),
                    "expected a plain file name of at most 255 letters, digits and _.+-, found " + quote(file.name));
-    DERAINER_CHECK(is_sha256(file.sha256),
+    DERAINER_CHECK(InvalidModel, is_sha256(file.sha256),
                    file.name + ": expected a SHA-256 of 64 digits 0-9 and a-f, found " + quote(file.sha256));
     return file;
 }
@@ -184,7 +185,7 @@ Model parse_model(const json& value, const std::string& where) {
     const std::string name = object.choice("io", {"tensor", "tensor16", "image"});
     const Io io = name == "image" ? Io::image : name == "tensor16" ? Io::tensor16 : Io::tensor;
     Model model{object.text("file"), {io, object.integer("size_multiple")}};
-    DERAINER_CHECK(1 <= model.graph_io.multiple && model.graph_io.multiple <= kMaxMultiple,
+    DERAINER_CHECK(InvalidModel, 1 <= model.graph_io.multiple && model.graph_io.multiple <= kMaxMultiple,
                    where + ": expected a size multiple from 1 to " + std::to_string(kMaxMultiple) + ", found " +
                        std::to_string(model.graph_io.multiple));
     return model;
@@ -196,7 +197,8 @@ Profile parse_profile(const json& value, const std::string& where) {
     const auto ordered = [](std::int64_t min, std::int64_t opt, std::int64_t max) {
         return 1 <= min && min <= opt && opt <= max;
     };
-    DERAINER_CHECK(ordered(profile.min.height, profile.opt.height, profile.max.height) &&
+    DERAINER_CHECK(InvalidModel,
+                   ordered(profile.min.height, profile.opt.height, profile.max.height) &&
                        ordered(profile.min.width, profile.opt.width, profile.max.width),
                    where + ": expected 1 <= min <= opt <= max, found " + quote(value));
     return profile;
@@ -220,7 +222,7 @@ std::pair<Engine, std::string> parse_engine(const json& value, const std::string
         engine.compute_capabilities.push_back(capability.get<std::string>());
     }
     engine.profiles = parse_list(object.list("profiles"), where + ".profiles", parse_profile);
-    DERAINER_CHECK(!engine.profiles.empty(), where + ": expected at least one profile, found none");
+    DERAINER_CHECK(InvalidModel, !engine.profiles.empty(), where + ": expected at least one profile, found none");
     for (const auto& flag : object.object("flags").items()) {
         if (flag.value() == true) {
             engine.flags.insert(flag.key());
@@ -238,16 +240,15 @@ std::string parse_drift(const json& value, const std::string& where) {
         {"input_psnr", "input_ssim"});
     object.text("provider");
     const std::string reference = object.text("reference_sha256");
-    DERAINER_CHECK(is_sha256(reference),
+    DERAINER_CHECK(InvalidModel, is_sha256(reference),
                    where + ": expected a SHA-256 of 64 digits 0-9 and a-f, found " + quote(reference));
     object.text("data");
     object.integer("images");
     object.integer("max_difference");
     object.check_optional({"protocol"}, &json::is_string, "a string");
-    object.check_optional(
-        {"psnr_between", "reference_psnr", "candidate_psnr", "drop_db", "reference_ssim", "candidate_ssim",
-         "input_psnr", "input_ssim"},
-        &json::is_number, "a number");  // JSON has no infinite ones
+    object.check_optional({"psnr_between", "reference_psnr", "candidate_psnr", "drop_db", "reference_ssim",
+                           "candidate_ssim", "input_psnr", "input_ssim"},
+                          &json::is_number, "a number");  // JSON has no infinite ones
     return object.text("file");
 }
 
@@ -255,7 +256,8 @@ Canary parse_canary(const json& value, const std::string& where) {
     const Object object(value, where, {"file", "height", "width", "floor_db"});
     Canary canary{object.text("file"), {object.integer("height"), object.integer("width")}, object.number("floor_db")};
     const auto [height, width] = canary.size;
-    DERAINER_CHECK(1 <= std::min(height, width) && std::max(height, width) <= kMaxCanary && 0 <= canary.floor_db &&
+    DERAINER_CHECK(InvalidModel,
+                   1 <= std::min(height, width) && std::max(height, width) <= kMaxCanary && 0 <= canary.floor_db &&
                        canary.floor_db <= 100,
                    canary.file + ": expected a canary of at most " + std::to_string(kMaxCanary) +
                        " pixels a side and a floor of 0 to 100 dB, found " + to_string(canary.size) + " and " +
@@ -267,20 +269,20 @@ Canary parse_canary(const json& value, const std::string& where) {
 json parse_json(const std::string& content) {
     std::vector<std::set<std::string>> seen;
     const auto strict = [&](int depth, json::parse_event_t event, const json& parsed) {
-        DERAINER_CHECK(depth <= kMaxDepth, "expected JSON, found what is nested too deep");
+        DERAINER_CHECK(InvalidModel, depth <= kMaxDepth, "expected JSON, found what is nested too deep");
         if (event == json::parse_event_t::object_start) {
             seen.emplace_back();
         } else if (event == json::parse_event_t::object_end) {
             seen.pop_back();
         } else if (event == json::parse_event_t::key && !seen.back().insert(parsed.get<std::string>()).second) {
-            throw Error("expected JSON, found a field twice: " + quote(parsed), "one field of a name");
+            throw InvalidModel("expected JSON, found a field twice: " + quote(parsed), "one field of a name");
         }
         return true;
     };
     try {
         return json::parse(content, strict);
     } catch (const json::exception& error) {
-        throw Error("expected JSON, found what is not: " + quote(error.what()), "json::parse(content)");
+        throw InvalidModel("expected JSON, found what is not: " + quote(error.what()), "json::parse(content)");
     }
 }
 
@@ -301,9 +303,10 @@ Manifest parse(const std::string& content) {
     const json found = parse_json(content);
     if (found.is_object()) {
         const json schema = found.value("schema", json());
-        DERAINER_CHECK(schema == kSchema, "expected schema " + std::to_string(kSchema) + ", found " + quote(schema) +
-                                              "; use the version of drsformer-deploy that made the bundle, or make it "
-                                              "again");
+        DERAINER_CHECK(InvalidModel, schema == kSchema,
+                       "expected schema " + std::to_string(kSchema) + ", found " + quote(schema) +
+                           "; use the version of drsformer-deploy that made the bundle, or make it "
+                           "again");
     }
     const Object object(found, "manifest", {"schema", "created_by", "model", "files", "engines", "drift"},
                         {"canaries"});
@@ -324,7 +327,7 @@ Manifest parse(const std::string& content) {
     std::string onnx_sha256;
     std::set<std::string> names;
     for (const File& file : manifest.files) {
-        DERAINER_CHECK(names.insert(lower(file.name)).second,  // some file systems do not tell A from a
+        DERAINER_CHECK(InvalidModel, names.insert(lower(file.name)).second,  // some file systems do not tell A from a
                        "expected every file once, found " + quote(file.name) + " twice");
         if (file.role != "report") {
             listed[file.name] = file.role;
@@ -334,43 +337,43 @@ Manifest parse(const std::string& content) {
         }
     }
     for (const auto& [engine, built_from] : engines) {
-        DERAINER_CHECK(described.emplace(engine.file, "engine").second,
+        DERAINER_CHECK(InvalidModel, described.emplace(engine.file, "engine").second,
                        "expected every engine described once, found " + quote(engine.file) + " twice");
         manifest.engines.push_back(engine);
     }
     for (const Canary& canary : manifest.canaries) {
-        DERAINER_CHECK(described.emplace(canary.file, "canary").second,
+        DERAINER_CHECK(InvalidModel, described.emplace(canary.file, "canary").second,
                        "expected every canary described once, found " + quote(canary.file) + " twice");
     }
-    DERAINER_CHECK(described == listed,
+    DERAINER_CHECK(InvalidModel, described == listed,
                    "expected one model, the engines and the canaries under files, each described once, found " +
                        quote(listed) + " there and " + quote(described) + " described");
     for (const auto& [engine, built_from] : engines) {
-        DERAINER_CHECK(built_from == onnx_sha256, engine.file + " was built from another model: expected SHA-256 " +
-                                                      onnx_sha256 + ", found " + quote(built_from) +
-                                                      "; build it again");
+        DERAINER_CHECK(InvalidModel, built_from == onnx_sha256,
+                       engine.file + " was built from another model: expected SHA-256 " + onnx_sha256 + ", found " +
+                           quote(built_from) + "; build it again");
         const std::int64_t multiple = manifest.model.graph_io.multiple;
         for (const Profile& profile : engine.profiles) {
-            DERAINER_CHECK(is_multiple(profile.min, multiple) && is_multiple(profile.max, multiple),
+            DERAINER_CHECK(InvalidModel, is_multiple(profile.min, multiple) && is_multiple(profile.max, multiple),
                            engine.file + ": expected profiles in multiples of " + std::to_string(multiple) +
                                ", found " + to_string(profile.min) + " to " + to_string(profile.max));
         }
     }
     for (const std::string& measured : parse_list(object.list("drift"), "manifest.drift", parse_drift)) {
         const auto role = described.find(measured);
-        DERAINER_CHECK(role != described.end() && role->second != "canary",
-                       "expected a drift of the model or an engine of " + quote(described) + ", found one of " +
-                           quote(measured));
+        DERAINER_CHECK(
+            InvalidModel, role != described.end() && role->second != "canary",
+            "expected a drift of the model or an engine of " + quote(described) + ", found one of " + quote(measured));
         manifest.proven.insert(measured);
     }
     for (const Canary& canary : manifest.canaries) {
         const auto file = std::find_if(manifest.files.begin(), manifest.files.end(),
                                        [&](const File& each) { return each.name == canary.file; });
         const std::int64_t bytes = canary.size.height * canary.size.width * 6;
-        DERAINER_CHECK(file->size == bytes, canary.file + ": expected " + std::to_string(bytes) +
-                                                " bytes for two images of " + to_string(canary.size) + ", found " +
-                                                std::to_string(file->size));
-        DERAINER_CHECK(is_multiple(canary.size, manifest.model.graph_io.multiple),
+        DERAINER_CHECK(InvalidModel, file->size == bytes,
+                       canary.file + ": expected " + std::to_string(bytes) + " bytes for two images of " +
+                           to_string(canary.size) + ", found " + std::to_string(file->size));
+        DERAINER_CHECK(InvalidModel, is_multiple(canary.size, manifest.model.graph_io.multiple),
                        canary.file + ": expected a canary in multiples of " +
                            std::to_string(manifest.model.graph_io.multiple) + ", found " + to_string(canary.size));
     }

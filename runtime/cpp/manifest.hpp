@@ -61,8 +61,8 @@ struct Engine {
     std::optional<std::size_t> profile_for(Size size) const;
 };
 
-/// A known answer: two images without a header, uint8 (2, height, width, 3) RGB, the input and what the model answers in
-/// float32. `floor_db` is the least PSNR over RGB, in dB, between this answer and another that rounding can explain.
+/// A known answer: two images without a header, uint8 (2, height, width, 3) RGB, the input and what the model answers
+/// in float32. `floor_db` is the least PSNR over RGB, in dB, between this answer and another that rounding can explain.
 struct Canary {
     std::string file;
     Size size;
@@ -79,7 +79,7 @@ struct Manifest {
     std::set<std::string> proven;  // names of the model and the engines that were judged against the full model
 };
 
-/// A manifest from its JSON. Throws Error.
+/// A manifest from its JSON. Throws InvalidModel.
 Manifest parse(const std::string& content);
 
 }  // namespace derainer

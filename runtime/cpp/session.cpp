@@ -5,7 +5,7 @@
 #include <deque>
 #include <memory>
 
-#include "errors.hpp"
+#include "check.hpp"
 
 namespace derainer {
 
@@ -16,7 +16,7 @@ std::size_t index(std::int64_t value) { return static_cast<std::size_t>(value); 
 float level_to_float(std::uint8_t level) { return static_cast<float>(level) / 255.0F; }
 
 std::uint8_t to_level(float value) {
-    DERAINER_CHECK(std::isfinite(value),
+    DERAINER_CHECK(InvalidModel, std::isfinite(value),
                    "the network answered with NaN or infinity; if it runs in float16, export it in float32");
     return static_cast<std::uint8_t>(std::nearbyint(std::min(std::max(value, 0.0F), 1.0F) * 255.0F));
 }
@@ -141,14 +141,19 @@ struct Job {
 
 }  // namespace
 
+void Session::enqueue(const void*, void*, Size, CUstream_st*) {
+    throw InputError("expected a network on a GPU to work on a CUDA stream, found one on the CPU; use run", "enqueue");
+}
+
 void check(const Image& image) {
-    DERAINER_CHECK(image.rgb != nullptr && image.out != nullptr, "expected an image, found a null pointer");
-    DERAINER_CHECK(image.height >= 1 && image.width >= 1,
+    DERAINER_CHECK(InvalidImage, image.rgb != nullptr && image.out != nullptr,
+                   "expected an image, found a null pointer");
+    DERAINER_CHECK(InvalidImage, image.height >= 1 && image.width >= 1,
                    "expected an image of at least one pixel, found " + to_string(Size{image.height, image.width}));
-    DERAINER_CHECK(image.stride / 3 >= index(image.width),
+    DERAINER_CHECK(InvalidImage, image.stride / 3 >= index(image.width),
                    "expected rows of at least 3 x " + std::to_string(image.width) + " bytes, found a stride of " +
                        std::to_string(image.stride));
-    DERAINER_CHECK(index(image.height) <= PTRDIFF_MAX / image.stride,
+    DERAINER_CHECK(InvalidImage, index(image.height) <= PTRDIFF_MAX / image.stride,
                    "expected an image that memory can hold, found " + to_string(Size{image.height, image.width}));
 }
 
@@ -180,8 +185,9 @@ void restore(Session& session, const std::vector<Task>& tasks) {
 }
 
 std::vector<std::int64_t> padded_index(std::int64_t length, std::int64_t size) {
-    DERAINER_CHECK(length <= size, "expected at least " + std::to_string(length) + " pixels to pad an axis to, found " +
-                                       std::to_string(size));
+    DERAINER_CHECK(
+        InputError, length <= size,
+        "expected at least " + std::to_string(length) + " pixels to pad an axis to, found " + std::to_string(size));
     const std::int64_t padding = size - length;
     std::vector<std::int64_t> indices;
     for (std::int64_t i = 0; i < size; ++i) {

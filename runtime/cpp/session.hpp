@@ -4,10 +4,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "pixels.hpp"
 #include "tiling.hpp"
+
+struct CUstream_st;
 
 namespace derainer {
 
@@ -19,8 +22,14 @@ public:
     Session& operator=(const Session&) = delete;
     virtual ~Session() = default;
 
+    /// Name of the file of the bundle that it runs.
+    virtual std::string file() const { return {}; }
+    /// The library, the device and its driver, in one line with their versions; empty where nothing tells.
+    virtual std::string identity() const { return {}; }
     virtual GraphIo graph_io() const = 0;
     virtual std::size_t lanes() const = 0;
+    /// The sizes that it takes, one pair of which is enough.
+    virtual const std::vector<Limits>& limits() const = 0;
 
     /// Where the input of that size belongs.
     virtual void* input(std::size_t lane, Size size) = 0;
@@ -28,6 +37,10 @@ public:
     virtual void start(std::size_t lane, Size size) = 0;
     /// Wait for the answer, which stays until the next `start`.
     virtual const void* finish(std::size_t lane) = 0;
+
+    /// Let the caller's CUDA stream work from the caller's input to the caller's output, both on the GPU, and come back
+    /// at once. Throws InputError where the network does not run on a GPU.
+    virtual void enqueue(const void* input, void* output, Size size, CUstream_st* stream);
 };
 
 /// An image, to which size it is padded, and the tiles in which it is run.
@@ -36,15 +49,15 @@ struct Task {
     Plan plan;
 };
 
-/// Throws Error for an image without pixels, with rows that overlap, or larger than any memory.
+/// Throws InvalidImage for an image without pixels, with rows that overlap, or larger than any memory.
 void check(const Image& image);
 
-/// Restore images, one after another, tiles left to right and top to bottom. Throws Error as `check` does, and where
-/// the network answers with NaN or infinity.
+/// Restore images, one after another, tiles left to right and top to bottom. Throws InvalidImage as `check` does, and
+/// InvalidModel where the network answers with NaN or infinity.
 void restore(Session& session, const std::vector<Task>& tasks);
 
 /// Which pixel stands at each place of an axis that is padded to `size`: a reflection without repeating the border, or
-/// the border where the axis is not longer than its padding. Throws Error where `size` is less than `length`.
+/// the border where the axis is not longer than its padding. Throws InputError where `size` is less than `length`.
 std::vector<std::int64_t> padded_index(std::int64_t length, std::int64_t size);
 
 }  // namespace derainer

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "errors.hpp"
+#include "check.hpp"
 
 namespace derainer {
 
@@ -21,6 +21,8 @@ std::int64_t count(std::int64_t length, std::int64_t tile, std::int64_t overlap)
 /// Exact for whatever memory holds, and beyond that no overflow.
 double product(std::int64_t a, std::int64_t b) { return static_cast<double>(a) * static_cast<double>(b); }
 
+std::string side(std::int64_t most) { return most == kUnlimited ? "any" : std::to_string(most); }
+
 /// Weight at `distance` pixels, 0 or more, from a border of a tile that lies inside the image.
 double ramp(std::int64_t distance, std::int64_t overlap) {
     if (overlap == 0) {
@@ -35,14 +37,15 @@ double ramp(std::int64_t distance, std::int64_t overlap) {
 std::string to_string(const std::vector<Limits>& limits) {
     std::string text;
     for (const Limits& limit : limits) {
-        text += (text.empty() ? "" : " or ") + to_string(limit.min) + " to " + to_string(limit.max);
+        text += (text.empty() ? "" : " or ") + to_string(limit.min) + " to " + side(limit.max.height) + "x" +
+                side(limit.max.width);
     }
     return text;
 }
 
 Plan plan(Size size, std::int64_t multiple, const std::vector<Limits>& limits, std::optional<Size> tile,
           std::optional<std::int64_t> overlap) {
-    DERAINER_CHECK(!tile || (tile->height > 0 && tile->width > 0 && is_multiple(*tile, multiple)),
+    DERAINER_CHECK(InputError, !tile || (tile->height > 0 && tile->width > 0 && is_multiple(*tile, multiple)),
                    "expected tiles in multiples of " + std::to_string(multiple) + " pixels, found " + to_string(*tile));
     std::optional<Plan> best;
     std::pair<double, double> least;
@@ -66,13 +69,14 @@ Plan plan(Size size, std::int64_t multiple, const std::vector<Limits>& limits, s
     }
     const std::string tiles = tile ? " in tiles of " + to_string(*tile) : "";
     const std::string shared = overlap ? " with an overlap of " + std::to_string(*overlap) : "";
-    DERAINER_CHECK(best.has_value(), "the engine takes images of height x width " + to_string(limits) + ", found " +
-                                         to_string(size) + tiles + shared + "; build it with another --min and --max");
+    DERAINER_CHECK(InputError, best.has_value(),
+                   "the network takes images of height x width " + to_string(limits) + ", found " + to_string(size) +
+                       tiles + shared + "; give other tiles, or build it for other sizes");
     return *best;
 }
 
 std::vector<Tile> split(std::int64_t length, std::int64_t tile, std::int64_t overlap) {
-    DERAINER_CHECK(length >= 1 && tile >= 1 && may_share(length, tile, overlap),
+    DERAINER_CHECK(InputError, length >= 1 && tile >= 1 && may_share(length, tile, overlap),
                    "expected tiles with an overlap of at most half of them, found tiles of " + std::to_string(tile) +
                        " pixels with an overlap of " + std::to_string(overlap));
     if (length <= tile) {

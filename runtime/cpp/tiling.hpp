@@ -18,13 +18,16 @@ namespace derainer {
 /// if that is less.
 inline constexpr std::int64_t kOverlap = 64;
 
+/// A side of which a network takes any length.
+inline constexpr std::int64_t kUnlimited = INT64_MAX;
+
 /// The smallest and the largest size that a network takes.
 struct Limits {
     Size min;
     Size max;
 };
 
-/// As in "64x64 to 256x512 or 8x8 to 32x2048".
+/// As in "64x64 to 256x512 or 8x8 to 32xany".
 std::string to_string(const std::vector<Limits>& limits);
 
 /// How an image is cut. The image as a whole is one tile of its own size. `size`: of the padded image; `tile`: of every
@@ -39,8 +42,8 @@ struct Plan {
 /// The whole image where a network takes it, else the fewest tiles. An image that is smaller than the network takes is
 /// padded further, within those limits for which it grows least. `size`: of the image, already padded to `multiple`;
 /// `limits`: of the network, one pair of which is enough; `tile`: the size of tiles where it is asked for, of which a
-/// side that is longer than the image is cut; `overlap`: where it is asked for, at most half a tile. Throws Error for a
-/// tile that is not in multiples, and where no tiles are within the limits.
+/// side that is longer than the image is cut; `overlap`: where it is asked for, at most half a tile. Throws InputError
+/// for a tile that is not in multiples, and where no tiles are within the limits.
 Plan plan(Size size, std::int64_t multiple, const std::vector<Limits>& limits, std::optional<Size> tile = std::nullopt,
           std::optional<std::int64_t> overlap = std::nullopt);
 
@@ -51,7 +54,7 @@ struct Tile {
 };
 
 /// The tiles of an axis of `length` pixels: one where `tile` covers it. `overlap`: pixels that neighbours share, at
-/// most half a tile where there are several. Throws Error for other numbers.
+/// most half a tile where there are several. Throws InputError for other numbers.
 std::vector<Tile> split(std::int64_t length, std::int64_t tile, std::int64_t overlap);
 
 }  // namespace derainer

@@ -4,13 +4,15 @@
 #include <iterator>
 #include <optional>
 
-#include "errors.hpp"
+#include "backends.hpp"
+#include "check.hpp"
+#include "choice.hpp"
 
-/// Throws Error with CUDA's reason for a call that fails.
+/// Throws DeviceError, or OutOfMemory, with CUDA's reason for a call that fails.
 #define CUDA_CHECK(call) check_cuda((call), #call)
 
-/// Throws Error with TensorRT's reason for a call that does not give what is true. Inside TrtSession.
-#define TENSORRT_CHECK(call) DERAINER_CHECK(call, path_ + " failed: " + log_.reason())
+/// Throws DeviceError with TensorRT's reason for a call that does not give what is true. Inside TrtSession.
+#define TENSORRT_CHECK(call) DERAINER_CHECK(DeviceError, call, path_ + " failed: " + log_.reason())
 
 namespace derainer {
 
@@ -24,8 +26,11 @@ using Graph = std::unique_ptr<CUgraph_st, Free<cudaGraphDestroy>>;
 void check_cuda(cudaError_t code, const char* expression) {
     if (code != cudaSuccess) {
         static_cast<void>(cudaGetLastError());  // or TensorRT finds it there, and takes it for its own
-        const char* mend = code == cudaErrorMemoryAllocation ? "; use smaller tiles or a network of fp16" : "";
-        throw Error(std::string("CUDA failed with ") + cudaGetErrorName(code) + mend, expression);
+        const std::string message = std::string("CUDA failed with ") + cudaGetErrorName(code);
+        if (code == cudaErrorMemoryAllocation) {
+            throw OutOfMemory(message + "; use smaller tiles or a network of fp16", expression);
+        }
+        throw DeviceError(message, expression);
     }
 }
 
@@ -41,10 +46,16 @@ PinnedMemory allocate_pinned(std::size_t bytes) {
     return PinnedMemory(pointer);
 }
 
-/// Where kernels are kept: beside the bundle and not in it, as nothing verifies them. The same file as in Python.
-std::filesystem::path cache_path(const Bundle& bundle, const Engine& engine) {
-    const std::filesystem::path folder = std::filesystem::canonical(bundle.folder);
-    return folder.string() + "." + bundle.file(engine.file).sha256.substr(0, 12) + ".cache";
+/// In one line: the kind of GPU and where it is, its driver and the library.
+std::string identify() {
+    int device = 0;
+    int driver = 0;
+    char place[32] = {};
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetPCIBusId(place, sizeof place, device));
+    CUDA_CHECK(cudaDriverGetVersion(&driver));
+    return "GPU " + std::string(place) + " of compute capability " + gpu(device) + ", driver " +
+           std::to_string(driver) + ", " + Library::flavor + " " + library_version();
 }
 
 bool same(const nvinfer1::Dims& a, const nvinfer1::Dims& b) {
@@ -61,10 +72,10 @@ std::string library_version() {
 std::string gpu(int device) {
     int devices = 0;
     const cudaError_t code = cudaGetDeviceCount(&devices);
-    DERAINER_CHECK(code == cudaSuccess && devices > 0, std::string("CUDA finds no NVIDIA GPU with a driver (") +
-                                                           cudaGetErrorName(code) +
-                                                           "); expected one: see that nvidia-smi shows it");
-    DERAINER_CHECK(device >= 0 && device < devices,
+    DERAINER_CHECK(DeviceError, code == cudaSuccess && devices > 0,
+                   std::string("CUDA finds no NVIDIA GPU with a driver (") + cudaGetErrorName(code) +
+                       "); expected one: see that nvidia-smi shows it");
+    DERAINER_CHECK(DeviceError, device >= 0 && device < devices,
                    "expected a GPU from 0 to " + std::to_string(devices - 1) + ", found " + std::to_string(device));
     int major = 0;
     int minor = 0;
@@ -101,16 +112,21 @@ TrtSession::TrtSession(const Bundle& bundle, const Engine& engine, std::size_t s
       cuda_graphs_(cuda_graphs),
       runtime_(nvinfer1::createInferRuntime(log_)),
       cuda_engine_(deserialize(bundle)),
-      library_(*cuda_engine_, cache_path(bundle, engine), cuda_graphs) {
-    DERAINER_CHECK(sizes > 0, "expected to keep at least one size, found 0");
+      library_(*cuda_engine_, bundle.beside(engine.file, "cache"), cuda_graphs),  // the same file as in Python
+      identity_(identify()) {
+    DERAINER_CHECK(InputError, sizes > 0, "expected to keep at least one size, found 0");
     const nvinfer1::DataType type = graph_io_.io == Io::image      ? nvinfer1::DataType::kUINT8
                                     : graph_io_.io == Io::tensor16 ? nvinfer1::DataType::kHALF
                                                                    : nvinfer1::DataType::kFLOAT;
-    TENSORRT_CHECK(cuda_engine_->getTensorDataType(kInput) == type && cuda_engine_->getTensorDataType(kOutput) == type);
-    TENSORRT_CHECK(cuda_engine_->getNbOptimizationProfiles() == static_cast<int>(engine_.profiles.size()));
+    DERAINER_CHECK(MismatchError,
+                   cuda_engine_->getTensorDataType(kInput) == type && cuda_engine_->getTensorDataType(kOutput) == type,
+                   path_ + ": expected tensors of the type that the manifest says, found another");
+    DERAINER_CHECK(MismatchError,
+                   cuda_engine_->getNbOptimizationProfiles() == static_cast<int>(engine_.profiles.size()),
+                   path_ + ": expected the profiles of the manifest, found another number of them");
     std::size_t largest = 0;
     for (const Profile& profile : engine_.profiles) {
-        DERAINER_CHECK(profile.max.height <= PTRDIFF_MAX / 12 / profile.max.width,
+        DERAINER_CHECK(InvalidModel, profile.max.height <= PTRDIFF_MAX / 12 / profile.max.width,
                        path_ + ": expected sizes that memory can hold, found " + to_string(profile.max));
         largest = std::max(largest, graph_io_.bytes(profile.max));
         limits_.push_back({profile.min, profile.max});
@@ -154,9 +170,9 @@ const void* TrtSession::finish(std::size_t lane) {
 }
 
 void TrtSession::enqueue(const void* input, void* output, Size size, cudaStream_t stream) {
-    DERAINER_CHECK(is_multiple(size, graph_io_.multiple), "expected height and width in multiples of " +
-                                                              std::to_string(graph_io_.multiple) + ", found " +
-                                                              to_string(size));
+    DERAINER_CHECK(InputError, is_multiple(size, graph_io_.multiple),
+                   "expected height and width in multiples of " + std::to_string(graph_io_.multiple) + ", found " +
+                       to_string(size));
     Context& context = prepare(size, kCallers);
     set_addresses(context, input, output);
     launch(context, stream);
@@ -168,7 +184,7 @@ std::unique_ptr<nvinfer1::ICudaEngine> TrtSession::deserialize(const Bundle& bun
     runtime_->setEngineHostCodeAllowed(engine_.flags.count("version_compatible") > 0);
     const std::string plan = bundle.read(engine_.file);
     std::unique_ptr<nvinfer1::ICudaEngine> engine(runtime_->deserializeCudaEngine(plan.data(), plan.size()));
-    DERAINER_CHECK(engine != nullptr,
+    DERAINER_CHECK(InvalidModel, engine != nullptr,
                    path_ + " is refused: " + log_.reason() + "; build it again on or for this machine");
     return engine;
 }
@@ -182,8 +198,9 @@ TrtSession::Context& TrtSession::prepare(Size size, std::size_t lane) {
         return contexts_.front();
     }
     const std::optional<std::size_t> profile = engine_.profile_for(size);
-    DERAINER_CHECK(profile.has_value(), path_ + " takes images of height x width " + to_string(limits_) + ", found " +
-                                            to_string(size) + "; build it with another --min and --max");
+    DERAINER_CHECK(InputError, profile.has_value(),
+                   path_ + " takes images of height x width " + to_string(limits_) + ", found " + to_string(size) +
+                       "; build it with another --min and --max");
     Context context{size, lane, library_.create_context(), false, nullptr};
     TENSORRT_CHECK(context.execution != nullptr);
     cudaStream_t stream = lanes_[0].stream.get();
@@ -246,9 +263,9 @@ GraphExec TrtSession::capture(Context& context, cudaStream_t stream) {
     const cudaError_t ended = cudaStreamEndCapture(stream, &captured);
     const Graph graph(captured);
     static_cast<void>(cudaGetLastError());
-    DERAINER_CHECK(enqueued && ended == cudaSuccess, path_ + " cannot be captured in a CUDA graph: " +
-                                                         (enqueued ? cudaGetErrorName(ended) : log_.reason()) +
-                                                         "; set Options::cuda_graphs to false");
+    DERAINER_CHECK(DeviceError, enqueued && ended == cudaSuccess,
+                   path_ + " cannot be captured in a CUDA graph: " +
+                       (enqueued ? cudaGetErrorName(ended) : log_.reason()) + "; set Options::cuda_graphs to false");
     cudaGraphExec_t instance = nullptr;
     CUDA_CHECK(cudaGraphInstantiateWithFlags(&instance, captured, 0));
     return GraphExec(instance);
@@ -260,6 +277,56 @@ void TrtSession::wait() const { CUDA_CHECK(cudaEventSynchronize(done_.get())); }
 nvinfer1::Dims TrtSession::dims(Size size) const {
     const auto [a, b, c, d] = graph_io_.shape(size);
     return nvinfer1::Dims4{a, b, c, d};
+}
+
+namespace {
+
+/// A TrtSession whose GPU becomes, in every call, the current one of the calling thread.
+class OnGpu final : public Session {
+public:
+    /// `capability`: of that GPU, known before TensorRT is touched.
+    OnGpu(const Bundle& bundle, const Options& options, const std::string& capability) : device_(options.device) {
+        const OnDevice on_device(device_);
+        const Engine& engine = choose_engine(bundle, capability, Library::flavor, library_version());
+        session_ = std::make_unique<TrtSession>(bundle, engine, options.sizes, options.cuda_graphs);
+    }
+
+    ~OnGpu() override {
+        const OnDevice on_device(device_);
+        session_.reset();
+    }
+
+    std::string file() const override { return session_->file(); }
+    std::string identity() const override { return session_->identity(); }
+    GraphIo graph_io() const override { return session_->graph_io(); }
+    std::size_t lanes() const override { return session_->lanes(); }
+    const std::vector<Limits>& limits() const override { return session_->limits(); }
+    void* input(std::size_t lane, Size size) override { return session_->input(lane, size); }
+
+    void start(std::size_t lane, Size size) override {
+        const OnDevice on_device(device_);
+        session_->start(lane, size);
+    }
+
+    const void* finish(std::size_t lane) override {
+        const OnDevice on_device(device_);
+        return session_->finish(lane);
+    }
+
+    void enqueue(const void* input, void* output, Size size, cudaStream_t stream) override {
+        const OnDevice on_device(device_);
+        session_->enqueue(input, output, size, stream);
+    }
+
+private:
+    const int device_;
+    std::unique_ptr<TrtSession> session_;
+};
+
+}  // namespace
+
+std::unique_ptr<Session> open_tensorrt(const Bundle& bundle, const Options& options) {
+    return std::make_unique<OnGpu>(bundle, options, gpu(options.device));
 }
 
 }  // namespace derainer

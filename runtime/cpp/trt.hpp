@@ -49,7 +49,7 @@ private:
 std::string library_version();
 
 /// Compute capability of a GPU, such as "8.9". Asks CUDA only, since TensorRT may crash where there is no driver.
-/// Throws Error where there is no such GPU.
+/// Throws DeviceError where there is no such GPU.
 std::string gpu(int device);
 
 /// Makes a GPU the current one of the calling thread, and then the former again.
@@ -96,23 +96,23 @@ private:
 class TrtSession final : public Session {
 public:
     /// `engine`: of the bundle, for this GPU and library; `sizes`: for how many image sizes the contexts, and with them
-    /// the CUDA graphs, are kept; `cuda_graphs`: replay the launches of a size from its second run on. Throws Error for
-    /// a plan that is not what the manifest says, or that the library refuses, and for want of memory.
+    /// the CUDA graphs, are kept; `cuda_graphs`: replay the launches of a size from its second run on. Throws
+    /// MismatchError for a plan that is not what the manifest says, InvalidModel for one that the library refuses, and
+    /// OutOfMemory.
     TrtSession(const Bundle& bundle, const Engine& engine, std::size_t sizes, bool cuda_graphs);
     /// Waits for the work under way.
     ~TrtSession() override;
 
+    std::string file() const override { return engine_.file; }
+    std::string identity() const override { return identity_; }
     GraphIo graph_io() const override { return graph_io_; }
     std::size_t lanes() const override { return lanes_.size(); }
     void* input(std::size_t lane, Size size) override;
     void start(std::size_t lane, Size size) override;
     const void* finish(std::size_t lane) override;
 
-    /// The sizes that it takes, one pair of which is enough.
-    const std::vector<Limits>& limits() const { return limits_; }
-
-    /// Let the caller's stream work from the caller's input to the caller's output, on the GPU, and come back at once.
-    void enqueue(const void* input, void* output, Size size, cudaStream_t stream);
+    const std::vector<Limits>& limits() const override { return limits_; }
+    void enqueue(const void* input, void* output, Size size, cudaStream_t stream) override;
 
 private:
     /// What a tile needs on its way through the GPU, for the largest size.
@@ -155,6 +155,7 @@ private:
     std::unique_ptr<nvinfer1::IRuntime> runtime_;
     std::unique_ptr<nvinfer1::ICudaEngine> cuda_engine_;
     Library library_;
+    const std::string identity_;
     std::array<Lane, kLanes> lanes_;
     Event done_;
     DeviceMemory memory_;

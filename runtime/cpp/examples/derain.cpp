@@ -12,6 +12,7 @@
 #include <exception>
 #include <filesystem>
 #include <iostream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -35,8 +36,7 @@ struct Png {
         check(png_image_begin_read_from_file(&image, path.c_str()), image, path);
         if ((image.format & (PNG_FORMAT_FLAG_ALPHA | PNG_FORMAT_FLAG_LINEAR)) != 0) {
             png_image_free(&image);
-            throw derainer::Error(path + ": expected 8 bits a channel and no transparency, found another image",
-                                  "image.format");
+            throw std::runtime_error(path + ": expected 8 bits a channel and no transparency, found another image");
         }
         image.format = PNG_FORMAT_RGB;
         Png png{image.height, image.width, std::vector<std::uint8_t>(std::size_t{3} * image.width * image.height)};
@@ -48,8 +48,7 @@ struct Png {
     void write(const std::string& path) const {
         const std::filesystem::file_status former = std::filesystem::status(path);
         if (exists(former) && !is_regular_file(former)) {
-            throw derainer::Error("expected a file to write, found a folder, a pipe or a device at " + path,
-                                  "is_regular_file(former)");
+            throw std::runtime_error("expected a file to write, found a folder, a pipe or a device at " + path);
         }
         png_image image = {};
         image.version = PNG_IMAGE_VERSION;
@@ -75,13 +74,13 @@ struct Png {
 private:
     static void check_written(bool done, const std::string& reason, const std::string& path) {
         if (!done) {
-            throw derainer::Error(path + " cannot be written: " + reason, "png_image_write_to_stdio");
+            throw std::runtime_error(path + " cannot be written: " + reason);
         }
     }
 
     static void check(int done, const png_image& image, const std::string& path) {
         if (done == 0) {
-            throw derainer::Error(path + ": expected a PNG image, found none: " + image.message, "png_image");
+            throw std::runtime_error(path + ": expected a PNG image, found none: " + image.message);
         }
     }
 };
@@ -102,6 +101,9 @@ int main(int count, char** arguments) {
         derainer::Derainer derain(arguments[3], options);
         derain.run(png.rgb.data(), png.height, png.width, static_cast<std::size_t>(3 * png.width), png.rgb.data());
         png.write(arguments[2]);
+        if (!derain.fallback_reason().empty()) {
+            std::cerr << "remark: it ran on the CPU: " << derain.fallback_reason() << "\n";
+        }
     } catch (const std::exception& error) {
         std::cerr << error.what() << "\n";
         return 2;

@@ -14,6 +14,7 @@ public:
 
     derainer::GraphIo graph_io() const override { return {derainer::Io::tensor, 1}; }
     std::size_t lanes() const override { return lanes_.size(); }
+    const std::vector<derainer::Limits>& limits() const override { return limits_; }
 
     void* input(std::size_t lane, derainer::Size size) override {
         lanes_[lane].input.assign(static_cast<std::size_t>(3 * size.height * size.width), -1.0F);
@@ -37,6 +38,7 @@ private:
         std::vector<float> output;
     };
 
+    const std::vector<derainer::Limits> limits_{{{1, 1}, {derainer::kUnlimited, derainer::kUnlimited}}};
     Function function_;
     std::vector<Lane> lanes_;
 };

@@ -4,12 +4,12 @@
 
 #include "errors.hpp"
 
-/// The message of the Error that an action throws; empty where it throws none.
+/// What a DerainError says that an action throws; empty where it throws none.
 template <class Action>
 std::string refusal(Action action) {
     try {
         action();
-    } catch (const derainer::Error& error) {
+    } catch (const derainer::DerainError& error) {
         return error.what();
     }
     return {};

@@ -12,6 +12,8 @@
 #include "host_session.hpp"
 #include "manifest.hpp"
 #include "network.hpp"
+#include "onnx.hpp"
+#include "onnx_network.hpp"
 #include "session.hpp"
 #include "tiling.hpp"
 
@@ -24,7 +26,9 @@ const nlohmann::json& golden() {
     return vectors;
 }
 
-Bundle bundle_of(const std::vector<Engine>& engines) { return {"bundle", {"", {"", {Io::tensor, 8}}, {}, engines, {}, {}}}; }
+Bundle bundle_of(const std::vector<Engine>& engines) {
+    return {"bundle", {"", {"", {Io::tensor, 8}}, {}, engines, {}, {}}};
+}
 
 const std::vector<Profile> profiles = {{{64, 64}, {128, 128}, {256, 512}}, {{64, 64}, {512, 512}, {1088, 696}}};
 const std::vector<Limits> limits = {{{64, 64}, {256, 512}}, {{64, 64}, {1088, 696}}};
@@ -250,6 +254,39 @@ TEST_CASE("an image grows to the smallest size that the network takes, to that f
     CHECK(cut({128, 104}, {wide, large}, Size{64, 64}) == std::vector<Size>{{128, 104}, {64, 64}});
     CHECK(contains(refusal([&] { cut({8, 8}, {large}, Size{32, 64}); }), "found 8x8 in tiles of 32x64"));
     CHECK(cut({INT64_MAX / 16, 8}, {large, wide})[0] == Size{INT64_MAX / 16, 64});
+}
+
+TEST_CASE("what goes wrong has its type") {
+    HostSession session([](const float*, float* output, std::size_t, std::size_t) { output[0] = HUGE_VALF; });
+    std::uint8_t pixel[3] = {};
+    const Plan whole{{1, 1}, {1, 1}, 0};
+    CHECK_THROWS_AS(restore(session, {{{pixel, 0, 1, 3, pixel}, whole}}), InvalidImage);
+    CHECK_THROWS_AS(restore(session, {{{pixel, 1, 1, 3, pixel}, whole}}), InvalidModel);
+    CHECK_THROWS_AS(session.enqueue(pixel, pixel, {1, 1}, nullptr), InputError);
+    CHECK_THROWS_AS(parse("{}"), InvalidModel);
+    CHECK_THROWS_AS(choose_engine(bundle_of({}), "8.6", "rtx", "1"), DeviceError);
+    CHECK_THROWS_AS(plan({8, 8}, 8, limits, Size{8, 8}), InputError);
+}
+
+TEST_CASE("a model with its weights, whole and damaged") {
+    const std::string model = onnx_network::mean();
+    check_weights_inside(model);
+    std::size_t refused = 0;
+    for (std::size_t size = 0; size < model.size(); ++size) {
+        refused += refusal([&] { check_weights_inside(model.substr(0, size)); }).empty() ? 0 : 1;
+        for (int bit = 0; bit < 8; ++bit) {
+            std::string flipped = model;
+            flipped[size] = static_cast<char>(flipped[size] ^ 1 << bit);
+            refused += refusal([&] { check_weights_inside(flipped); }).empty() ? 0 : 1;
+        }
+    }
+    CHECK(refused > model.size());
+    CHECK(contains(refusal([] { check_weights_inside("weights"); }), "expected an ONNX model, found another file"));
+    std::string graph;
+    for (int i = 0; i < 40; ++i) {  // each in an attribute of a node of the next
+        graph = onnx_network::field(1, onnx_network::field(5, onnx_network::field(6, graph)));
+    }
+    CHECK(contains(refusal([&] { check_weights_inside(onnx_network::field(7, graph)); }), "nested too deep"));
 }
 
 TEST_CASE("SHA-256 is that of the standard") {

@@ -1,12 +1,10 @@
 /// Derainer on stand-ins for CUDA and TensorRT that check what they are asked for; with TensorRT's and with RTX's
 /// source.
 #include <filesystem>
-#include <fstream>
 #include <iterator>
 #include <thread>
 
-#include <unistd.h>
-
+#include "bundle_folder.hpp"
 #include "catch.hpp"
 #include "crypto.hpp"
 #include "derainer.hpp"
@@ -19,62 +17,47 @@ using namespace derainer;
 
 namespace {
 
+using Pixels = std::vector<std::uint8_t>;
+
 /// A bundle with an engine of two profiles, 8x8 to 32x40 and 8x48 to 16x128, in a folder of its own.
-class TestBundle {
+class TestBundle : public BundleFolder {
 public:
     explicit TestBundle(const std::string& plan = "tensor", const std::string& flags = "{}") {
         fake = Fake();
-        char pattern[] = "/tmp/derainer-XXXXXX";
-        parent_ = ::mkdtemp(pattern);
-        folder = parent_ / "bundle";
-        std::filesystem::create_directory(folder);
         write("model.onnx", "weights");
         write("plan.engine", plan);
-        const std::string tensor = R"("dtype": "any", "shape": [1, 3, -1, -1]})";
-        const std::string io = plan == "image"      ? R"("image", "size_multiple": 1)"
-                               : plan == "tensor16" ? R"("tensor16", "size_multiple": 8)"
-                                                    : R"("tensor", "size_multiple": 8)";
-        write("manifest.json", R"({"schema": 1, "created_by": "test", "drift": [], "model": {"file": "model.onnx",
-            "input": {"name": "input", )" +
-                                   tensor + R"(, "output": {"name": "output", )" + tensor + R"(,
-            "precision": null, "topk": null, "config": null, "weights_sha256": null, "provenance": null, "io": )" +
-                                   io + R"(},
-            "files": [)" + entry("model.onnx", "onnx") +
-                                   ", " + entry("plan.engine", "engine") + R"(],
-            "engines": [{"file": "plan.engine", "flavor": ")" +
-                                   Library::flavor + R"(", "version": "11.4.0.106",
+        const std::string io = plan == "image" || plan == "tensor16" ? plan : "tensor";
+        engine_ = R"({"file": "plan.engine", "flavor": ")" + std::string(Library::flavor) +
+                  R"(", "version": "11.4.0.106",
             "compute_capabilities": ["8.6"], "flags": )" +
-                                   flags + R"(, "build_seconds": 1,
-            "onnx_sha256": ")" + sha256("weights") +
-                                   R"(", "profiles": [
+                  flags + R"(, "build_seconds": 1,
+            "onnx_sha256": ")" +
+                  sha256("weights") +
+                  R"(", "profiles": [
             {"min": [8, 8], "opt": [32, 40], "max": [32, 40]}, {"min": [8, 48], "opt": [8, 48],
-            "max": [16, 128]}]}]})");
+            "max": [16, 128]}]})";
+        write_manifest(io, engine_);
     }
-    ~TestBundle() { std::filesystem::remove_all(parent_); }
-    TestBundle(const TestBundle&) = delete;
-    TestBundle& operator=(const TestBundle&) = delete;
 
-    void write(const std::string& name, const std::string& content) const {
-        std::ofstream(folder / name, std::ios::binary) << content;
+    /// A known answer of the network, of 16x24 pixels.
+    void add_canary(const Pixels& answer, const std::string& drift = "") const {
+        const Pixels image = golden_image(16, 24, 3 * 24);
+        write("canary.rgb", std::string(image.begin(), image.end()) + std::string(answer.begin(), answer.end()));
+        write_manifest("tensor", engine_, R"({"file": "canary.rgb", "height": 16, "width": 24, "floor_db": 50})",
+                       drift);
+    }
+
+    std::filesystem::path canary_record() const {
+        return folder.string() + "." + sha256(read_file(folder / "plan.engine")).substr(0, 12) + ".canary-cpp";
     }
 
     std::filesystem::path cache() const {
         return folder.string() + "." + sha256(read_file(folder / "plan.engine")).substr(0, 12) + ".cache";
     }
 
-    std::filesystem::path folder;
-
 private:
-    std::string entry(const std::string& name, const std::string& role) const {
-        const std::string content = read_file(folder / name);
-        return R"({"name": ")" + name + R"(", "sha256": ")" + sha256(content) + R"(", "size": )" +
-               std::to_string(content.size()) + R"(, "role": ")" + role + R"("})";
-    }
-
-    std::filesystem::path parent_;
+    std::string engine_;
 };
-
-using Pixels = std::vector<std::uint8_t>;
 
 /// What the restored golden image has to be, if it fits whole; by plain loops.
 Pixels expected(std::size_t height, std::size_t width) {
@@ -106,6 +89,8 @@ TEST_CASE("images come out restored, again and again, at several sizes") {
     Derainer derain(bundle.folder);
     CHECK(derain.graph_io().io == Io::tensor);
     CHECK(derain.graph_io().multiple == 8);
+    CHECK(derain.provider() == "tensorrt");
+    CHECK(derain.fallback_reason().empty());
     for (int i = 0; i < 3; ++i) {
         CHECK(run(derain, 16, 128) == expected(16, 128));
         CHECK(run(derain, 16, 24) == expected(16, 24));
@@ -223,6 +208,7 @@ TEST_CASE("memory grows with the largest size so far, and does not leak") {
         CHECK(before - fake.memory == lanes + 16 * 16 * 3 * 4);
         fake.memory = 8 * 16 * 3 * 4;
         const std::string error = refusal([&] { run(derain, 32, 40); });
+        CHECK_THROWS_AS(run(derain, 32, 40), OutOfMemory);
         CHECK(contains(error, "CUDA failed with cudaErrorMemoryAllocation; use smaller tiles"));
         CHECK(contains(error, "[cudaMalloc(&pointer, bytes)]"));
         CHECK(run(derain, 8, 16) == expected(8, 16));
@@ -295,7 +281,10 @@ TEST_CASE("without a GPU, nothing of TensorRT is touched") {
     const TestBundle bundle;
     for (const int devices : {0, -1}) {
         fake.devices = devices;
-        CHECK(contains(refusal([&] { Derainer derain(bundle.folder); }), "CUDA finds no NVIDIA GPU with a driver"));
+        const std::string said = refusal([&] { Derainer derain(bundle.folder); });
+        CHECK(contains(said, "CUDA finds no NVIDIA GPU with a driver"));
+        CHECK(contains(said, "and on the CPU: expected a build with OpenVINO, found one without"));
+        CHECK_THROWS_AS(Derainer(bundle.folder), DeviceError);
     }
     CHECK(fake.calls.empty());
 }
@@ -376,4 +365,76 @@ TEST_CASE("kernels are kept beside the bundle, in a file that is our own") {
     { Derainer derain(bundle.folder); }
     CHECK(fake.kernels.empty());
     CHECK(std::distance(std::filesystem::directory_iterator(bundle.folder.parent_path()), {}) == 2);
+}
+
+TEST_CASE("an engine answers the canaries the first time on a machine") {
+    const TestBundle bundle;
+    bundle.add_canary(expected(16, 24));
+    Options options;
+    options.provider = "tensorrt";
+    const auto runs = [&] {
+        const std::size_t before = fake.count("enqueue") + fake.count("launch");
+        Derainer derain(bundle.folder, options);
+        return fake.count("enqueue") + fake.count("launch") - before;
+    };
+    const std::size_t asked = runs();
+    CHECK(asked >= 2);
+    CHECK(std::filesystem::exists(bundle.canary_record()));
+    CHECK(runs() == 0);
+    fake.driver = 13010;
+    CHECK(runs() == asked);
+    CHECK(runs() == 0);
+    fake.driver = 13000;
+    CHECK(runs() == 0);  // both are remembered
+    options.canary = "always";
+    CHECK(runs() == asked);
+    std::filesystem::permissions(bundle.canary_record(), std::filesystem::perms::others_write,
+                                 std::filesystem::perm_options::add);
+    options.canary = "first";
+    CHECK(runs() == asked);
+    options.canary = "never";
+    CHECK(runs() == 0);
+    options.canary = "often";
+    CHECK_THROWS_AS(runs(), InputError);
+}
+
+TEST_CASE("an engine that answers wrongly restores nothing") {
+    const TestBundle bundle;
+    Options options;
+    options.provider = "tensorrt";
+    bundle.add_canary(expected(16, 24));
+    fake.wrong_channel = true;
+    CHECK_THROWS_AS(Derainer(bundle.folder, options), CanaryError);
+    fake.wrong_channel = false;
+    fake.wrong_replay = true;  // a CUDA graph, or the second run without one
+    CHECK_THROWS_AS(Derainer(bundle.folder, options), CanaryError);
+    CHECK(!std::filesystem::exists(bundle.canary_record()));
+    fake.wrong_replay = false;
+    bundle.add_canary(golden_image(16, 24, 3 * 24));  // the answer of another model
+    const std::string said = refusal([&] { Derainer derain(bundle.folder, options); });
+    CHECK(contains(said, "plan.engine is not used"));
+    CHECK(contains(said, "expected at least 50.0 dB"));
+    CHECK(contains(said, "GPU 0000:00:00.0 of compute capability 8.6, driver 13000"));
+    options.provider = "auto";  // this build has nothing else
+    CHECK(contains(refusal([&] { Derainer derain(bundle.folder, options); }), "answers wrongly here"));
+    options.canary = "never";
+    CHECK(Derainer(bundle.folder, options).provider() == "tensorrt");
+}
+
+TEST_CASE("only what was judged runs where a proof is required") {
+    const TestBundle bundle;
+    Options options;
+    options.require_proof = true;
+    CHECK_THROWS_AS(Derainer(bundle.folder, options), DerainError);
+    const auto judged = [](const std::string& file) {
+        return R"({"file": ")" + file + R"(", "provider": "any", "reference_sha256": ")" + std::string(64, 'a') +
+               R"(", "data": "val", "protocol": null, "images": 12, "psnr_between": 80, "max_difference": 1,
+               "reference_psnr": null, "candidate_psnr": null, "drop_db": null, "reference_ssim": null,
+               "candidate_ssim": null})";
+    };
+    options.provider = "tensorrt";
+    bundle.add_canary(expected(16, 24), judged("model.onnx"));
+    CHECK_THROWS_AS(Derainer(bundle.folder, options), UnprovenError);
+    bundle.add_canary(expected(16, 24), judged("plan.engine"));
+    CHECK(Derainer(bundle.folder, options).provider() == "tensorrt");
 }

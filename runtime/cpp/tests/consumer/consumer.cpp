@@ -8,8 +8,10 @@
 int main(int, char** arguments) {
     try {
         std::vector<std::uint8_t> image(30 * 40 * 3, 128);
-        derainer::Derainer(arguments[1]).run(image.data(), 30, 40, 120, image.data());
-    } catch (const derainer::Error& error) {
+        derainer::Derainer derain(arguments[1]);
+        derain.run(image.data(), 30, 40, 120, image.data());
+        std::cout << derain.provider() << " " << derain.fallback_reason() << "\n";
+    } catch (const derainer::DerainError& error) {
         std::cerr << error.what() << "\n" << error.expression() << "\n";
         return 2;
     }

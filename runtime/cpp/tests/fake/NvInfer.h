@@ -74,6 +74,7 @@ private:
     void* output_ = nullptr;
     void* memory_ = nullptr;
     std::int64_t memory_bytes_ = 0;
+    int runs_ = 0;
 };
 
 class ICudaEngine {

@@ -10,7 +10,10 @@ struct Fake {
     std::size_t memory = std::size_t{1} << 30;  // free, on the GPU
     std::size_t activations = 4;                // bytes that a context needs for each number of its input; 0 fails
     bool failing = false;                       // enqueueV3 does, halfway
-    std::string kernels;                        // what the cache of TensorRT for RTX was given, and gives
+    bool wrong_channel = false;                 // what runs answers with another green
+    bool wrong_replay = false;                  // what runs a second time answers with another red
+    int driver = 13000;
+    std::string kernels;  // what the cache of TensorRT for RTX was given, and gives
 
     int device = 0;  // the current one
     int contexts = 0;
