@@ -34,6 +34,8 @@ Opened open_engine(const Bundle& bundle, const Options& options) {
 Opened fall_back(const Bundle& bundle, const Options& options, const DerainError& reason) {
     try {
         return {open_cpu(bundle, options), "cpu", reason.message()};
+    } catch (const OutOfMemory&) {
+        throw;
     } catch (const DeviceError& error) {
         throw DeviceError(reason.message() + "; and on the CPU: " + error.message(),
                           reason.expression() + ", " + error.expression());
