@@ -25,6 +25,7 @@ from PIL import Image
 
 from drsformer.metrics import psnr_rgb
 from drsformer.rendering import add_rain, draw_streaks
+from export.canaries import add_canaries
 from runtime import Derainer, InputError
 from runtime.bundle import describe_file, load, save
 from runtime.manifest import Engine, Profile, parse
@@ -227,8 +228,10 @@ def test_installed_package_is_derainer_and_nothing_else(on_fakes):
         "InvalidImage",
         "InvalidModel",
         "MismatchError",
+        "UnprovenError",
         "DeviceError",
         "OutOfMemory",
+        "CanaryError",
     )
     assert set(re.findall(r"derainer::\w+|nlohmann", without_parameters)) == {
         f"derainer::{name}" for name in ("Derainer", *errors)
@@ -355,6 +358,9 @@ class OpenVino:
     def run(self, batch: np.ndarray) -> np.ndarray:
         return self.graph_io.answer(self.model([self.graph_io.feed(batch)])["output"])
 
+    def run_image(self, image: np.ndarray) -> np.ndarray:
+        return self.model([image[None]])["output"][0]
+
 
 def bundle_of(folder: Path, write: Callable[[Path], object]) -> Path:
     """A bundle without an engine, whose model `write` writes."""
@@ -388,7 +394,10 @@ def in_c(
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory) -> Path:
-    return bundle_of(tmp_path_factory.mktemp("shipped") / "bundle", lambda path: shutil.copy(SHIPPED, path))
+    """The network that ships, with its canaries, whose answers are those of ONNX Runtime."""
+    folder = bundle_of(tmp_path_factory.mktemp("shipped") / "bundle", lambda path: shutil.copy(SHIPPED, path))
+    save(add_canaries(load(folder).manifest, folder), folder)
+    return folder
 
 
 @pytest.mark.parametrize("name", ["chelsea", "coffee", "rocket"])
@@ -399,6 +408,7 @@ def test_photographs_are_restored(installed, shipped, tmp_path, name):
     np.testing.assert_array_equal(restored, Derainer(OpenVino(shipped))(rainy))
     assert psnr_rgb(restored, Derainer(shipped, provider="cpu")(rainy)) > 60  # ONNX Runtime
     assert psnr_rgb(restored, clean) > psnr_rgb(rainy, clean) + 3
+    assert list(shipped.parent.glob("bundle.*.canary-cpp"))
     if name == "chelsea":
         status, said, also_restored = in_c(installed, rainy, shipped, tmp_path)
         assert status == 0

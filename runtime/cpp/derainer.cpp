@@ -45,6 +45,11 @@ Opened open_engine(const Bundle& bundle, const Options& options) {
 Opened fall_back(const Bundle& bundle, const Options& options, const DerainError& reason) {
     try {
         return {accepted(open_cpu(bundle, options), bundle, options), "cpu", reason.message()};
+    } catch (const OutOfMemory&) {
+        throw;
+    } catch (const CanaryError& error) {
+        throw CanaryError(reason.message() + "; and on the CPU: " + error.message(),
+                          reason.expression() + ", " + error.expression());
     } catch (const DeviceError& error) {
         throw DeviceError(reason.message() + "; and on the CPU: " + error.message(),
                           reason.expression() + ", " + error.expression());

@@ -56,14 +56,18 @@ public:
             InputError, 0 <= threads && threads <= kMaxThreads,
             "expected 0 (all cores) to " + std::to_string(kMaxThreads) + " threads, found " + std::to_string(threads));
         const std::string content = bundle.read(bundle.manifest.model.file);
-        check_weights_inside(content);
+        try {
+            check_weights_inside(content);
+        } catch (const InvalidModel& error) {
+            throw InvalidModel(path_ + ": " + error.message(), error.expression());
+        }
         const auto model = in_openvino<InvalidModel>(path_ + " is not an ONNX model that OpenVINO can load",
                                                      [&] { return core_.read_model(content, ov::Tensor()); });
         DERAINER_CHECK(MismatchError, model->inputs().size() == 1 && model->outputs().size() == 1,
                        path_ + ": expected one input and one output, found " + std::to_string(model->inputs().size()) +
                            " and " + std::to_string(model->outputs().size()));
         limits_ = {limits(model->input())};
-        limits(model->output());
+        limits(model->output());  // checked alike
         identity_ = one_line(core_.get_property("CPU", ov::device::full_name) + ", OpenVINO " +
                              ov::get_openvino_version().buildNumber);
         const ov::AnyMap properties{ov::hint::inference_precision(ov::element::f32),
