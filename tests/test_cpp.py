@@ -64,7 +64,10 @@ pytestmark = [
 def run(
     *command: str | Path, input: bytes = b"", cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[bytes]:
-    sanitized = {"TBB_ENABLE_SANITIZERS": "1"}  # without which the threads of OpenVINO do not start under them
+    sanitized = {
+        "TBB_ENABLE_SANITIZERS": "1",  # without which the threads of OpenVINO do not start under them
+        "LSAN_OPTIONS": f"suppressions={SOURCE / 'tests' / 'leaks.txt'}:print_suppressions=0",
+    }
     env = os.environ | sanitized | environment
     return subprocess.run(command, input=input, capture_output=True, cwd=cwd, env=env)
 
