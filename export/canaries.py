@@ -67,7 +67,7 @@ def add_canaries(manifest: Manifest, folder: Path, on_progress: OnProgress = sil
     Returns:
         The manifest with them.
     """
-    sizes = [size for size in _sizes(manifest) if size not in [canary.size for canary in manifest.canaries]]
+    sizes = [size for size in canary_sizes(manifest) if size not in [canary.size for canary in manifest.canaries]]
     if not sizes:
         return manifest
     images = {size: scene(*size) for size in sizes}
@@ -103,7 +103,8 @@ def _networks(model: onnx.ModelProto, precision: str | None) -> Iterator[OrtSess
             yield OrtSession(path, "cpu")
 
 
-def _sizes(manifest: Manifest) -> list[Size]:
+def canary_sizes(manifest: Manifest) -> list[Size]:
+    """Heights and widths of the canaries that a bundle should have, the smallest first."""
     model, multiple = manifest.model, manifest.model.size_multiple
     fixed = model.graph_io.size(model.input.shape)
     if -1 not in fixed:

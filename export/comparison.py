@@ -190,6 +190,7 @@ class Validation:
         min_gain_db: Budget for the gain of the candidate's PSNR over that of the rainy input, see
             `drsformer.metrics.mean_gain`.
         min_psnr: Budget for the PSNR between the outputs on every image.
+        located: Which layer departs first, in one line, where that was asked for; see `export.locate`.
     """
 
     facts: dict[str, str]
@@ -203,6 +204,7 @@ class Validation:
     min_gain_db: float | None = None
     min_psnr: float | None = None
     extents: dict[str, Extent] = field(default_factory=dict)
+    located: str | None = None
 
     @property
     def columns(self) -> list[Column]:
@@ -313,6 +315,7 @@ class Validation:
             "min_gain_db": self.min_gain_db,
             "min_psnr": self.min_psnr,
             "warnings": self.warnings,
+            **({"located": self.located} if self.located else {}),
         }
 
     def cells(self, image: Comparison) -> list[str]:

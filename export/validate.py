@@ -56,7 +56,7 @@ from drsformer import metrics
 from drsformer.counts import macs, params
 from drsformer.data import LayoutError, Pair, find_pairs
 from export.comparison import Comparison, Crop, Extent, Picture, Validation
-from runtime.bundle import load_to_change, private_key, save
+from runtime.bundle import load, load_to_change, private_key, save
 from runtime.cli import hxw, main, progress_shown
 from runtime.errors import DerainError, InputError, expect_between
 from runtime.files import writing
@@ -108,6 +108,8 @@ class ValidateOptions:
         overlap: Pixels that tiles share; 64 by default, or a quarter of the shorter side.
         record: Write what was measured into the manifest of the bundle, if it keeps the budget.
         sign: Private key, Ed25519 in PEM, to sign that manifest with.
+        locate: Name the layer of the candidate's model that departs first from what it is in float32; of a bundle's
+            engine, that of the model it was built from.
         params: Weights to take from a reference that holds several, such as params_ema.
     """
 
@@ -123,6 +125,7 @@ class ValidateOptions:
     overlap: int | None = None
     record: bool = False
     sign: Path | None = None
+    locate: bool = False
     params: str | None = None
 
     @property
@@ -168,6 +171,7 @@ def validate(
     from export.report import render
     from export.runners import Runner, open_candidate, open_reference, run
     from export.topk import count_flips
+    from runtime.ort import installed
     from runtime.timing import machine
 
     full = open_reference(reference, options.provider, options.params)
@@ -242,6 +246,13 @@ def validate(
         validation.pictures[typical.name] = compare(sources[images.index(typical)])[1]()
     for warning in validation.warnings:
         logger.warning(warning)
+    if options.locate:
+        from export.locate import locate
+
+        on_progress("Comparing layers", 0, 0)
+        located = locate(model_of(candidate), options.provider if options.provider in installed() else "cpu")
+        on_progress("Comparing layers", 1, 1)
+        validation = dataclasses.replace(validation, located=str(located))
     if options.report_file:
         with writing(options.report_file) as temporary:
             temporary.write_text(render(validation), encoding="utf-8")
@@ -256,6 +267,8 @@ def _check(candidate: Path, options: ValidateOptions) -> None:
         expect_between("limit", options.limit, 1)
     if options.sign and not options.record:
         raise InputError("`sign`: expected `record` with it, which changes the manifest that is signed")
+    if options.locate:
+        model_of(candidate)
     if options.record:
         if not candidate.is_dir():
             raise InputError(f"`record`: expected a bundle as `candidate`, found {candidate}")
@@ -264,6 +277,15 @@ def _check(candidate: Path, options: ValidateOptions) -> None:
         load_to_change(candidate, options.sign)
         if options.sign:
             private_key(options.sign)
+
+
+def model_of(candidate: Path) -> Path:
+    """The ONNX file of a candidate. Raises InputError for a checkpoint, which has none."""
+    if candidate.is_dir():
+        return candidate / load(candidate).manifest.model.file
+    if candidate.suffix != ".onnx":
+        raise InputError(f"`locate`: expected a .onnx file or a bundle as `candidate`, found {candidate}")
+    return candidate
 
 
 def _drift(
@@ -421,6 +443,8 @@ def command(
         print(remark)
     if options.report_file:
         print(f"Report: {options.report_file}")
+    if validation.located:
+        print(validation.located)
     print(validation.verdict)
     return validation
 

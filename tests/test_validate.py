@@ -627,6 +627,18 @@ def test_only_bundles_record(folder):
         validate(*paths, ValidateOptions(record=True))
 
 
+def test_the_layer_that_departs_is_told(folder, tmp_path):
+    save(describe_onnx(Path(shutil.copy(folder / "model.onnx", tmp_path))), tmp_path)
+    for candidate in (folder / "model.onnx", tmp_path):
+        found = validate(
+            folder / "damaged.safetensors", candidate, folder / "pairs", ValidateOptions(min_psnr=99, locate=True)
+        )
+        assert not found.passed
+        assert "No layer departs from float32" in found.summary()["located"]  # the fault is in the weights
+    with pytest.raises(InputError, match="`locate`: expected a .onnx file or a bundle as `candidate`, found"):
+        validate(*[folder / "reference.safetensors"] * 2, folder / "pairs", ValidateOptions(locate=True))
+
+
 def test_tiles_against_the_whole(folder, tmp_path):
     reference = folder / "reference.safetensors"
     options = ValidateOptions(tile=(16, 24), overlap=4, report=tmp_path)
