@@ -635,7 +635,7 @@ def test_the_layer_that_departs_is_told(folder, tmp_path):
         )
         assert not found.passed
         assert "No layer departs from float32" in found.summary()["located"]  # the fault is in the weights
-    with pytest.raises(InputError, match="`locate`: expected a .onnx file or a bundle as `candidate`, found"):
+    with pytest.raises(InputError, match=r"`locate`: expected a \.onnx file or a bundle as `candidate`, found"):
         validate(*[folder / "reference.safetensors"] * 2, folder / "pairs", ValidateOptions(locate=True))
 
 
