@@ -6,7 +6,7 @@
         --data Rain200H/train --test Rain200H/test --run-dir runs/small --output runs/small --minutes 60
 
     --table 3    the feed-forward networks (Table 3)
-    --table 4    the compensators and their experts (Table 4); which experts its one and four are, the paper does not say:
+    --table 4    the compensators and their experts (Table 4); which its one and four are, the paper does not say:
                  here the first of `drsformer.config.EXPERTS`
     --table k    the masks of the attention (Figure 7); its text names 1/2 alone and 1/2 to 4/5, the other rows are ours
 
