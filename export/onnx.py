@@ -25,12 +25,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from drsformer.config import SIZE_MULTIPLE
 from export.options import Pattern, Precision
-from runtime.cli import main, progress_shown
+from runtime.cli import main, progress_shown, table_of
 from runtime.errors import GateError, InputError, expect_between
 from runtime.files import writing
 from runtime.pixels import IO, Size, size_text
@@ -216,9 +215,8 @@ def table(exported: Exported) -> Table:
     """How a model agrees with PyTorch, for a terminal."""
     upcast = "both in float32 with the rounded weights; export.validate measures the file itself"
     caption = None if exported.precision == "fp32" else upcast
-    sizes = Table("size", title=f"{escape(str(exported.output))}: PyTorch against ONNX Runtime", caption=caption)
-    for column in ("max difference", "top-k selections flipped", "max difference with them"):
-        sizes.add_column(column, justify="right")
+    numbers = ["max difference", "top-k selections flipped", "max difference with them"]
+    sizes = table_of(["size"], numbers, f"{exported.output}: PyTorch against ONNX Runtime", caption)
     for a in exported.agreements:
         sizes.add_row(
             size_text(a.size), f"{a.difference:.1e}", f"{a.flips} of {a.selections}", f"{a.free_difference:.1e}"
