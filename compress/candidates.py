@@ -44,6 +44,7 @@ class Candidates:
         work: Folder that gets the table and the page.
         cache: Where measurements are kept.
         on_progress: See `runtime.progress`.
+        weights_key: Key of the weights to take from a checkpoint that holds several.
 
     Attributes:
         rows: The candidates, in the order in which they came.
@@ -59,11 +60,12 @@ class Candidates:
         work: Path,
         cache: StepCache,
         on_progress: OnProgress = silent,
+        weights_key: str | None = None,
     ) -> None:
         self.weights, self.folders, self.size, self.budget_db = weights, folders, size, budget_db
-        self.work, self.cache, self.on_progress = work, cache, on_progress
+        self.work, self.cache, self.on_progress, self.weights_key = work, cache, on_progress, weights_key
         self.protocol: Protocol = protocol
-        whole = checkpoint.load(weights)
+        whole = checkpoint.load(weights, weights_key)
         self.network, self.sha256 = whole.model, whole.sha256
         self.session = functools.cache(lambda: export_session(self.network, size, on_progress))
         self.rows: list[Candidate] = []
@@ -93,7 +95,7 @@ class Candidates:
             before, after = time_sessions(sessions, self.size, self.on_progress)
             psnr = {}
             for folder, pairs in self.folders.items():
-                options = ValidateOptions(protocol=self.protocol, limit=len(pairs))
+                options = ValidateOptions(protocol=self.protocol, limit=len(pairs), weights_key=self.weights_key)
                 found = validate(self.weights, self.work / file, folder, options, self.on_progress)
                 psnr[dataset_name(folder)] = found.totals["candidate_psnr"]
             return {

@@ -41,6 +41,7 @@ class Cost:
     weights: Path
     items: tuple[Item, ...]
     latency: Latency | None = None
+    weights_key: str | None = None
 
     @property
     def params(self) -> int:
@@ -104,22 +105,31 @@ class Costs:
         return {**self.network.summary(), "vs": self.vs.summary(), "ratio": self.ratios()}
 
 
-def count(weights: Path, vs: Path | None = None, on_progress: OnProgress = silent) -> Costs:
+def count(
+    weights: Path, vs: Path | None = None, weights_key: str | None = None, on_progress: OnProgress = silent
+) -> Costs:
     """Count the parameters and MACs of a checkpoint, and of a second one to compare with.
+
+    Args:
+        weights: The checkpoint.
+        vs: The second one.
+        weights_key: Key of the weights to take where the first one holds several.
+        on_progress: See `runtime.progress`.
 
     Raises:
         InputError: A checkpoint cannot be read.
     """
-    paths = [weights] if vs is None else [weights, vs]
-    loaded = _networks(paths, on_progress)
-    return Costs(*(Cost(path, tuple(items(network.config))) for path, network in zip(paths, loaded, strict=True)))
+    costs = [Cost(weights, (), weights_key=weights_key), *([Cost(vs, ())] if vs else [])]
+    loaded = _networks(costs, on_progress)
+    return Costs(*(replace(each, items=tuple(items(one.config))) for each, one in zip(costs, loaded, strict=True)))
 
 
-def _networks(paths: Sequence[Path], on_progress: OnProgress) -> list[DRSformer]:
-    on_progress("Loading", 0, len(paths))  # PyTorch first, which takes its time
+def _networks(costs: Sequence[Cost], on_progress: OnProgress) -> list[DRSformer]:
+    on_progress("Loading", 0, len(costs))  # PyTorch first, which takes its time
     from drsformer import checkpoint
 
-    return [checkpoint.load(path).model for path in track(paths, len(paths), "Loading", on_progress)]
+    loading = track(costs, len(costs), "Loading", on_progress)
+    return [checkpoint.load(each.weights, each.weights_key).model for each in loading]
 
 
 def time_costs(costs: Costs, size: Size = (SIDE, SIDE), on_progress: OnProgress = silent) -> Costs:
@@ -130,7 +140,7 @@ def time_costs(costs: Costs, size: Size = (SIDE, SIDE), on_progress: OnProgress 
         size: Height and width of the image that is timed, multiples of 8.
         on_progress: See `runtime.progress`.
     """
-    networks = _networks([each.weights for each in costs], on_progress)
+    networks = _networks([*costs], on_progress)
     from compress.latency import time_networks
 
     times = time_networks(networks, size, on_progress)
@@ -142,6 +152,7 @@ def command(
     latency: bool = False,
     size: Annotated[Size, hxw("size")] = (SIDE, SIDE),
     vs: Path | None = None,
+    weights_key: str | None = None,
 ) -> Costs:
     """Count the parameters and MACs of a checkpoint, and time it.
 
@@ -150,10 +161,11 @@ def command(
         latency: Export it and time it as a whole in ONNX Runtime on the CPU.
         size: Height and width of the image that is timed, multiples of 8. MACs are always counted at 256x256.
         vs: A second checkpoint to compare with.
+        weights_key: Key of the weights to take from --weights where it holds several, such as params_ema.
     """
     expect_multiples("size", size)
     with progress_shown() as on_progress:
-        costs = count(weights, vs, on_progress)
+        costs = count(weights, vs, weights_key, on_progress)
     for each in costs:
         Console().print(*_tables(each))
     if latency:

@@ -83,6 +83,7 @@ class PruneOptions:
         limit: Pairs of each folder whose PSNR is measured, the first ones.
         protocol: Protocol of PSNR; rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
         size: Height and width of the image that is timed, multiples of 8.
+        weights_key: Key of the weights to take from a checkpoint that holds several, such as params_ema.
 
     Raises:
         InputError: A value is out of range.
@@ -102,6 +103,7 @@ class PruneOptions:
     limit: int = 8
     protocol: Protocol = "rain200"
     size: Annotated[Size, hxw("size")] = (256, 256)
+    weights_key: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("macs", self.macs), ("params", self.params), ("latency", self.latency)):
@@ -189,13 +191,14 @@ def read_inputs(weights: Path, data: Sequence[Path], options: PruneOptions) -> I
 
     if not data:
         raise InputError("`data`: expected at least one, found none")
-    folders, trained = [find_pairs(folder) for folder in data], checkpoint.load(weights)
+    folders, trained = [find_pairs(folder) for folder in data], checkpoint.load(weights, options.weights_key)
     if not pruning_groups(trained.model.config, options.scope):
         scope = " ".join(options.scope)
         raise InputError(f"`scope` {scope}: expected kinds that {weights} has, found none; widen the scope")
     patches = Patches(folders, Recipe(patch=options.patch))
     used = {
         "data": [dataset_name(folder) for folder in data],
+        "weights_key": options.weights_key,
         **options.fractions,
         "importance": options.importance,
         "recover": options.recover,

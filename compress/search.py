@@ -82,6 +82,7 @@ class SearchOptions:
         protocol: Protocol of PSNR; rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
         recipe: How to distil in each step.
         hardware: What to distil on: one device.
+        weights_key: Key of the weights to take from a checkpoint that holds several, such as params_ema.
 
     Raises:
         InputError: A value is out of range.
@@ -100,6 +101,7 @@ class SearchOptions:
     protocol: Protocol = "rain200"
     recipe: Recipe = field(default_factory=lambda: Recipe(iterations=10_000))
     hardware: Hardware = field(default_factory=lambda: Hardware(devices="1"))
+    weights_key: str | None = None
 
     def __post_init__(self) -> None:
         expect_between("max_drop_db", self.max_drop_db, 0)
@@ -189,7 +191,7 @@ def search(
         work,
         {
             **given,
-            "weights": checkpoint.load(weights).sha256,
+            "weights": checkpoint.load(weights, options.weights_key).sha256,
             "data": [dataset_name(folder) for folder in data],
             "validate": [dataset_name(folder) for folder in sources],
             "size": size_text(options.size),
@@ -198,7 +200,15 @@ def search(
         },
     )
     candidates = Candidates(
-        weights, folders, options.protocol, options.size, options.max_drop_db, work, cache, on_progress
+        weights,
+        folders,
+        options.protocol,
+        options.size,
+        options.max_drop_db,
+        work,
+        cache,
+        on_progress,
+        options.weights_key,
     )
     scope = _scope(candidates, data, options, cache, on_progress)
     best, ended = _descend(candidates, data, options, scope, on_progress)
@@ -286,6 +296,7 @@ def _descend(
                 limit=1,
                 protocol=options.protocol,
                 size=options.size,
+                weights_key=None if best.file else options.weights_key,
             )
             before = candidates.work / best.file if best.file else candidates.weights
             prune(before, data, path, how, on_progress)
@@ -299,6 +310,7 @@ def _descend(
             data_options=DataOptions(protocol=options.protocol),
             recipe=options.recipe,
             hardware=options.hardware,
+            weights_key=options.weights_key,
         )
         distill(how, on_progress)
 
@@ -369,6 +381,7 @@ def _bundle(candidates: Candidates, model: Path, options: SearchOptions, on_prog
             report=files[-1],
             limit=len(pairs),
             record=True,
+            weights_key=options.weights_key,
         )
         proof = validate(candidates.weights, folder, source, budget, on_progress)
         if not proof.passed:

@@ -67,7 +67,7 @@ class EvaluateOptions:
         limit: Number of images to use, the first ones; all if not given.
         save: Folder for the images that the network restores, as PNG; of several data sets, in a folder of each.
         csv: File for the scores of every image.
-        params: Weights to take from a checkpoint that holds several, such as params_ema.
+        weights_key: Key of the weights to take from a checkpoint that holds several, such as params_ema.
 
     Raises:
         InputError: The options do not go together.
@@ -83,7 +83,7 @@ class EvaluateOptions:
     limit: int | None = None
     save: Path | None = None
     csv: Path | None = None
-    params: str | None = None
+    weights_key: str | None = None
 
     def __post_init__(self) -> None:
         expect_between("limit", 1 if self.limit is None else self.limit, 1)
@@ -123,14 +123,14 @@ class Network:
 
 
 def open_network(
-    weights: Path, device: str = "auto", params: str | None = None, on_progress: OnProgress = silent
+    weights: Path, device: str = "auto", weights_key: str | None = None, on_progress: OnProgress = silent
 ) -> Network:
     """Open what is to be scored.
 
     Args:
         weights: Checkpoint, .onnx file or bundle.
         device: auto, cpu or cuda.
-        params: Weights to take from a checkpoint that holds several.
+        weights_key: Key of the weights to take from a checkpoint that holds several.
         on_progress: See `runtime.progress`.
 
     Raises:
@@ -141,8 +141,8 @@ def open_network(
     from runtime.session import Derainer
 
     if weights.is_dir() or weights.suffix == ".onnx":
-        if params:
-            raise InputError(f"`params`: expected a checkpoint as `weights`, found {weights}")
+        if weights_key:
+            raise InputError(f"`weights_key`: expected a checkpoint as `weights`, found {weights}")
         derain = Derainer(weights, device)
         content = (weights / MANIFEST if weights.is_dir() else weights).read_bytes()
         provider = getattr(derain.session, "provider", device)
@@ -151,7 +151,7 @@ def open_network(
         from drsformer import checkpoint
         from drsformer.session import TorchSession
 
-        trained = checkpoint.load(weights, params)
+        trained = checkpoint.load(weights, weights_key)
         session = TorchSession(trained.model, device)
         provider = f"PyTorch on {session.device}"
         network = Network(Derainer(session), trained.origin, trained.sha256, provider, trained.origin)
@@ -179,11 +179,13 @@ def evaluate(
 
     protocol, limit, scores = options.protocol, options.limit, {}
     if options.weights:
-        network = network or open_network(options.weights, options.device, options.params, on_progress)
+        network = network or open_network(options.weights, options.device, options.weights_key, on_progress)
         for folder, pairs in [(folder, find_pairs(folder)[:limit]) for folder in options.data]:
             name = dataset_name(folder)
             save = options.save and (options.save / name if len(options.data) > 1 else options.save)
-            which = " ".join([options.weights.name, network.sha256[:12], *([options.params] if options.params else [])])
+            which = " ".join(
+                [options.weights.name, network.sha256[:12], *([options.weights_key] if options.weights_key else [])]
+            )
             origin = {"network": which, "data": name, "provider": network.provider}
             scores[name] = evaluate_derainer(network.derain, pairs, protocol, save, origin, on_progress)
             if options.csv:  # with every data set, so that a kill costs no more than the one under way
@@ -213,7 +215,7 @@ def command(options: Annotated[EvaluateOptions, tyro.conf.OmitArgPrefixes, tyro.
     network = None
     if options.weights:
         with progress_shown() as on_progress:
-            network = open_network(options.weights, options.device, options.params, on_progress)
+            network = open_network(options.weights, options.device, options.weights_key, on_progress)
     if network:
         data = " ".join(map(str, options.data))
         print(f"{options.weights} ({network.described}) on {data}, protocol {options.protocol}", flush=True)

@@ -56,6 +56,7 @@ class TrainOptions:
         data: Folders of pairs, in any layout that drsformer.evaluate reads; each is drawn from equally often.
         network: Name of the network to start, see drsformer.config.PRESETS; drsformer if no other one is given.
         init: Checkpoint to start from, in place of a network with random weights.
+        weights_key: Key of the weights to take from an --init that holds several, such as params_ema.
         config: JSON file that describes the network to start.
         variant: What is different from the named network.
         data_options: What else to learn from, and what to validate on.
@@ -71,6 +72,7 @@ class TrainOptions:
     data: list[Path] | None = None
     network: str | None = None
     init: Path | None = None
+    weights_key: str | None = None
     config: Path | None = None
     variant: Variant = field(default_factory=Variant)
     data_options: DataOptions = field(default_factory=DataOptions)
@@ -79,6 +81,8 @@ class TrainOptions:
     schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
+        if self.weights_key and not self.init:
+            raise InputError("`weights_key`: expected `init` with it")
         for name in ("init", "config"):
             others = [other for other in ("network", "config") if other != name and getattr(self, other)]
             if getattr(self, name) and (others := [*others, *self.variant.changes()]):
@@ -112,7 +116,7 @@ def train(options: TrainOptions, form: Form | None = None, on_progress: OnProgre
     validation = data_options.validation()
     patches = Patches(folders, recipe, **data_options.sources_of_patches())
     torch.manual_seed(recipe.seed)
-    parent = checkpoint.load(options.init) if options.init else None
+    parent = checkpoint.load(options.init, options.weights_key) if options.init else None
     changes = options.variant.changes()
     network = None
     if parent:
@@ -128,6 +132,7 @@ def train(options: TrainOptions, form: Form | None = None, on_progress: OnProgre
         "variant": json.dumps(changes) if changes else None,
         "config": checkpoint.file_sha256(options.config) if options.config else None,
         "parent": parent.sha256 if parent else None,
+        "weights_key": options.weights_key,
         "data": sources,
         **data_options.options(),
         **dataclasses.asdict(recipe),

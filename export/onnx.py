@@ -60,7 +60,7 @@ class ExportOptions:
         height: Height of the input in pixels, fixed together with its width; if not given, any.
         width: Width of the input in pixels, fixed together with its height; if not given, any.
         opset: Version of ONNX's operators, 18 to 23; if not given 20, or for bf16 22.
-        params: Weights to take from a checkpoint that holds several, such as params_ema.
+        weights_key: Key of the weights to take from a checkpoint that holds several, such as params_ema.
     """
 
     topk: Pattern = "threshold"
@@ -70,7 +70,7 @@ class ExportOptions:
     height: int | None = None
     width: int | None = None
     opset: int | None = None
-    params: str | None = None
+    weights_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def export(
     from export.topk import with_pattern
     from export.verification import SIZES, TOLERANCE, largest_values, upcast, verify
 
-    trained = checkpoint.load(weights, options.params)
+    trained = checkpoint.load(weights, options.weights_key)
     on_progress("Exporting", 0, 0)
     network = with_pattern(trained.model.requires_grad_(False), options.topk)
     exported = folding.fold(network, options.precision) if options.fold else network

@@ -108,7 +108,7 @@ class ValidateOptions:
         overlap: Pixels that tiles share; 64 by default, or a quarter of the shorter side.
         record: Write what was measured into the manifest of the bundle, if it keeps the budget.
         sign: Private key, Ed25519 in PEM, to sign that manifest with.
-        params: Weights to take from a reference that holds several, such as params_ema.
+        weights_key: Key of the weights to take from a reference that holds several, such as params_ema.
     """
 
     max_drop_db: float | None = None
@@ -123,7 +123,7 @@ class ValidateOptions:
     overlap: int | None = None
     record: bool = False
     sign: Path | None = None
-    params: str | None = None
+    weights_key: str | None = None
 
     @property
     def report_file(self) -> Path | None:
@@ -170,7 +170,7 @@ def validate(
     from export.topk import count_flips
     from runtime.timing import machine
 
-    full = open_reference(reference, options.provider, options.params)
+    full = open_reference(reference, options.provider, options.weights_key)
     judged = open_candidate(candidate, options.provider)
     if options.tile:
         expect_multiples("tile", options.tile, judged.multiple)

@@ -231,8 +231,8 @@ def test_limit_takes_the_first_in_natural_order(data, weights):
             "`data`: expected folders whose last two names",
         ),
         (
-            {"weights": SHIPPED.with_suffix(".onnx"), "data": (Path("d"),), "params": "params"},
-            "`params`: expected a checkpoint",
+            {"weights": SHIPPED.with_suffix(".onnx"), "data": (Path("d"),), "weights_key": "params"},
+            "`weights_key`: expected a checkpoint",
         ),
     ],
 )
@@ -426,15 +426,15 @@ def test_command_chooses_among_the_weights_of_a_checkpoint(monkeypatch, capsys, 
     scores = {}
     for params in ("params", "params_ema"):
         save = ("--save", tmp_path / "saved" / params)
-        assert run(monkeypatch, "--weights", tmp_path / "net.pth", "--data", data, "--params", params, *save) == 0
+        assert run(monkeypatch, "--weights", tmp_path / "net.pth", "--data", data, "--weights-key", params, *save) == 0
         scores[params] = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert scores["params"]["psnr"] != scores["params"]["input_psnr"]
     assert scores["params_ema"]["psnr"] == scores["params_ema"]["input_psnr"]  # what the network adds is nothing
-    mixed = ("--weights", tmp_path / "net.pth", "--data", data, "--params", "params", *save)
+    mixed = ("--weights", tmp_path / "net.pth", "--data", data, "--weights-key", "params", *save)
     assert run(monkeypatch, *mixed) == 2
     assert "found those of net.pth" in capsys.readouterr().err
-    assert run(monkeypatch, "--weights", tmp_path / "net.pth", "--data", data, "--params", "ema") == 2
-    assert capsys.readouterr().err.startswith("error: --params: expected where ")
+    assert run(monkeypatch, "--weights", tmp_path / "net.pth", "--data", data, "--weights-key", "ema") == 2
+    assert capsys.readouterr().err.startswith("error: --weights-key: expected where ")
 
 
 def test_command_with_a_mistake(monkeypatch, capsys, data):

@@ -283,6 +283,21 @@ def test_budget_that_cannot_be_met_is_told(folder, by_size, macs):
     assert "Nothing is taken so far" in (folder / "bundle.work" / "search.html").read_text()
 
 
+def test_the_weights_that_are_named_are_searched(folder, by_size):
+    other = DRSformerConfig.regular(12, (0, 0, 1, 1), (1, 1, 2, 2), 4.0)
+    states = {
+        name: fill(DRSformer(config)).state_dict() for name, config in (("params", other), ("params_ema", CONFIG))
+    }
+    torch.save(states, folder / "w.safetensors")  # the content decides, not the suffix
+    found = go(folder, weights_key="params_ema")
+    assert found.candidates[0].params == counts.params(CONFIG)
+    assert found.best.params < counts.params(CONFIG)
+    assert checkpoint.load(found.weights).model.config.encoder[0].width <= 8
+    shutil.rmtree(folder / "bundle")
+    with pytest.raises(InputError, match="holds steps with weights_key=params_ema, not None"):
+        go(folder)
+
+
 def test_names_that_look_like_markup(folder, by_size):
     assert go(folder, "[/a]").best.kind == "distilled"
 
