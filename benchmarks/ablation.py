@@ -30,7 +30,7 @@ import tyro
 
 from benchmarks.harness import Row, Sheet
 from drsformer import checkpoint, counts
-from drsformer.config import RELEASED_TOPK, preset
+from drsformer.config import PRESETS, RELEASED_TOPK, preset
 from drsformer.data import dataset_name, find_pairs
 from drsformer.evaluation import evaluate_derainer
 from drsformer.metrics import Protocol
@@ -123,6 +123,8 @@ class Ablation:
     hardware: Hardware = field(default_factory=lambda: Hardware(devices="1"))
 
     def __post_init__(self) -> None:
+        if self.network not in PRESETS:
+            raise InputError(f"`network`: expected one of {', '.join(PRESETS)}, found {self.network}")
         expect_between("limit", 1 if self.limit is None else self.limit, 1)
         expect_between("minutes", self.minutes, 0)
         if self.hardware.devices != "1":

@@ -115,6 +115,7 @@ def _expect_origin(folder: Path, origin: dict[str, str], pairs: Sequence[Pair], 
         found = None
     found = found if isinstance(found, dict) else None
     inputs = found.pop(INPUTS, {}) if found else {}
+    inputs = inputs if isinstance(inputs, dict) else {}
     if found != origin and (found is not None or any(folder.rglob("*.png"))):
         before = ", ".join(map(str, found.values())) if found else "something unknown"
         raise InputError(
@@ -125,7 +126,8 @@ def _expect_origin(folder: Path, origin: dict[str, str], pairs: Sequence[Pair], 
         pair.name: hashlib.sha256(pair.input.read_bytes()).hexdigest()
         for pair in track(pairs, len(pairs), "Hashing inputs", on_progress)
     }
-    if changed := [name for name in hashes if inputs.get(name, hashes[name]) != hashes[name]]:
+    saved = [name for name in hashes if (folder / f"{name}.png").is_file()]
+    if changed := [name for name in saved if inputs.get(name) != hashes[name]]:
         raise InputError(
             f"`save`: expected images of these inputs in {folder}, found that of another one under the name "
             f"{changed[0]}; name another folder"

@@ -93,6 +93,7 @@ def test_another_recipe_does_not_mix_with_a_table_and_time_that_is_up_leaves_row
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"network": "drsformer-xxl"}, "`network`: expected one of .*drsformer-xs"),
         ({"limit": 0}, "`limit`"),
         ({"minutes": -1}, "`minutes`"),
         ({"hardware": Hardware(devices="2")}, "`devices`: expected 1, found 2"),

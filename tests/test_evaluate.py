@@ -324,6 +324,13 @@ def test_saved_images_of_an_input_that_has_changed_are_refused_and_others_go_on(
     with pytest.raises(InputError, match="found that of another one under the name 2; name another folder"):
         command(options)
     command(replace(options, limit=1))  # does not ask for it
+    (tmp_path / "saved" / "2.png").unlink()
+    command(options)  # is restored anew
+    (tmp_path / "saved" / RESTORED).write_text(
+        json.dumps({**json.loads((tmp_path / "saved" / RESTORED).read_text()), "inputs": 3})
+    )
+    with pytest.raises(InputError, match="under the name 1; name another folder"):
+        command(options)
 
 
 def test_a_kill_leaves_the_csv_of_the_data_sets_before(data, weights, tmp_path, monkeypatch):
