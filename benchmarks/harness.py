@@ -139,7 +139,9 @@ class Sheet:
 
 
 def _cell(value: Any) -> str:
-    text = f"{value:z.4g}" if isinstance(value, float) else str(value)
+    text = str(value)
+    if isinstance(value, float):
+        text = f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:z.4g}"  # without an exponent
     return text.replace("|", "/")
 
 

@@ -1,4 +1,4 @@
-"""The networks that a search tries, all measured alike against the whole network, with their table and plot."""
+"""The networks that a search tries, all measured alike against the whole network, with their table and page."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import functools
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from compress.latency import export_session, time_sessions
+from compress.pareto import Candidate, render
 from compress.step_cache import StepCache
 from drsformer import checkpoint, counts
 from drsformer.data import Pair, dataset_name
@@ -22,44 +22,14 @@ from drsformer.model import DRSformer
 from export.validate import ValidateOptions, validate
 from runtime.files import writing
 from runtime.ort import OrtSession
-from runtime.pixels import Size
+from runtime.pixels import Size, size_text
 from runtime.progress import OnProgress, silent
+from runtime.timing import machine
 
 logger = logging.getLogger(__name__)
 
-TABLE_FILE, PLOT_FILE = "search.json", "pareto.png"
-"""All candidates, and their drop in dB against their measured latency."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A network on the way.
-
-    Attributes:
-        kind: "whole", "pruned", "distilled" or "int8".
-        file: Where it is, below the folder of the work; None for the whole network.
-        params: Its parameters.
-        macs: Its MACs, as a fraction of the whole network's.
-        latency: Its milliseconds, as a fraction of the whole network's.
-        ms: Its milliseconds, as measured.
-        psnr: Its PSNR in dB, by validation folder.
-        drop_db: The largest drop against the whole network, in dB.
-    """
-
-    kind: str
-    file: str | None
-    params: int
-    macs: float
-    latency: float
-    ms: float
-    psnr: dict[str, float]
-    drop_db: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.kind}, {self.macs:.3f} of the MACs, {self.latency:.3f} of the milliseconds, "
-            f"{self.drop_db:z.3f} dB lost"
-        )
+TABLE_FILE, PAGE_FILE = "search.json", "search.html"
+"""All candidates, for programs and for people."""
 
 
 class Candidates:
@@ -70,10 +40,11 @@ class Candidates:
         folders: The validation pairs, by their folders.
         protocol: How they are measured.
         size: Height and width of the image that is timed.
-        budget_db: Largest drop that is allowed, for the plot.
-        work: Folder that gets the table and the plot.
+        budget_db: Largest drop that is allowed.
+        work: Folder that gets the table and the page.
         cache: Where measurements are kept.
         on_progress: See `runtime.progress`.
+        weights_key: Key of the weights to take from a checkpoint that holds several.
 
     Attributes:
         rows: The candidates, in the order in which they came.
@@ -89,11 +60,13 @@ class Candidates:
         work: Path,
         cache: StepCache,
         on_progress: OnProgress = silent,
+        weights_key: str | None = None,
     ) -> None:
         self.weights, self.folders, self.size, self.budget_db = weights, folders, size, budget_db
-        self.work, self.cache, self.on_progress = work, cache, on_progress
+        self.work, self.cache, self.on_progress, self.weights_key = work, cache, on_progress, weights_key
         self.protocol: Protocol = protocol
-        self.network = checkpoint.load(weights).model
+        whole = checkpoint.load(weights, weights_key)
+        self.network, self.sha256 = whole.model, whole.sha256
         self.session = functools.cache(lambda: export_session(self.network, size, on_progress))
         self.rows: list[Candidate] = []
         self._keep("whole", None, self._whole)
@@ -122,7 +95,7 @@ class Candidates:
             before, after = time_sessions(sessions, self.size, self.on_progress)
             psnr = {}
             for folder, pairs in self.folders.items():
-                options = ValidateOptions(protocol=self.protocol, limit=len(pairs))
+                options = ValidateOptions(protocol=self.protocol, limit=len(pairs), weights_key=self.weights_key)
                 found = validate(self.weights, self.work / file, folder, options, self.on_progress)
                 psnr[dataset_name(folder)] = found.totals["candidate_psnr"]
             return {
@@ -169,20 +142,24 @@ class Candidates:
                 "candidates": [asdict(each) for each in self.rows],
             }
             temporary.write_text(json.dumps(table, indent=1) + "\n")
-        with writing(self.work / PLOT_FILE) as temporary:
-            self._plot().savefig(temporary, dpi=120)
+        self._write_page(None)
         return candidate
 
-    def _plot(self) -> Figure:
-        """Drop in dB, better upwards, against measured latency."""
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.subplots()
-        for kind, mark in (("pruned", "x"), ("distilled", "o-"), ("int8", "s"), ("whole", "D")):
-            if points := [each for each in self.rows if each.kind == kind]:
-                axes.plot([each.latency for each in points], [each.drop_db for each in points], mark, label=kind)
-        axes.axhline(self.budget_db, color="grey", linewidth=1, label=f"budget, {self.budget_db:g} dB")
-        axes.invert_yaxis()
-        axes.set(xlabel=f"fraction of the whole network's {self.rows[0].ms:.1f} ms", ylabel="drop in PSNR, dB")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        return figure
+    def take(self, taken: Candidate) -> None:
+        """Mark on the page the one that is taken."""
+        self._write_page(taken)
+
+    def _write_page(self, taken: Candidate | None) -> None:
+        config, pairs = self.network.config, {dataset_name(folder): pairs for folder, pairs in self.folders.items()}
+        facts = {
+            "whole network": f"{self.weights.name}, {counts.params(config) / 1e6:.2f} M parameters, "
+            f"{counts.macs(config) / 1e9:.2f} GMAC for {counts.SIDE}x{counts.SIDE}, SHA-256 {self.sha256}",
+            "drop": "PSNR of the whole network minus that of the other, the mean over a folder, where it is largest; "
+            f"protocol {self.protocol}",
+            "pairs": ", ".join(f"{name}: {len(found)}" for name, found in pairs.items()),
+            "time": f"of one image of {size_text(self.size)} in ONNX Runtime {version('onnxruntime')} on the CPU, in "
+            "turn with the whole network",
+            "machine": f"{machine()['cpu']}, {machine()['cores']} cores",
+        }
+        with writing(self.work / PAGE_FILE) as temporary:
+            temporary.write_text(render(self.rows, taken, self.budget_db, facts), encoding="utf-8")

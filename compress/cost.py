@@ -14,23 +14,23 @@ module and by kind of layer, milliseconds for the network as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from compress.options import expect_multiples
 from drsformer.counts import PARTS, SIDE, Item, items
-from runtime.cli import hxw, main, progress_shown
+from runtime.cli import hxw, main, progress_shown, table_of
 from runtime.pixels import Size, size_text
-from runtime.progress import OnProgress, silent
+from runtime.progress import OnProgress, silent, track
 
 if TYPE_CHECKING:  # it loads PyTorch, which takes its time
     from compress.latency import Latency
+    from drsformer.model import DRSformer
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Cost:
     weights: Path
     items: tuple[Item, ...]
     latency: Latency | None = None
+    weights_key: str | None = None
 
     @property
     def params(self) -> int:
@@ -52,9 +53,26 @@ class Cost:
         """Multiply-accumulates for an image of 256x256."""
         return sum(item.macs for item in self.items)
 
+    def modules(self) -> dict[str, dict[str, float]]:
+        """Parameters and GMAC of each module, in the order in which an image passes them, and the GMAC of its parts."""
+        found = {}
+        for module in dict.fromkeys(item.module for item in self.items):
+            mine = [item for item in self.items if item.module == module]
+            parts = {part: [item.macs for item in mine if item.part == part] for part in PARTS}
+            found[module] = {
+                "params": sum(item.params for item in mine),
+                "gmacs": round(sum(item.macs for item in mine) / 1e9, 6),
+                **{part: round(sum(macs) / 1e9, 6) for part, macs in parts.items() if macs},
+            }
+        return found
+
     def summary(self) -> dict[str, Any]:
         """For JSON."""
-        summary: dict[str, Any] = {"params": self.params, "gmacs": round(self.macs / 1e9, 4)}
+        summary: dict[str, Any] = {
+            "params": self.params,
+            "gmacs": round(self.macs / 1e9, 4),
+            "modules": self.modules(),
+        }
         if self.latency:
             summary |= {
                 "ms": round(self.latency.ms, 3),
@@ -87,16 +105,31 @@ class Costs:
         return {**self.network.summary(), "vs": self.vs.summary(), "ratio": self.ratios()}
 
 
-def count(weights: Path, vs: Path | None = None) -> Costs:
+def count(
+    weights: Path, vs: Path | None = None, weights_key: str | None = None, on_progress: OnProgress = silent
+) -> Costs:
     """Count the parameters and MACs of a checkpoint, and of a second one to compare with.
+
+    Args:
+        weights: The checkpoint.
+        vs: The second one.
+        weights_key: Key of the weights to take where the first one holds several.
+        on_progress: See `runtime.progress`.
 
     Raises:
         InputError: A checkpoint cannot be read.
     """
+    costs = [Cost(weights, (), weights_key=weights_key), *([Cost(vs, ())] if vs else [])]
+    loaded = _networks(costs, on_progress)
+    return Costs(*(replace(each, items=tuple(items(one.config))) for each, one in zip(costs, loaded, strict=True)))
+
+
+def _networks(costs: Sequence[Cost], on_progress: OnProgress) -> list[DRSformer]:
+    on_progress("Loading", 0, len(costs))  # PyTorch first, which takes its time
     from drsformer import checkpoint
 
-    paths = [weights] if vs is None else [weights, vs]
-    return Costs(*(Cost(path, tuple(items(checkpoint.load(path).model.config))) for path in paths))
+    loading = track(costs, len(costs), "Loading", on_progress)
+    return [checkpoint.load(each.weights, each.weights_key).model for each in loading]
 
 
 def time_costs(costs: Costs, size: Size = (SIDE, SIDE), on_progress: OnProgress = silent) -> Costs:
@@ -107,10 +140,9 @@ def time_costs(costs: Costs, size: Size = (SIDE, SIDE), on_progress: OnProgress 
         size: Height and width of the image that is timed, multiples of 8.
         on_progress: See `runtime.progress`.
     """
+    networks = _networks([*costs], on_progress)
     from compress.latency import time_networks
-    from drsformer import checkpoint
 
-    networks = [checkpoint.load(each.weights).model for each in costs]
     times = time_networks(networks, size, on_progress)
     return Costs(*(replace(each, latency=latency) for each, latency in zip(costs, times, strict=True)))
 
@@ -120,6 +152,7 @@ def command(
     latency: bool = False,
     size: Annotated[Size, hxw("size")] = (SIDE, SIDE),
     vs: Path | None = None,
+    weights_key: str | None = None,
 ) -> Costs:
     """Count the parameters and MACs of a checkpoint, and time it.
 
@@ -128,9 +161,11 @@ def command(
         latency: Export it and time it as a whole in ONNX Runtime on the CPU.
         size: Height and width of the image that is timed, multiples of 8. MACs are always counted at 256x256.
         vs: A second checkpoint to compare with.
+        weights_key: Key of the weights to take from --weights where it holds several, such as params_ema.
     """
     expect_multiples("size", size)
-    costs = count(weights, vs)
+    with progress_shown() as on_progress:
+        costs = count(weights, vs, weights_key, on_progress)
     for each in costs:
         Console().print(*_tables(each))
     if latency:
@@ -145,13 +180,10 @@ def command(
 
 def _tables(cost: Cost) -> list[Table]:
     """MACs and parameters, by module and by kind of layer."""
-    modules = Table("module", title=f"{escape(str(cost.weights))}: million MACs at {SIDE}x{SIDE}")
     parts = [part for part in PARTS if any(item.part == part for item in cost.items)]
-    kinds = Table("kind")
-    for column in (*parts, "all", "parameters"):
-        modules.add_column(column, justify="right")
-    for column in ("million MACs", "share", "parameters"):
-        kinds.add_column(column, justify="right")
+    title = f"{cost.weights}: million MACs at {SIDE}x{SIDE}"
+    modules = table_of(["module"], [*parts, "all", "parameters"], title)
+    kinds = table_of(["kind"], ["million MACs", "share", "parameters"])
     for module in (*dict.fromkeys(item.module for item in cost.items), "all"):
         if module == "all":
             modules.add_section()

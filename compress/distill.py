@@ -53,6 +53,7 @@ class DistillOptions:
         recipe: How to train.
         hardware: What to train on.
         schedule: How often to validate, log and save, and when to stop.
+        weights_key: Key of the weights to take from a teacher that holds several, such as params_ema.
 
     Raises:
         InputError: A value is out of range.
@@ -69,6 +70,7 @@ class DistillOptions:
     recipe: Recipe = field(default_factory=lambda: Recipe(iterations=10_000))
     hardware: Hardware = field(default_factory=Hardware)
     schedule: Schedule = field(default_factory=Schedule)
+    weights_key: str | None = None
 
     def __post_init__(self) -> None:
         expect_between("unlabelled", self.unlabelled, 0, 1)
@@ -102,12 +104,13 @@ def distill(options: DistillOptions, on_progress: OnProgress = silent) -> dict[s
     if options.rainy:
         patches.photographs, patches.unlabelled = images_in(options.rainy), options.unlabelled
     torch.manual_seed(recipe.seed)
-    teacher = checkpoint.load(options.teacher)
+    teacher = checkpoint.load(options.teacher, options.weights_key)
     start = None if options.student in PRESETS else _read_student(options.student)
     model = start.model.train() if start else untrained(options.student)
     sources, photographs = data_options.sources(*data), dataset_name(options.rainy) if options.rainy else None
     dependencies = {
         "teacher": teacher.sha256,
+        "weights_key": options.weights_key,
         "student": None if start else options.student,
         "parent": start.sha256 if start else None,
         "data": sources,

@@ -29,11 +29,13 @@ class GrowOptions:
         depths: Blocks in each level of the encoder, and of the decoder in return; at least as many as there are.
         hidden: Factor for the hidden channels of each feed-forward network.
         seed: Seed of the new weights and of the places where they go.
+        weights_key: Key of the weights to take from a checkpoint that holds several, such as params_ema.
     """
 
     depths: tuple[int, int, int, int]
     hidden: int = 1
     seed: int = 0
+    weights_key: str | None = None
 
 
 def grow(weights: Path, output: Path, options: GrowOptions) -> dict[str, float]:
@@ -56,7 +58,7 @@ def grow(weights: Path, output: Path, options: GrowOptions) -> dict[str, float]:
     if output.suffix != ".safetensors":
         raise InputError(f"`output`: expected a name ending in .safetensors, found {output}")
     expect_other_files(output, weights=weights)
-    small = checkpoint.load(weights)
+    small = checkpoint.load(weights, options.weights_key)
     larger = enlarge(small.model, options.depths, options.hidden, seed=options.seed)
     checkpoint.save(output, larger, checkpoint.provenance_after(small, "compress.grow", asdict(options)))
     summary = {}

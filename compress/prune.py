@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from compress.options import KINDS, Importance, Kind, expect_multiples
@@ -39,7 +38,7 @@ from drsformer.config import NO_EXPERT, DRSformerConfig
 from drsformer.data import Pair, dataset_name, find_pairs
 from drsformer.metrics import Protocol
 from drsformer.recipe import Recipe
-from runtime.cli import as_options, console, hxw, main, progress_shown
+from runtime.cli import as_options, console, hxw, main, progress_shown, table_of
 from runtime.errors import GateError, InputError, expect_between
 from runtime.files import expect_other_files
 from runtime.pixels import Size, size_text
@@ -84,6 +83,7 @@ class PruneOptions:
         limit: Pairs of each folder whose PSNR is measured, the first ones.
         protocol: Protocol of PSNR; rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
         size: Height and width of the image that is timed, multiples of 8.
+        weights_key: Key of the weights to take from a checkpoint that holds several, such as params_ema.
 
     Raises:
         InputError: A value is out of range.
@@ -103,6 +103,7 @@ class PruneOptions:
     limit: int = 8
     protocol: Protocol = "rain200"
     size: Annotated[Size, hxw("size")] = (256, 256)
+    weights_key: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("macs", self.macs), ("params", self.params), ("latency", self.latency)):
@@ -190,13 +191,14 @@ def read_inputs(weights: Path, data: Sequence[Path], options: PruneOptions) -> I
 
     if not data:
         raise InputError("`data`: expected at least one, found none")
-    folders, trained = [find_pairs(folder) for folder in data], checkpoint.load(weights)
+    folders, trained = [find_pairs(folder) for folder in data], checkpoint.load(weights, options.weights_key)
     if not pruning_groups(trained.model.config, options.scope):
         scope = " ".join(options.scope)
         raise InputError(f"`scope` {scope}: expected kinds that {weights} has, found none; widen the scope")
     patches = Patches(folders, Recipe(patch=options.patch))
     used = {
         "data": [dataset_name(folder) for folder in data],
+        "weights_key": options.weights_key,
         **options.fractions,
         "importance": options.importance,
         "recover": options.recover,
@@ -466,7 +468,7 @@ def _forget(sensitivity: Path | None) -> None:
 
 def _table(pruned: Pruned) -> Table:
     """What each level was, and what it is."""
-    table = Table("level", "width", "blocks", "heads x channels", "hidden", title=escape(str(pruned.output)))
+    levels = table_of(["level", "width", "blocks", "heads x channels", "hidden"], title=str(pruned.output))
 
     def counted(values: Iterable[Any]) -> str:
         return " ".join(f"{value} (x{count})" if count > 1 else str(value) for value, count in Counter(values).items())
@@ -479,23 +481,21 @@ def _table(pruned: Pruned) -> Table:
             [counted(f"{block.heads}x{block.head_dim}" for block in level.blocks) for level in (was, now)],
             [counted(block.hidden for block in level.blocks) for level in (was, now)],
         )
-        table.add_row(module, *(f"{old} -> {new}" if old != new else f"{old}" for old, new in columns))
+        levels.add_row(module, *(f"{old} -> {new}" if old != new else f"{old}" for old, new in columns))
     for module in ("mefc_early", "mefc_late"):
         if was := getattr(pruned.before, module):
             now = getattr(pruned.after, module)
             experts = [sum(name != NO_EXPERT for step in mefc.steps for name in step) for mefc in (was, now)]
-            table.add_row(
+            levels.add_row(
                 module, "", "", f"{experts[0]} -> {experts[1]} experts", f"{was.gate_hidden} -> {now.gate_hidden}"
             )
-    return table
+    return levels
 
 
 def _sensitivity_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table("pruned")
-    for column in ("MACs left", "parameters", "PSNR, dB", "time left", "ms", "ms, quartiles"):
-        table.add_column(column, justify="right")
+    kinds = table_of(["pruned"], ["MACs left", "parameters", "PSNR, dB", "time left", "ms", "ms, quartiles"])
     for row in rows:
-        table.add_row(
+        kinds.add_row(
             row["kind"],
             f"{row['macs']:.3f}",
             str(row["params"]),
@@ -504,7 +504,7 @@ def _sensitivity_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['ms']:.1f}",
             f"{row['ms_low']:.1f} to {row['ms_high']:.1f}",
         )
-    return table
+    return kinds
 
 
 def run() -> None:

@@ -32,7 +32,7 @@ from rich.table import Table
 
 from drsformer.counts import SIDE
 from drsformer.metrics import Protocol
-from runtime.cli import main, progress_shown
+from runtime.cli import main, progress_shown, table_of
 from runtime.errors import GateError, InputError, expect_between
 from runtime.files import expect_other_files, writing
 from runtime.pixels import Size, size_text
@@ -284,18 +284,15 @@ def command(
 
 def _table(done: Quantised) -> Table:
     """What the groups are expected to cost, and which are excluded."""
-    title = f"{escape(str(done.output))}: what each group is expected to cost when it alone is quantised"
-    table = Table("group", title=title)
-    for column in ("nodes", "dB"):
-        table.add_column(column, justify="right")
-    table.add_column("stays")
+    title = f"{done.output}: what each group is expected to cost when it alone is quantised"
+    groups = table_of(["group", "stays"], ["nodes", "dB"], title)
     rows = max(ROWS_SHOWN, len(done.excluded))
     for group, db in list(done.sensitivity.items())[:rows]:
         stays = "float32" if group in done.excluded else "INT8"
-        table.add_row(escape(group), str(done.groups[group]), f"{db:z.4f}", stays)
+        groups.add_row(escape(group), stays, str(done.groups[group]), f"{db:z.4f}")
     if len(done.sensitivity) > rows:
-        table.add_row(f"... and {len(done.sensitivity) - rows} more")
-    return table
+        groups.add_row(f"... and {len(done.sensitivity) - rows} more")
+    return groups
 
 
 def run() -> None:

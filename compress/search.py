@@ -18,7 +18,8 @@ turn with the whole network and stated as a fraction of its milliseconds.
 
 Everything is kept in OUTPUT.work: the same command goes on from there after a kill, which costs the round of pruning or
 the measurement that was under way, and of a distillation no more than some minutes. The checkpoints of all steps stay
-there, with the table `search.json` and the plot `pareto.png`, which the bundle has too.
+there, with the table `search.json` and the page `search.html`, on which every network is a point of a curve; the bundle
+has both too.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from compress.distill import DistillOptions, distill
@@ -47,14 +47,15 @@ from drsformer.train import training_shown
 from export.onnx import export
 from export.tensorrt import MODEL_FILE, BuildOptions, build
 from export.validate import ValidateOptions, validate
-from runtime.cli import hxw, main
+from runtime.cli import hxw, main, table_of
 from runtime.errors import GateError, InputError, expect_between
 from runtime.manifest import MANIFEST
 from runtime.pixels import Size, size_text
 from runtime.progress import OnProgress, silent
 
 if TYPE_CHECKING:  # they load PyTorch, which takes its time
-    from compress.candidates import Candidate, Candidates
+    from compress.candidates import Candidates
+    from compress.pareto import Candidate
     from compress.step_cache import StepCache
 
 logger = logging.getLogger("compress.search")  # also where this file is the command
@@ -81,6 +82,7 @@ class SearchOptions:
         protocol: Protocol of PSNR; rain200 for Rain200L, Rain200H and SPA-Data, did for DID-Data and DDN-Data.
         recipe: How to distil in each step.
         hardware: What to distil on: one device.
+        weights_key: Key of the weights to take from a checkpoint that holds several, such as params_ema.
 
     Raises:
         InputError: A value is out of range.
@@ -99,6 +101,7 @@ class SearchOptions:
     protocol: Protocol = "rain200"
     recipe: Recipe = field(default_factory=lambda: Recipe(iterations=10_000))
     hardware: Hardware = field(default_factory=lambda: Hardware(devices="1"))
+    weights_key: str | None = None
 
     def __post_init__(self) -> None:
         expect_between("max_drop_db", self.max_drop_db, 0)
@@ -167,7 +170,7 @@ def search(
         GateError: No smaller network is within the budget, or none that reaches the target; the message says how far it
             went, and there is no bundle then.
     """
-    from compress.candidates import PLOT_FILE, TABLE_FILE, Candidates
+    from compress.candidates import PAGE_FILE, TABLE_FILE, Candidates
     from compress.step_cache import OPTIONS, StepCache
     from drsformer import checkpoint
     from runtime.trt import LIBRARIES
@@ -188,7 +191,7 @@ def search(
         work,
         {
             **given,
-            "weights": checkpoint.load(weights).sha256,
+            "weights": checkpoint.load(weights, options.weights_key).sha256,
             "data": [dataset_name(folder) for folder in data],
             "validate": [dataset_name(folder) for folder in sources],
             "size": size_text(options.size),
@@ -197,7 +200,15 @@ def search(
         },
     )
     candidates = Candidates(
-        weights, folders, options.protocol, options.size, options.max_drop_db, work, cache, on_progress
+        weights,
+        folders,
+        options.protocol,
+        options.size,
+        options.max_drop_db,
+        work,
+        cache,
+        on_progress,
+        options.weights_key,
     )
     scope = _scope(candidates, data, options, cache, on_progress)
     best, ended = _descend(candidates, data, options, scope, on_progress)
@@ -207,13 +218,14 @@ def search(
         raise GateError(
             f"`max_drop_db` {options.max_drop_db:g}: expected {wanted} within it, found {best} at best: {ended}; "
             "try more `iterations`, a larger `step` or a larger budget; all networks are in "
-            f"{work}, see {TABLE_FILE} and {PLOT_FILE} there"
+            f"{work}, see {TABLE_FILE} and {PAGE_FILE} there"
         )
     found, model = work / best.file, work / "model.onnx"
     if not model.exists():
         export(found, model, on_progress=on_progress)
     if options.quantize:
         best, model = _quantized(candidates, best, model, data[0], options, on_progress)
+    candidates.take(best)
     if not output.exists() or not any(output.iterdir()):
         bundle = _bundle(candidates, model, options, on_progress)
         if output.exists():
@@ -284,6 +296,7 @@ def _descend(
                 limit=1,
                 protocol=options.protocol,
                 size=options.size,
+                weights_key=None if best.file else options.weights_key,
             )
             before = candidates.work / best.file if best.file else candidates.weights
             prune(before, data, path, how, on_progress)
@@ -297,6 +310,7 @@ def _descend(
             data_options=DataOptions(protocol=options.protocol),
             recipe=options.recipe,
             hardware=options.hardware,
+            weights_key=options.weights_key,
         )
         distill(how, on_progress)
 
@@ -344,7 +358,7 @@ def _quantized(
 
 def _bundle(candidates: Candidates, model: Path, options: SearchOptions, on_progress: OnProgress) -> Path:
     """A bundle in the folder of the work, proved. Raises GateError where the proof fails."""
-    from compress.candidates import PLOT_FILE, TABLE_FILE
+    from compress.candidates import PAGE_FILE, TABLE_FILE
     from runtime.bundle import describe_file, load, save
     from runtime.session import describe_onnx
 
@@ -356,7 +370,7 @@ def _bundle(candidates: Candidates, model: Path, options: SearchOptions, on_prog
     else:
         shutil.copyfile(model, folder / MODEL_FILE)
         save(describe_onnx(folder / MODEL_FILE), folder)
-    files = [folder / TABLE_FILE, folder / PLOT_FILE]
+    files = [folder / TABLE_FILE, folder / PAGE_FILE]
     for file in files:
         shutil.copyfile(candidates.work / file.name, file)
     for number, (source, pairs) in enumerate(candidates.folders.items(), 1):
@@ -367,6 +381,7 @@ def _bundle(candidates: Candidates, model: Path, options: SearchOptions, on_prog
             report=files[-1],
             limit=len(pairs),
             record=True,
+            weights_key=options.weights_key,
         )
         proof = validate(candidates.weights, folder, source, budget, on_progress)
         if not proof.passed:
@@ -401,11 +416,10 @@ def command(
 
 def _table(found: Found) -> Table:
     """All that was tried; what was taken is marked."""
-    table = Table("", "network", title=escape(str(found.bundle)))
-    for column in ("parameters", "MACs", "time", "ms", *map(escape, found.candidates[0].psnr), "drop, dB"):
-        table.add_column(column, justify="right")
+    numbers = ["parameters", "MACs", "time", "ms", *found.candidates[0].psnr, "drop, dB"]
+    networks = table_of(["", "network"], numbers, str(found.bundle))
     for each in found.candidates:
-        table.add_row(
+        networks.add_row(
             "*" if each == found.best else "",
             each.kind,
             str(each.params),
@@ -415,7 +429,7 @@ def _table(found: Found) -> Table:
             *(f"{psnr:.3f}" for psnr in each.psnr.values()),
             f"{each.drop_db:z.3f}",
         )
-    return table
+    return networks
 
 
 def run() -> None:

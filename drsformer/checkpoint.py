@@ -88,18 +88,18 @@ class Checkpoint:
         return f"trained on {', '.join(map(str, data))}" if data else "of unknown training data"
 
 
-def load(path: str | os.PathLike[str], params: str | None = None) -> Checkpoint:
+def load(path: str | os.PathLike[str], weights_key: str | None = None) -> Checkpoint:
     """Read a checkpoint of ours, or one with the tensors of a DRSformer as the authors' code or another program saved
     it; the content decides, not the suffix. What is peculiar about the latter is logged.
 
     Args:
         path: File of safetensors or `torch.save`.
-        params: Key of the weights to take where a file holds several, such as "params_ema"; keys that lead to it are
-            joined by dots. If not given, the first of `WRAPPERS`.
+        weights_key: Key of the weights to take where a file holds several, such as "params_ema"; keys that lead to it
+            are joined by dots. If not given, the first of `WRAPPERS`.
 
     Raises:
         InputError: The file is missing, damaged, of another kind, would have to execute code, or does not hold exactly
-            one DRSformer under `params`; told in one line.
+            one DRSformer under `weights_key`; told in one line.
     """
     path = Path(path)
     if not path.is_file():
@@ -117,9 +117,11 @@ def load(path: str | os.PathLike[str], params: str | None = None) -> Checkpoint:
             f"kind and begins with {start!r}; was it downloaded in full?"
         )
     if description is None:
-        model, provenance = from_tensors(path, _choose(path, content, params)), {"source": path.name}
-    elif params is not None:
-        raise InputError(f"`params`: {path} holds the weights of one network only; expected none, found {params!r}")
+        model, provenance = from_tensors(path, _choose(path, content, weights_key)), {"source": path.name}
+    elif weights_key is not None:
+        raise InputError(
+            f"`weights_key`: {path} holds the weights of one network only; expected none, found {weights_key!r}"
+        )
     else:
         config, provenance = _parse(path, description)
         model = _build(path, config, content, {})
@@ -243,7 +245,7 @@ def _parse(path: Path, description: str) -> tuple[DRSformerConfig, dict[str, Any
         raise InputError(f"{path}: its metadata cannot be read ({error})") from None
 
 
-def _choose(path: Path, content: Any, params: str | None) -> dict[str, Tensor]:
+def _choose(path: Path, content: Any, weights_key: str | None) -> dict[str, Tensor]:
     """The tensors among what a file holds that are taken for those of the network, by their names there."""
     ranks = {key: rank for rank, key in enumerate(WRAPPERS)}
     states = sorted(_states(content), key=lambda item: ranks.get(item[0].rpartition(".")[2], len(ranks)))
@@ -252,10 +254,12 @@ def _choose(path: Path, content: Any, params: str | None) -> dict[str, Tensor]:
         found = f"{len(tensors)} others, such as {tensors[0]}" if tensors else "none"
         raise InputError(f"{path}: expected the tensors of a DRSformer, found {found}")
     keys = [key or "the file itself" for key, _ in states]
-    if params is not None and params not in keys:
-        raise InputError(f"`params`: expected where {path} holds weights, {', '.join(keys)}, found {params!r}")
-    taken = keys.index(params) if params is not None else 0
-    if params is None and len(states) > 1:
+    if weights_key is not None and weights_key not in keys:
+        raise InputError(
+            f"`weights_key`: expected where {path} holds weights, {', '.join(keys)}, found {weights_key!r}"
+        )
+    taken = keys.index(weights_key) if weights_key is not None else 0
+    if weights_key is None and len(states) > 1:
         logger.warning("%s: holds %s; %s is taken", path, " and ".join(keys), keys[0])
     return states[taken][1]
 

@@ -244,8 +244,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def preset(name: str) -> DRSformerConfig:
-    """The config of a named network. Raises ValueError that lists the known names."""
+def preset(name: str, **changes: Any) -> DRSformerConfig:
+    """The config of a named network, but for `changes`, which are arguments of `DRSformerConfig.regular`. Raises
+    ValueError that lists the known names, and where the parts do not fit together."""
     if name not in PRESETS:
         raise ValueError(f"unknown network {name!r}; known: {', '.join(PRESETS)}")
-    return DRSformerConfig.regular(**PRESETS[name])
+    arguments = PRESETS[name] | changes
+    if "experts" in changes and arguments["mefc"] == "none":
+        raise ValueError(f"expected a compensator (mefc) for the experts in {name}, found none")
+    return DRSformerConfig.regular(**arguments)

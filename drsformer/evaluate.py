@@ -9,8 +9,9 @@
 A network restores whole images into uint8, as its users get them; PSNR and SSIM are the paper's (`drsformer.metrics`),
 beside those of the rainy input, and a network that scores below it is warned of. --data may have any layout of
 `drsformer.data`. An image that equals its target has an infinite PSNR: it is counted as `identical` and left out of the
-mean PSNR, which would be infinite too. With --save, images that the same network has saved before are scored as they
-are, so that the same command goes on where it was stopped.
+mean PSNR, which would be infinite too. With --save, images that the same network has saved before, of the same inputs
+and in the same engine, are scored as they are, so that the same command goes on where it was stopped; --csv is written
+anew after each data set.
 
 NIQE and BRISQUE (the paper's Table 2; less is better) need no target. They come from pyiqa, which fetches their
 parameters when it first runs. The functions are in `drsformer.evaluation`.
@@ -21,6 +22,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +35,7 @@ from rich.table import Table
 
 from drsformer.data import dataset_name, find_pairs
 from drsformer.metrics import Protocol, Scores, shortfall
-from runtime.cli import main, progress_shown
+from runtime.cli import main, progress_shown, table_of
 from runtime.errors import InputError, expect_between
 from runtime.files import writing
 from runtime.progress import OnProgress, silent
@@ -65,7 +67,7 @@ class EvaluateOptions:
         limit: Number of images to use, the first ones; all if not given.
         save: Folder for the images that the network restores, as PNG; of several data sets, in a folder of each.
         csv: File for the scores of every image.
-        params: Weights to take from a checkpoint that holds several, such as params_ema.
+        weights_key: Key of the weights to take from a checkpoint that holds several, such as params_ema.
 
     Raises:
         InputError: The options do not go together.
@@ -81,7 +83,7 @@ class EvaluateOptions:
     limit: int | None = None
     save: Path | None = None
     csv: Path | None = None
-    params: str | None = None
+    weights_key: str | None = None
 
     def __post_init__(self) -> None:
         expect_between("limit", 1 if self.limit is None else self.limit, 1)
@@ -109,40 +111,52 @@ class Network:
         derain: The network.
         described: Where it comes from and where it runs, for people.
         sha256: Hash of the file that tells it from others.
+        provider: What runs it, such as "cuda", or "PyTorch on cuda".
         origin: What a checkpoint was trained on, see `drsformer.checkpoint.Checkpoint.origin`.
     """
 
     derain: Derainer
     described: str
     sha256: str
+    provider: str
     origin: str | None = None
 
 
-def open_network(weights: Path, device: str = "auto", params: str | None = None) -> Network:
+def open_network(
+    weights: Path, device: str = "auto", weights_key: str | None = None, on_progress: OnProgress = silent
+) -> Network:
     """Open what is to be scored.
 
     Args:
         weights: Checkpoint, .onnx file or bundle.
         device: auto, cpu or cuda.
-        params: Weights to take from a checkpoint that holds several.
+        weights_key: Key of the weights to take from a checkpoint that holds several.
+        on_progress: See `runtime.progress`.
 
     Raises:
         InputError: It cannot be used, or only a checkpoint could hold several.
     """
+    on_progress("Loading", 0, 1)  # PyTorch first, which takes its time
     from runtime.bundle import MANIFEST
     from runtime.session import Derainer
 
     if weights.is_dir() or weights.suffix == ".onnx":
-        if params:
-            raise InputError(f"`params`: expected a checkpoint as `weights`, found {weights}")
+        if weights_key:
+            raise InputError(f"`weights_key`: expected a checkpoint as `weights`, found {weights}")
         derain = Derainer(weights, device)
         content = (weights / MANIFEST if weights.is_dir() else weights).read_bytes()
-        return Network(derain, f"on {getattr(derain.session, 'provider', device)}", hashlib.sha256(content).hexdigest())
-    from drsformer import checkpoint
-    from drsformer.session import TorchSession
+        provider = getattr(derain.session, "provider", device)
+        network = Network(derain, f"on {provider}", hashlib.sha256(content).hexdigest(), provider)
+    else:
+        from drsformer import checkpoint
+        from drsformer.session import TorchSession
 
-    trained = checkpoint.load(weights, params)
-    return Network(Derainer(TorchSession(trained.model, device)), trained.origin, trained.sha256, trained.origin)
+        trained = checkpoint.load(weights, weights_key)
+        session = TorchSession(trained.model, device)
+        provider = f"PyTorch on {session.device}"
+        network = Network(Derainer(session), trained.origin, trained.sha256, provider, trained.origin)
+    on_progress("Loading", 1, 1)
+    return network
 
 
 def evaluate(
@@ -165,20 +179,24 @@ def evaluate(
 
     protocol, limit, scores = options.protocol, options.limit, {}
     if options.weights:
-        network = network or open_network(options.weights, options.device, options.params)
+        network = network or open_network(options.weights, options.device, options.weights_key, on_progress)
         for folder, pairs in [(folder, find_pairs(folder)[:limit]) for folder in options.data]:
             name = dataset_name(folder)
             save = options.save and (options.save / name if len(options.data) > 1 else options.save)
-            which = " ".join([options.weights.name, network.sha256[:12], *([options.params] if options.params else [])])
-            origin = {"network": which, "data": name}
+            which = " ".join(
+                [options.weights.name, network.sha256[:12], *([options.weights_key] if options.weights_key else [])]
+            )
+            origin = {"network": which, "data": name, "provider": network.provider}
             scores[name] = evaluate_derainer(network.derain, pairs, protocol, save, origin, on_progress)
+            if options.csv:  # with every data set, so that a kill costs no more than the one under way
+                _write_csv(options.csv, scores)
     elif options.restored and options.target:
         scores[str(options.restored)] = evaluate_restored(
             options.restored, options.target, protocol, limit, on_progress
         )
     elif options.restored:
         scores[str(options.restored)] = evaluate_without_reference(options.restored, options.device, limit, on_progress)
-    if options.csv:
+    if options.csv and not options.weights:
         _write_csv(options.csv, scores)
     return scores
 
@@ -194,7 +212,10 @@ def _write_csv(path: Path, scores: Mapping[str, Scores]) -> None:
 
 def command(options: Annotated[EvaluateOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> ScoresByData:
     """Say what is scored, score it, and print a table."""
-    network = options.weights and open_network(options.weights, options.device, options.params)
+    network = None
+    if options.weights:
+        with progress_shown() as on_progress:
+            network = open_network(options.weights, options.device, options.weights_key, on_progress)
     if network:
         data = " ".join(map(str, options.data))
         print(f"{options.weights} ({network.described}) on {data}, protocol {options.protocol}", flush=True)
@@ -223,16 +244,18 @@ def summary(found: ScoresByData) -> dict[str, Any]:
 
 def table(scores: Scores, title: str | None = None) -> Table:
     """Scores for people: the first `ROWS_SHOWN` images and the mean."""
-    table = Table("image", title=title and escape(title))
-    for metric in scores.columns:
-        table.add_column(metric.replace("_", " "), justify="right")
+    shown = table_of(["image"], [metric.replace("_", " ") for metric in scores.columns], title)
     for name, row in list(scores.rows.items())[:ROWS_SHOWN]:
-        table.add_row(escape(name), *(f"{value:.4f}" for value in row.values()))
+        shown.add_row(escape(name), *map(_cell, row.values()))
     if scores.images > ROWS_SHOWN:
-        table.add_row(f"... and {scores.images - ROWS_SHOWN} more")
-    table.add_section()
-    table.add_row(f"mean of {scores.images}", *(f"{scores.mean(metric):.4f}" for metric in scores.columns))
-    return table
+        shown.add_row(f"... and {scores.images - ROWS_SHOWN} more")
+    shown.add_section()
+    shown.add_row(f"mean of {scores.images}", *(_cell(scores.mean(metric)) for metric in scores.columns))
+    return shown
+
+
+def _cell(value: float) -> str:
+    return "equal" if value == math.inf else f"{value:.4f}"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ authors' script, and need no target. That part follows pyiqa's source, and has b
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +31,10 @@ NIQE_BLOCK_PIXELS = 96
 """Height and width of the blocks over which NIQE takes its statistics; it needs two of them for a covariance."""
 
 RESTORED = "restored.json"
-"""Beside saved images: what restored them, and of which data set."""
+"""Beside saved images: what restored them, where, and of which data set; under `INPUTS` the SHA-256 of each input, by
+the name of its image."""
+
+INPUTS = "inputs"
 
 
 def evaluate_model(
@@ -74,8 +78,8 @@ def evaluate_derainer(
         pairs: What to restore, and the targets.
         protocol: Protocol of PSNR and SSIM.
         save: Folder for the restored images, as PNG.
-        origin: What the network and the pairs are, such as their names and hashes. Where it is given, images that
-            an earlier call of the same origin left in `save` are scored as they are.
+        origin: What restores and what the pairs are, such as names, hashes and where it runs. Where it is given, images
+            that an earlier call of the same origin made of the same inputs and left in `save` are scored as they are.
         on_progress: See `runtime.progress`.
 
     Returns:
@@ -83,12 +87,12 @@ def evaluate_derainer(
 
     Raises:
         InputError: An image cannot be used, the network answers with NaN, or `save` holds the pairs themselves or,
-            where an origin is given, images of another one.
+            where an origin is given, images of another one or of other inputs.
     """
     if save:
         _expect_no_data(save, pairs)
         if origin is not None:
-            _expect_origin(save, origin)
+            _expect_origin(save, origin, pairs, on_progress)
     rows = _score_pairs(pairs, protocol, derain, save, resume=origin is not None)
     return Scores(dict(track(rows, len(pairs), "Restoring", on_progress)), protocol)
 
@@ -101,23 +105,35 @@ def _expect_no_data(folder: Path, pairs: Sequence[Pair]) -> None:
             raise InputError(f"`save`: {folder} would overwrite {output} of the data set; name another folder")
 
 
-def _expect_origin(folder: Path, origin: dict[str, str]) -> None:
-    """Note in the folder what its images come from. Raises InputError where it has images from something else."""
+def _expect_origin(folder: Path, origin: dict[str, str], pairs: Sequence[Pair], on_progress: OnProgress) -> None:
+    """Note in the folder what its images come from: the origin, and the hash of each input. Raises InputError where it
+    has images from something else."""
     record = folder / RESTORED
     try:
         found = json.loads(record.read_text()) if record.is_file() else None
     except ValueError:
         found = None
-    if found == origin:
-        return
-    if found is not None or any(folder.rglob("*.png")):
-        before = ", ".join(map(str, found.values())) if isinstance(found, dict) else "something unknown"
+    found = found if isinstance(found, dict) else None
+    inputs = found.pop(INPUTS, {}) if found else {}
+    inputs = inputs if isinstance(inputs, dict) else {}
+    if found != origin and (found is not None or any(folder.rglob("*.png"))):
+        before = ", ".join(map(str, found.values())) if found else "something unknown"
         raise InputError(
             f"`save`: expected images of {', '.join(origin.values())} in {folder}, found those of {before}; name "
             "another folder"
         )
+    hashes = {
+        pair.name: hashlib.sha256(pair.input.read_bytes()).hexdigest()
+        for pair in track(pairs, len(pairs), "Hashing inputs", on_progress)
+    }
+    saved = [name for name in hashes if (folder / f"{name}.png").is_file()]
+    if changed := [name for name in saved if inputs.get(name) != hashes[name]]:
+        raise InputError(
+            f"`save`: expected images of these inputs in {folder}, found that of another one under the name "
+            f"{changed[0]}; name another folder"
+        )
     with writing(record) as temporary:
-        temporary.write_text(json.dumps(origin))
+        temporary.write_text(json.dumps({**origin, INPUTS: {**inputs, **hashes}}, indent=1))
 
 
 def evaluate_restored(

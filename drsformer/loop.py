@@ -62,17 +62,18 @@ def unchanged(network: DRSformer) -> DRSformer:
     return network
 
 
-def untrained(network: str) -> DRSformer:
+def untrained(network: str, **changes: Any) -> DRSformer:
     """A network with random weights.
 
     Args:
         network: Name in `drsformer.config.PRESETS`.
+        changes: What is different, see `drsformer.config.preset`.
 
     Raises:
         InputError: There is no such network.
     """
     try:
-        return DRSformer(preset(network))
+        return DRSformer(preset(network, **changes))
     except ValueError as error:
         raise InputError(f"`network`: {error}") from None
 

@@ -1,15 +1,16 @@
-"""What a training is asked for: the recipe, the data, the hardware and the schedule. Nothing here loads PyTorch until a
-training starts."""
+"""What a training is asked for: the network, the recipe, the data, the hardware and the schedule. Nothing here loads
+PyTorch until a training starts."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from drsformer.config import SIZE_MULTIPLE
+from drsformer.config import EXPERTS, SIZE_MULTIPLE, DRSformerConfig
 from drsformer.data import Pair, dataset_name, find_pairs
 from drsformer.metrics import Protocol
 from runtime.errors import InputError, expect_between
@@ -19,6 +20,55 @@ if TYPE_CHECKING:
 
 LARGEST_SEED = 2**64 - 1
 """Largest seed that PyTorch takes."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a named network has in place of its own: the paper's ablations.
+
+    Args:
+        topk: Fractions of the channels of a head that the masks of the attention keep, ascending, such as 1/2 4/5; none
+            is dense attention.
+        feed_forward: Feed-forward network of each block (Table 3).
+        mefc: Where there are compensators (Table 4).
+        experts: Experts in each step of a compensator (Table 4), the first ones of drsformer.config.EXPERTS.
+
+    Raises:
+        InputError: A value is out of range.
+    """
+
+    topk: tuple[str, ...] | None = None
+    feed_forward: Literal["msfn", "gdfn", "dfn", "fn"] | None = None
+    mefc: Literal["early", "late", "both", "none"] | None = None
+    experts: int | None = None
+
+    def __post_init__(self) -> None:
+        expect_between("experts", 1 if self.experts is None else self.experts, 1, len(EXPERTS))
+
+    def changes(self) -> dict[str, Any]:
+        """What is different, for `drsformer.config.preset`."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return given | {"topk": ()} if self.topk == ("none",) else given
+
+
+def read_config(path: Path) -> DRSformerConfig:
+    """The structure that a JSON file describes: a whole one, as `DRSformerConfig.to_dict` gives it, or arguments of
+    `DRSformerConfig.regular`, such as {"width": 32, "depths": [2, 3, 3, 4]}.
+
+    Raises:
+        InputError: The file holds something else, or the parts do not fit together.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        if "encoder" in found:
+            return DRSformerConfig.from_dict(found)
+        found = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+        return DRSformerConfig.regular(**found)
+    except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError) as error:
+        raise InputError(
+            f"`config`: expected a config of a network, or arguments of DRSformerConfig.regular, as JSON in {path} "
+            f"({error})"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,19 @@
     python -m drsformer.train --data Rain200H/train --output runs/rain200h
     python -m drsformer.train --network drsformer-xs --data light/train heavy/train --validate light/val heavy/val \\
         --clean photographs/ --rendered 0.6 --dry 0.05 --lr 1e-3 --patch 64 --output runs/xs
+    python -m drsformer.train --feed-forward gdfn --topk 1/2 --mefc late --experts 4 --data D --output runs/variant
+    python -m drsformer.train --config network.json --data D --output runs/mine
     torchrun --nproc-per-node 4 -m drsformer.train --data DDN/train --precision bf16-mixed --output runs/ddn
 
 The defaults are the recipe of the released code (paper, section 4.1): L1 loss, AdamW, batches of 8 patches of
 128x128, flips, 92,000 iterations at a constant rate and 208,000 more on a cosine, gradients clipped at norm 0.01.
 The same command continues a run that was stopped from its last checkpoint, on a CPU bit for bit as if it had not been;
 a job of limited time stops itself with --minutes.
+
+--network names a structure, from which --topk, --feed-forward, --mefc and --experts make every network of the paper's
+ablations (`benchmarks.ablation` trains and scores its tables). --config describes any other: {"width": 32, "depths":
+[2, 3, 3, 4]}, which are arguments of `DRSformerConfig.regular`, or a whole `DRSformerConfig.to_dict`.
+
 OUTPUT gets `last.safetensors`, `best.safetensors` if there is validation, `log.jsonl`, TensorBoard's events, and
 `state.pt` to continue from. With several machines it has to be a folder that all of them see.
 
@@ -19,6 +26,7 @@ synchronisation are Lightning Fabric's, by --devices, torchrun or `fabric run`.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +37,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from drsformer.data import find_pairs
-from drsformer.recipe import DataOptions, Hardware, Recipe, Schedule
+from drsformer.recipe import DataOptions, Hardware, Recipe, Schedule, Variant, read_config
 from runtime.cli import console, main, progress_shown
 from runtime.errors import InputError
 from runtime.files import expect_other_files
@@ -46,30 +54,39 @@ class TrainOptions:
     Args:
         output: Folder of the run.
         data: Folders of pairs, in any layout that drsformer.evaluate reads; each is drawn from equally often.
-        network: Name of the network to start, see drsformer.config.PRESETS; drsformer if neither this nor --init is
-            given.
+        network: Name of the network to start, see drsformer.config.PRESETS; drsformer if no other one is given.
         init: Checkpoint to start from, in place of a network with random weights.
+        weights_key: Key of the weights to take from an --init that holds several, such as params_ema.
+        config: JSON file that describes the network to start.
+        variant: What is different from the named network.
         data_options: What else to learn from, and what to validate on.
         recipe: How to train.
         hardware: What to train on.
         schedule: How often to validate, log and save, and when to stop.
 
     Raises:
-        InputError: Both a network and a checkpoint are given.
+        InputError: The network is given in two ways.
     """
 
     output: Path
     data: list[Path] | None = None
     network: str | None = None
     init: Path | None = None
+    weights_key: str | None = None
+    config: Path | None = None
+    variant: Variant = field(default_factory=Variant)
     data_options: DataOptions = field(default_factory=DataOptions)
     recipe: Recipe = field(default_factory=Recipe)
     hardware: Hardware = field(default_factory=Hardware)
     schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
-        if self.init and self.network:
-            raise InputError("`init` brings its own network: leave `network` out")
+        if self.weights_key and not self.init:
+            raise InputError("`weights_key`: expected `init` with it")
+        for name in ("init", "config"):
+            others = [other for other in ("network", "config") if other != name and getattr(self, other)]
+            if getattr(self, name) and (others := [*others, *self.variant.changes()]):
+                raise InputError(f"`{name}` brings its own network: leave `{others[0]}` out")
 
 
 def train(options: TrainOptions, form: Form | None = None, on_progress: OnProgress = silent) -> dict[str, Any]:
@@ -90,6 +107,7 @@ def train(options: TrainOptions, form: Form | None = None, on_progress: OnProgre
 
     from drsformer import checkpoint
     from drsformer.loop import Run, fit, network_files, unchanged, untrained
+    from drsformer.model import DRSformer
     from drsformer.patches import Patches
 
     recipe, data_options, data = options.recipe, options.data_options, options.data or []
@@ -98,13 +116,23 @@ def train(options: TrainOptions, form: Form | None = None, on_progress: OnProgre
     validation = data_options.validation()
     patches = Patches(folders, recipe, **data_options.sources_of_patches())
     torch.manual_seed(recipe.seed)
-    parent = checkpoint.load(options.init) if options.init else None
-    network = options.network or "drsformer"
-    model = parent.model.train() if parent else untrained(network)
+    parent = checkpoint.load(options.init, options.weights_key) if options.init else None
+    changes = options.variant.changes()
+    network = None
+    if parent:
+        model = parent.model.train()
+    elif options.config:
+        model = DRSformer(read_config(options.config))
+    else:
+        network = options.network or "drsformer"
+        model = untrained(network, **changes)
     sources = data_options.sources(*data)
     dependencies = {
-        "network": None if parent else network,
+        "network": network,
+        "variant": json.dumps(changes) if changes else None,
+        "config": checkpoint.file_sha256(options.config) if options.config else None,
         "parent": parent.sha256 if parent else None,
+        "weights_key": options.weights_key,
         "data": sources,
         **data_options.options(),
         **dataclasses.asdict(recipe),

@@ -25,12 +25,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from drsformer.config import SIZE_MULTIPLE
 from export.options import Pattern, Precision
-from runtime.cli import main, progress_shown
+from runtime.cli import main, progress_shown, table_of
 from runtime.errors import GateError, InputError, expect_between
 from runtime.files import writing
 from runtime.pixels import IO, Size, size_text
@@ -61,7 +60,7 @@ class ExportOptions:
         height: Height of the input in pixels, fixed together with its width; if not given, any.
         width: Width of the input in pixels, fixed together with its height; if not given, any.
         opset: Version of ONNX's operators, 18 to 23; if not given 20, or for bf16 22.
-        params: Weights to take from a checkpoint that holds several, such as params_ema.
+        weights_key: Key of the weights to take from a checkpoint that holds several, such as params_ema.
     """
 
     topk: Pattern = "threshold"
@@ -71,7 +70,7 @@ class ExportOptions:
     height: int | None = None
     width: int | None = None
     opset: int | None = None
-    params: str | None = None
+    weights_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def export(
     from export.topk import with_pattern
     from export.verification import SIZES, TOLERANCE, largest_values, upcast, verify
 
-    trained = checkpoint.load(weights, options.params)
+    trained = checkpoint.load(weights, options.weights_key)
     on_progress("Exporting", 0, 0)
     network = with_pattern(trained.model.requires_grad_(False), options.topk)
     exported = folding.fold(network, options.precision) if options.fold else network
@@ -216,9 +215,8 @@ def table(exported: Exported) -> Table:
     """How a model agrees with PyTorch, for a terminal."""
     upcast = "both in float32 with the rounded weights; export.validate measures the file itself"
     caption = None if exported.precision == "fp32" else upcast
-    sizes = Table("size", title=f"{escape(str(exported.output))}: PyTorch against ONNX Runtime", caption=caption)
-    for column in ("max difference", "top-k selections flipped", "max difference with them"):
-        sizes.add_column(column, justify="right")
+    numbers = ["max difference", "top-k selections flipped", "max difference with them"]
+    sizes = table_of(["size"], numbers, f"{exported.output}: PyTorch against ONNX Runtime", caption)
     for a in exported.agreements:
         sizes.add_row(
             size_text(a.size), f"{a.difference:.1e}", f"{a.flips} of {a.selections}", f"{a.free_difference:.1e}"

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -47,18 +47,11 @@ def render(validation: Validation) -> str:
     Returns:
         HTML, whole in itself.
     """
-    environment = Environment(
-        loader=PackageLoader("export"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {}  # in the order that is meant, which the default is to sort
     ranked = sorted(validation.images, key=lambda image: image.badness, reverse=True)
     shown = {name: i for i, name in enumerate(validation.pictures)}
     pictures = [_picture(validation, name, picture) for name, picture in validation.pictures.items()]
-    return environment.get_template("report.html").render(
+    return page(
+        "report.html",
         headline=validation.headline,
         mood="bad" if validation.warnings or not validation.passed else "good" if validation.budgets else "neutral",
         warnings=validation.warnings,
@@ -76,11 +69,38 @@ def render(validation: Validation) -> str:
             for image in ranked
         ],
         total=validation.last_row(),
-        csv=_data_uri("text/csv;charset=utf-8", _csv(validation.columns, ranked).encode()),
+        csv=data_uri("text/csv;charset=utf-8", _csv(validation.columns, ranked).encode()),
         csv_name="images.csv",
         layers=_layers(validation),
         facts=validation.facts,
     )
+
+
+def page(template: str, package: str = "export", **values: Any) -> str:
+    """A page that is whole in itself.
+
+    Args:
+        template: Name of its template.
+        package: Ours whose `templates` have it; it may stand on those of this package.
+        values: What it shows.
+
+    Returns:
+        HTML.
+    """
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader(name) for name in dict.fromkeys((package, "export"))]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {}  # in the order that is meant, which the default is to sort
+    return environment.get_template(template).render(values)
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """A file inside a page, by its media type."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _changes(validation: Validation) -> list[Change]:
@@ -143,7 +163,7 @@ def _picture(validation: Validation, name: str, picture: Picture) -> dict[str, A
         "width": picture.width,
         "height": picture.height,
         "scaled": scaled,
-        "layers": {kind: _data_uri("image/webp", file) for kind, file in picture.layers.items()},
+        "layers": {kind: data_uri("image/webp", file) for kind, file in picture.layers.items()},
         "mark": _percentages(crop, picture),
         "crops": [(kind, _png(part)) for kind, part in parts.items()],
     }
@@ -247,8 +267,4 @@ def _csv(columns: Sequence[Column], images: Sequence[Comparison]) -> str:
 def _png(image: NDArray[np.uint8]) -> str:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
-    return _data_uri("image/png", file.getvalue())
-
-
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return data_uri("image/png", file.getvalue())

@@ -74,15 +74,15 @@ class Observed(Session):
         return output
 
 
-def open_reference(path: Path, provider: Provider = "auto", params: str | None = None) -> Observed:
+def open_reference(path: Path, provider: Provider = "auto", weights_key: str | None = None) -> Observed:
     """A checkpoint in PyTorch, on the CPU or on CUDA where the provider says so, else on what there is.
 
     Args:
         path: The checkpoint.
         provider: Where to run.
-        params: See `drsformer.checkpoint.load`.
+        weights_key: See `drsformer.checkpoint.load`.
     """
-    trained = checkpoint.load(path, params)
+    trained = checkpoint.load(path, weights_key)
     session = TorchSession(trained.model, provider if provider in ("cpu", "cuda") else "auto")
 
     def observe(batch: NDArray[np.float32]) -> tuple[NDArray[np.float32], Scores]:

@@ -31,11 +31,10 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from runtime.bundle import Bundle, describe_file, load_to_change, private_key, save
-from runtime.cli import hxw, main, progress_shown
+from runtime.cli import hxw, main, progress_shown, table_of
 from runtime.errors import InputError
 from runtime.files import writing
 from runtime.manifest import MANIFEST, Engine, File, Flavor, Manifest, Model, Profile, Tensor, describe, read_graph_io
@@ -420,9 +419,8 @@ def _profile(given: dict[str, Size]) -> Profile:
 
 def table(built: Built) -> Table:
     """All engines of the bundle, for a terminal."""
-    engines = Table("engine", "library", "GPUs", "height x width", title=f"{escape(str(built.bundle.folder))}: engines")
-    engines.add_column("MB", justify="right")
-    engines.add_column("built in", justify="right")
+    keys = ["engine", "library", "GPUs", "height x width"]
+    engines = table_of(keys, ["MB", "built in"], f"{built.bundle.folder}: engines")
     manifest = built.bundle.manifest
     bytes_of = {file.name: file.size for file in manifest.files}
     for engine in manifest.engines:

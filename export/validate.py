@@ -110,7 +110,7 @@ class ValidateOptions:
         sign: Private key, Ed25519 in PEM, to sign that manifest with.
         locate: Name the layer of the candidate's model that departs first from what it is in float32; of a bundle's
             engine, that of the model it was built from.
-        params: Weights to take from a reference that holds several, such as params_ema.
+        weights_key: Key of the weights to take from a reference that holds several, such as params_ema.
     """
 
     max_drop_db: float | None = None
@@ -126,7 +126,7 @@ class ValidateOptions:
     record: bool = False
     sign: Path | None = None
     locate: bool = False
-    params: str | None = None
+    weights_key: str | None = None
 
     @property
     def report_file(self) -> Path | None:
@@ -174,7 +174,7 @@ def validate(
     from runtime.ort import installed
     from runtime.timing import machine
 
-    full = open_reference(reference, options.provider, options.params)
+    full = open_reference(reference, options.provider, options.weights_key)
     judged = open_candidate(candidate, options.provider)
     if options.tile:
         expect_multiples("tile", options.tile, judged.multiple)

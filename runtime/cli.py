@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,11 @@ from .progress import OnProgress
 
 try:
     import tyro
+    from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+    from rich.table import Table
 except ModuleNotFoundError as error:  # only commands import this file
     print(
         f"error: needs the package {error.name}, which is not installed: pip install 'derainer[cli]'", file=sys.stderr
@@ -196,6 +199,19 @@ def _one_word(option: str, metavar: str, parse: Callable[[str], Any], show: Call
         is_instance=lambda value: isinstance(value, (tuple, int)),
         str_from_instance=lambda value: [show(value)],
     )
+
+
+def table_of(
+    keys: Sequence[str], numbers: Sequence[str] = (), title: str | None = None, caption: str | None = None
+) -> Table:
+    """A table for people, with columns of text and then of numbers. Where there is no room, as in a pipe, which counts
+    as 80 characters wide, cells go on in the next line, the widest first, and nothing is cut off."""
+    shown = Table(title=title and escape(title), caption=caption, box=box.SIMPLE, pad_edge=False, title_justify="left")
+    for name in keys:
+        shown.add_column(escape(name), overflow="fold")
+    for name in numbers:
+        shown.add_column(escape(name), justify="right", overflow="fold")
+    return shown
 
 
 def progress(shown: bool = True, **columns: Any) -> Progress:

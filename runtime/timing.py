@@ -38,9 +38,8 @@ def alternate(
         call()
         return time.perf_counter() - started
 
-    for call in calls:
-        call()
-    rounds = max(rounds, int(seconds / sum(timed(call) for call in calls)))
+    warm = [timed(call) for call in track([*calls, *calls], 2 * len(calls), "Warming up", on_progress)]
+    rounds = max(rounds, int(seconds / sum(warm[len(calls) :])))
     taken = np.empty((len(calls), rounds))
     for i in track(range(rounds), rounds, "Timing", on_progress):
         for which in range(len(calls))[:: 1 if i % 2 == 0 else -1]:

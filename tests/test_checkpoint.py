@@ -173,20 +173,20 @@ def test_the_authors_weights_are_taken_and_others_on_demand(tmp_path, caplog, fi
     assert caplog.messages == [f"{tmp_path / 'net.pth'}: holds params and params_ema; params is taken"]
     caplog.clear()
     for key in both:
-        loaded = checkpoint.load(tmp_path / "net.pth", params=key)
+        loaded = checkpoint.load(tmp_path / "net.pth", weights_key=key)
         assert torch.equal(loaded.model.output.weight, both[key]["output.weight"])
     assert not caplog.messages
-    with pytest.raises(InputError, match=r"^`params`: .*net\.pth holds weights, params, params_ema, found 'ema'"):
-        checkpoint.load(tmp_path / "net.pth", params="ema")
+    with pytest.raises(InputError, match=r"^`weights_key`: .*net\.pth holds weights, params, params_ema, found 'ema'"):
+        checkpoint.load(tmp_path / "net.pth", weights_key="ema")
 
 
 def test_one_network_has_nothing_to_choose_from(tmp_path):
     checkpoint.save(tmp_path / "m.safetensors", DRSformer(preset("drsformer-tiny")), {})
-    with pytest.raises(InputError, match=r"`params`: .* one network only"):
-        checkpoint.load(tmp_path / "m.safetensors", params="params_ema")
+    with pytest.raises(InputError, match=r"`weights_key`: .* one network only"):
+        checkpoint.load(tmp_path / "m.safetensors", weights_key="params_ema")
     torch.save(two_networks()[0], tmp_path / "net.pth")
-    with pytest.raises(InputError, match=r"`params`: .* the file itself, found 'params_ema'"):
-        checkpoint.load(tmp_path / "net.pth", params="params_ema")
+    with pytest.raises(InputError, match=r"`weights_key`: .* the file itself, found 'params_ema'"):
+        checkpoint.load(tmp_path / "net.pth", weights_key="params_ema")
 
 
 @pytest.mark.parametrize("name", ["a.ckpt", "a.bin", "a.pth.tar", "a.PTH", "a.pt", "a", "a.safetensors"])

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import pytest
 import tyro
+from rich.console import Console
 
-from runtime.cli import main, parse_size
+from runtime.cli import main, parse_size, table_of
 from runtime.errors import InputError
 from runtime.files import writing
 
@@ -135,3 +136,19 @@ def test_sizes():
     assert parse_size("size", "720x1281") == (720, 1281)
     with pytest.raises(InputError, match="`tile`: expected multiples of 8, to which images are padded, found 720x1281"):
         parse_size("tile", "720x1281", 8)
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_tables_keep_their_keys_and_numbers_where_there_is_no_room(width):
+    key, numbers = "".join(f"<{i:02}>" for i in range(30)), ["1234567", "30.1234", "0.9876", "1", "22.75"]
+    shown = table_of(["image"], ["parameters", "psnr", "ssim", "n", "input psnr"], title="[/b] title")
+    shown.add_row(key, *numbers)
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(shown)
+    lines = capture.get().splitlines()
+    assert lines[0].strip() == "[/b] title"
+    assert all(len(line) <= width for line in lines)
+    body = [line.split() for line in lines[1 + max(i for i, line in enumerate(lines) if "─" in line) :] if line.strip()]
+    assert "".join(cells[0] for cells in body) == key
+    assert body[0][1:] == numbers

@@ -84,4 +84,12 @@ def test_command_compares_two_networks(tmp_path, capsys, monkeypatch):
 
 def test_without_latency_nothing_is_timed(tmp_path):
     checkpoint.save(tmp_path / "w.safetensors", fill(DRSformer(preset("drsformer-tiny"))), {})
-    assert set(command(tmp_path / "w.safetensors").summary()) == {"params", "gmacs"}
+    summary = command(tmp_path / "w.safetensors").summary()
+    assert set(summary) == {"params", "gmacs", "modules"}
+    modules = summary["modules"]
+    assert list(modules)[:3] == ["patch_embed", "encoder_level1", "down1_2"]
+    assert sum(module["params"] for module in modules.values()) == summary["params"]
+    assert sum(module["gmacs"] for module in modules.values()) == pytest.approx(summary["gmacs"], abs=1e-4)
+    assert modules["patch_embed"] == {"params": 216, "gmacs": 0.014156, "resampling": 0.014156}  # 3 x 8 x 9 at 256x256
+    latent = modules["latent"]
+    assert latent["attention"] + latent["ffn"] == pytest.approx(latent["gmacs"], abs=2e-6)

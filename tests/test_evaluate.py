@@ -21,10 +21,10 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from drsformer import checkpoint, metrics
+from drsformer import checkpoint, evaluation, metrics
 from drsformer.config import preset
 from drsformer.data import find_pairs
-from drsformer.evaluate import ROWS_SHOWN, EvaluateOptions, command, evaluate, table
+from drsformer.evaluate import ROWS_SHOWN, EvaluateOptions, command, evaluate, open_network, table
 from drsformer.evaluation import (
     RESTORED,
     evaluate_derainer,
@@ -231,8 +231,8 @@ def test_limit_takes_the_first_in_natural_order(data, weights):
             "`data`: expected folders whose last two names",
         ),
         (
-            {"weights": SHIPPED.with_suffix(".onnx"), "data": (Path("d"),), "params": "params"},
-            "`params`: expected a checkpoint",
+            {"weights": SHIPPED.with_suffix(".onnx"), "data": (Path("d"),), "weights_key": "params"},
+            "`weights_key`: expected a checkpoint",
         ),
     ],
 )
@@ -304,9 +304,60 @@ def test_saved_images_of_another_network_or_data_set_are_refused(data, weights, 
         shutil.copytree(data, tmp_path / "m", dirs_exist_ok=True)
         with pytest.raises(InputError, match=r"`save`: expected images of .*, found those of tiny\.safetensors"):
             command(replace(others, save=tmp_path / "saved"))
+    elsewhere = replace(open_network(weights), provider="PyTorch on cuda")
+    with pytest.raises(InputError, match=r"PyTorch on cuda in .*, found those of .*PyTorch on cpu; name another"):
+        evaluate(EvaluateOptions(weights, (data,), save=tmp_path / "saved"), elsewhere)
     write(tmp_path / "unknown" / "1.png", np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(InputError, match="found those of something unknown"):
         command(EvaluateOptions(weights, (data,), save=tmp_path / "unknown"))
+
+
+def test_saved_images_of_an_input_that_has_changed_are_refused_and_others_go_on(data, weights, tmp_path):
+    options = EvaluateOptions(weights, (data,), save=tmp_path / "saved")
+    command(replace(options, limit=2))
+    before = json.loads((tmp_path / "saved" / RESTORED).read_text())["inputs"]
+    assert before == {name: checkpoint.file_sha256(data / "input" / f"{name}.png") for name in ("1", "2")}
+    write(data / "input" / "10.png", read_rgb(data / "input" / "10.png") // 2)  # has not been restored yet
+    command(options)
+    assert set(json.loads((tmp_path / "saved" / RESTORED).read_text())["inputs"]) == {"1", "2", "10"}
+    write(data / "input" / "2.png", read_rgb(data / "input" / "2.png") // 2)
+    with pytest.raises(InputError, match="found that of another one under the name 2; name another folder"):
+        command(options)
+    command(replace(options, limit=1))  # does not ask for it
+    (tmp_path / "saved" / "2.png").unlink()
+    command(options)  # is restored anew
+    (tmp_path / "saved" / RESTORED).write_text(
+        json.dumps({**json.loads((tmp_path / "saved" / RESTORED).read_text()), "inputs": 3})
+    )
+    with pytest.raises(InputError, match="under the name 1; name another folder"):
+        command(options)
+
+
+def test_a_kill_leaves_the_csv_of_the_data_sets_before(data, weights, tmp_path, monkeypatch):
+    shutil.copytree(data, tmp_path / "more" / "data")
+    options = EvaluateOptions(weights, (data, tmp_path / "more" / "data"), csv=tmp_path / "s.csv")
+    score, calls = evaluation.evaluate_derainer, []
+
+    def killed_at_the_second(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score(*given)
+
+    monkeypatch.setattr(evaluation, "evaluate_derainer", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(options)
+    with (tmp_path / "s.csv").open() as file:
+        rows = [*csv.DictReader(file)]
+    assert [row["image"] for row in rows] == ["1", "2", "10"]
+
+
+def test_an_equal_image_is_said_to_be_equal():
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(table(Scores({"a": {"psnr": math.inf, "ssim": 1.0}}, "rain200")))
+    assert "inf" not in capture.get()
+    assert capture.get().count("equal") == 2  # the image and the mean
 
 
 def test_models_and_bundles_score_as_the_checkpoint_that_they_were_made_from(data, weights, tmp_path):
@@ -382,15 +433,15 @@ def test_command_chooses_among_the_weights_of_a_checkpoint(monkeypatch, capsys, 
     scores = {}
     for params in ("params", "params_ema"):
         save = ("--save", tmp_path / "saved" / params)
-        assert run(monkeypatch, "--weights", tmp_path / "net.pth", "--data", data, "--params", params, *save) == 0
+        assert run(monkeypatch, "--weights", tmp_path / "net.pth", "--data", data, "--weights-key", params, *save) == 0
         scores[params] = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert scores["params"]["psnr"] != scores["params"]["input_psnr"]
     assert scores["params_ema"]["psnr"] == scores["params_ema"]["input_psnr"]  # what the network adds is nothing
-    mixed = ("--weights", tmp_path / "net.pth", "--data", data, "--params", "params", *save)
+    mixed = ("--weights", tmp_path / "net.pth", "--data", data, "--weights-key", "params", *save)
     assert run(monkeypatch, *mixed) == 2
     assert "found those of net.pth" in capsys.readouterr().err
-    assert run(monkeypatch, "--weights", tmp_path / "net.pth", "--data", data, "--params", "ema") == 2
-    assert capsys.readouterr().err.startswith("error: --params: expected where ")
+    assert run(monkeypatch, "--weights", tmp_path / "net.pth", "--data", data, "--weights-key", "ema") == 2
+    assert capsys.readouterr().err.startswith("error: --weights-key: expected where ")
 
 
 def test_command_with_a_mistake(monkeypatch, capsys, data):

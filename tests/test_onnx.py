@@ -336,7 +336,7 @@ def test_weights_are_chosen_among_those_of_a_file(tmp_path):
     expected = {key: Derainer(TorchSession(network, "cpu"))(image).astype(int) for key, network in networks.items()}
     assert np.abs(expected["params"] - expected["params_ema"]).max() > 9
     for key in networks:
-        export(tmp_path / "net.pth", tmp_path / f"{key}.onnx", ExportOptions(height=24, width=24, params=key))
+        export(tmp_path / "net.pth", tmp_path / f"{key}.onnx", ExportOptions(height=24, width=24, weights_key=key))
         assert np.abs(Derainer(tmp_path / f"{key}.onnx")(image) - expected[key]).max() <= 1
 
 

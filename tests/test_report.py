@@ -5,11 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from urllib.request import urlopen
 
 import numpy as np
@@ -18,20 +15,10 @@ import pytest
 from export.comparison import Comparison, Extent, Validation
 from export.report import render
 from export.validate import _picture
+from tests.support.browser import chromium, needs_chromium, opened
 from tests.support.images import random_image
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = [
-    "no-sandbox",
-    "disable-gpu",
-    "disable-quic",
-    "no-first-run",
-    "disable-background-networking",
-    "disable-component-update",
-    "disable-sync",
-]
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None and "CI" not in os.environ, reason="no Chromium; apt install chromium")
+pytestmark = needs_chromium
 
 DROPS = {"10": 0.25, "9": -0.125, "<b>&\"'": 1.625, "2": 0.0}
 
@@ -55,28 +42,16 @@ def validation() -> Validation:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[f"--{flag}" for flag in FLAGS])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def page(browser, tmp_path) -> Iterator:
     path = tmp_path / "report.html"
     path.write_text(render(validation()), encoding="utf-8")
-    requests, complaints = [], []
-    page = browser.new_page()
-    page.on("request", lambda request: requests.append(request.url))
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.goto(path.as_uri())
-    yield page
-    page.close()
-    assert not complaints
-    assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]
+    with opened(browser, path) as page:
+        yield page
 
 
 def names(page) -> list[str]:
@@ -219,11 +194,7 @@ def test_large_images_are_reduced_and_small_ones_whole():
 def test_page_without_pictures_and_ground_truth_is_whole(browser, tmp_path):
     images = [Comparison(name, between, 1, {}) for name, between in (("a", 60.0), ("b", 50.0))]
     (tmp_path / "plain.html").write_text(render(Validation({}, images, {}, "no", {})), encoding="utf-8")
-    page, complaints = browser.new_page(), []
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.goto(Path(tmp_path / "plain.html").as_uri())
-    page.get_by_role("button", name="between dB").click()
-    assert names(page) == ["a", "b"]
-    assert page.locator("#look").count() == 0
-    page.close()
-    assert not complaints
+    with opened(browser, tmp_path / "plain.html") as page:
+        page.get_by_role("button", name="between dB").click()
+        assert names(page) == ["a", "b"]
+        assert page.locator("#look").count() == 0

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 from compress import candidates as trying
@@ -90,7 +89,6 @@ def by_size(monkeypatch, without_ends):
             psnr=20 + 10 * counts.macs(network.config) / whole
         ),
     )
-    monkeypatch.setattr(trying.Candidates, "_plot", lambda candidates: Figure())  # an empty one is quicker
     monkeypatch.setattr(
         searching,
         "prune",
@@ -151,13 +149,16 @@ def test_bundle_holds_the_proven_network_and_what_was_tried(searched):
     macs = [row["macs"] for row in table["candidates"]]
     assert macs == pytest.approx([1, 0.8, 0.8, 0.7, 0.7], rel=0.02)
     assert all(row["latency"] < 1 for row in table["candidates"][1:])
-    assert Image.open(work / "pareto.png").width > 500
+    page = (work / "search.html").read_text()
+    assert page == (searched / "bundle" / "search.html").read_text()
+    assert "4 distilled</a>, taken" in page
+    assert str(searched) not in page
     assert (work / "sensitivity" / "sensitivity.png").exists()
 
     bundle = load(searched / "bundle")
     bundle.verify()
     assert bundle.unlisted() == []
-    assert {file.name for file in bundle.manifest.files} == {"model.onnx", "report1.html", "search.json", "pareto.png"}
+    assert {file.name for file in bundle.manifest.files} == {"model.onnx", "report1.html", "search.json", "search.html"}
     report = (searched / "bundle" / "report1.html").read_text()
     assert "bundle.work" not in report  # where it was made, and is not any more
     assert "<dd>model.onnx, ONNX Runtime on " in report
@@ -279,7 +280,22 @@ def test_budget_that_cannot_be_met_is_told(folder, by_size, macs):
         go(folder, max_drop_db=1.0, macs=macs)
     assert "\n" not in str(error.value)
     assert not (folder / "bundle").exists()
-    assert (folder / "bundle.work" / "pareto.png").exists()
+    assert "Nothing is taken so far" in (folder / "bundle.work" / "search.html").read_text()
+
+
+def test_the_weights_that_are_named_are_searched(folder, by_size):
+    other = DRSformerConfig.regular(12, (0, 0, 1, 1), (1, 1, 2, 2), 4.0)
+    states = {
+        name: fill(DRSformer(config)).state_dict() for name, config in (("params", other), ("params_ema", CONFIG))
+    }
+    torch.save(states, folder / "w.safetensors")  # the content decides, not the suffix
+    found = go(folder, weights_key="params_ema")
+    assert found.candidates[0].params == counts.params(CONFIG)
+    assert found.best.params < counts.params(CONFIG)
+    assert checkpoint.load(found.weights).model.config.encoder[0].width <= 8
+    shutil.rmtree(folder / "bundle")
+    with pytest.raises(InputError, match="holds steps with weights_key=params_ema, not None"):
+        go(folder)
 
 
 def test_names_that_look_like_markup(folder, by_size):

@@ -30,7 +30,7 @@ from drsformer.evaluation import evaluate_model
 from drsformer.loop import Run, fit, l1_loss
 from drsformer.model import DRSformer
 from drsformer.patches import Patches
-from drsformer.recipe import DataOptions, Hardware, Recipe, Schedule
+from drsformer.recipe import DataOptions, Hardware, Recipe, Schedule, Variant, read_config
 from drsformer.train import TrainOptions, train
 from runtime.errors import InputError
 
@@ -498,6 +498,81 @@ def test_mistakes_are_told_in_one_line(data, tmp_path, options, message):
                 **options,
             )
         )
+    assert "\n" not in str(error.value)
+
+
+WRITTEN = {"width": 12, "depths": [1, 1, 1, 1], "heads": [1, 1, 2, 2], "expansion": 2.0, "topk": ["2/3"]}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            {"variant": Variant(feed_forward="gdfn", topk=("1/2",), mefc="late", experts=4)},
+            preset("drsformer-tiny", feed_forward="gdfn", topk=("1/2",), mefc="late", experts=4),
+        ),
+        ({"variant": Variant(topk=("none",))}, preset("drsformer-tiny", topk=())),
+        (
+            {"config": WRITTEN},
+            DRSformerConfig.regular(12, (1, 1, 1, 1), (1, 1, 2, 2), expansion=2.0, topk=("2/3",)),
+        ),
+        ({"config": preset("drsformer-tiny", mefc="early").to_dict()}, preset("drsformer-tiny", mefc="early")),
+    ],
+)
+def test_variants_and_configs_are_trained_and_go_on_only_as_they_are(data, tmp_path, given, expected):
+    if "config" in given:
+        (tmp_path / "c.json").write_text(json.dumps(given["config"]))
+        given = {"config": tmp_path / "c.json"}
+    else:
+        given = {"network": "drsformer-tiny", **given}
+    common = {"recipe": Recipe(iterations=1, **QUICK), "hardware": CPU}
+    for _ in range(2):
+        train(TrainOptions(tmp_path / "run", [data], **given, **common))
+    assert checkpoint.load(tmp_path / "run" / "last.safetensors").model.config == expected
+    with pytest.raises(InputError, match=r"(variant|network)=.*give the same options"):
+        train(TrainOptions(tmp_path / "run", [data], "drsformer-tiny", **common))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init": Path("a"), "variant": Variant(mefc="both")}, r"`init` .*: leave `mefc` out"),
+        ({"config": Path("a"), "variant": Variant(topk=("1/2",))}, r"`config` .*: leave `topk` out"),
+        ({"config": Path("a"), "network": "drsformer"}, r"`config` .*: leave `network` out"),
+        ({"config": Path("a"), "init": Path("a")}, r"`init` .*: leave `config` out"),
+    ],
+)
+def test_a_network_is_given_in_one_way(options, message):
+    with pytest.raises(InputError, match=message):
+        TrainOptions(Path("run"), **options)
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ({"experts": 0}, "`experts`: expected 1 to 8, found 0"),
+        ({"experts": 4}, r"`network`: expected a compensator \(mefc\)"),
+        ({"topk": ("4/5", "1/2")}, "ascending"),
+        ({"topk": ("none", "1/2")}, "fraction"),
+    ],
+)
+def test_impossible_variants_are_refused(data, tmp_path, variant, message):
+    with pytest.raises(InputError, match=message):
+        train(TrainOptions(tmp_path / "run", [data], "drsformer-tiny", variant=Variant(**variant), hardware=CPU))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "3", "null", '"encoder"', '{"encoder": 3}', '{"widht": 8}', '{"width": "8"}', '{"width": 8.5}',
+        '{"depths": [1, 2]}', '{"heads": "1248"}', '{"expansion": Infinity}', '{"expansion": 1e-9}', '{"topk": [2]}',
+        '{"mefc": "both", "experts": 2.5}', "[" * 100_000,
+    ],
+)  # fmt: skip
+def test_a_file_that_describes_no_network_is_told_in_one_line(tmp_path, text):
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(InputError, match=r"`config`: expected .* in .*c\.json") as error:
+        read_config(tmp_path / "c.json")
     assert "\n" not in str(error.value)
 
 

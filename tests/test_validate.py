@@ -226,14 +226,14 @@ def test_weights_are_chosen_among_those_of_a_file(folder, tmp_path, monkeypatch,
     torch.save(states, tmp_path / "net.pth")
     common = ["--reference", tmp_path / "net.pth", "--data", folder / "plain", "--min-psnr", "90"]
     for params, candidate in (("params", "reference"), ("params_ema", "damaged")):
-        arguments = [*common, "--candidate", folder / f"{candidate}.safetensors", "--params", params]
+        arguments = [*common, "--candidate", folder / f"{candidate}.safetensors", "--weights-key", params]
         status, printed, _ = run(monkeypatch, capsys, *arguments)
         assert status == 0
         assert json.loads(printed.splitlines()[-1])["flipped"] == 0  # the same weights
-    assert run(monkeypatch, capsys, *common, "--candidate", tmp_path / "net.pth", "--params", "params_ema")[0] == 1
-    status, _, error = run(monkeypatch, capsys, *common, "--candidate", tmp_path / "net.pth", "--params", "ema")
+    assert run(monkeypatch, capsys, *common, "--candidate", tmp_path / "net.pth", "--weights-key", "params_ema")[0] == 1
+    status, _, error = run(monkeypatch, capsys, *common, "--candidate", tmp_path / "net.pth", "--weights-key", "ema")
     assert status == 2
-    assert error.startswith("error: --params: expected where ")
+    assert error.startswith("error: --weights-key: expected where ")
 
 
 def test_network_without_selections_has_no_flips(folder, tmp_path):
