@@ -5,7 +5,7 @@ DEMO := demo
 SERVE := .venv-serve
 FLOORS := .venv-floors
 RUNTIME_TESTS := $(addprefix tests/test_,$(addsuffix .py, \
-	bench cli derain images info manifest ort pipeline robustness session tiling trt video))
+	bench cli derain errors images info manifest ort pipeline robustness session tiling trt video))
 
 .PHONY: demo test floors-test serve-test clean
 
@@ -42,7 +42,7 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 # A Triton server on the CPU, well and badly treated. In an environment of its own: nvidia-pytriton wants older versions.
 $(SERVE)/installed: pyproject.toml runtime/pyproject.toml constraints-serve.txt
