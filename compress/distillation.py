@@ -125,7 +125,7 @@ class BlockwiseDistillation(Distillation):
     """Distillation that begins level by level (Cheng et al., arXiv 2012.04915): in the first steps each level has a
     term of its own, how far its residual path ends from where the teacher's does, over the latter's mean square, and
     gradients stop where a level ends. So it learns to make up for what the levels before leave it, not to please those
-    behind it; the last level has `l1`, `l1_teacher` and `frequency`. After these steps it is `Distillation`.
+    behind it; the terms of the image reach the last level only. After these steps it is `Distillation`.
 
     Args:
         teacher: See `Distillation`.
@@ -148,7 +148,6 @@ class BlockwiseDistillation(Distillation):
             self.streams_of_student = tap_streams(student, lambda: self.done < self.steps)
         terms = super().forward(student, rainy, clean)
         if self.done < self.steps:
-            terms = {name: term for name, term in terms.items() if name not in ("features", "attention")}
             terms |= stream_errors(self.streams_of_teacher, self.streams_of_student, self.maps)
         self.done += 1
         return terms
