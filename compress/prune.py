@@ -9,10 +9,10 @@ The result is an ordinary checkpoint with smaller tensors, which loads without t
 Where it has lost more than it may, train it on (`drsformer.train --init`, `compress.distill`).
 
 What can be removed, by --scope, is listed in `compress.groups`: hidden channels, heads and their channels, experts,
-channels of the residual paths, blocks. Greedily, that is removed next whose loss in importance is least for the
-milliseconds it saves (--per), whatever the target, in --rounds between which importance is measured anew. Importance is
-what the image loses after the best repair (`compress.obs`), and after each round the weights that are left are solved
-anew for what the whole network does (`compress.recover`), which takes rainy images alone. Widths end where vectors do
+channels of the residual paths, blocks. Greedily, that is removed next whose loss in importance is least for what it
+saves of the target and of the milliseconds, in --rounds between which importance is measured anew. Importance is what
+the image loses after the best repair (`compress.obs`), and after each round the weights that are left are solved anew
+for what the whole network does (`compress.recover`), which takes rainy images alone. Widths end where vectors do
 (--round-to); in an MSFN each of the four parts of the folded hidden layer does.
 
 Every finished round and measurement is kept, in OUTPUT.work or below --sensitivity, until all is done: after a kill the
@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -74,8 +74,8 @@ class PruneOptions:
         latency: Fraction of the milliseconds that may remain, of the exported graph in ONNX Runtime on the CPU.
         importance: Measure of what is needed: obs, the error that is left after the best repair; from gradients, taylor
             (first order) or fisher (second); or magnitude.
-        per: What that which is removed next loses least for: millisecond, by an estimate from the timed parts of the
-            exported graph, or what the target counts.
+        weigh_time: Remove what costs least for what it saves of the target and of the milliseconds, estimated from the
+            timed parts of the exported graph, and not of the target alone.
         recover: Solve the weights that are left anew after each round, so that they make up for what was removed.
         scope: Kinds of pruning groups from which units may be removed.
         round_to: Multiple at which widths end, where hardware has vectors.
@@ -95,7 +95,7 @@ class PruneOptions:
     params: float | None = None
     latency: float | None = None
     importance: Importance = "obs"
-    per: Literal["millisecond", "target"] = "millisecond"
+    weigh_time: bool = True
     recover: bool = True
     scope: tuple[Kind, ...] = KINDS
     round_to: int = 8
@@ -202,7 +202,7 @@ def read_inputs(weights: Path, data: Sequence[Path], options: PruneOptions) -> I
         "data": [dataset_name(folder) for folder in data],
         **options.fractions,
         "importance": options.importance,
-        "per": options.per,
+        "weigh_time": options.weigh_time,
         "recover": options.recover,
         "round_to": options.round_to,
         "rounds": options.rounds,
@@ -287,11 +287,11 @@ def prune(
     network = inputs.trained.model
     cache = StepCache(output.with_name(f"{output.name}.work"), inputs.key)  # which also shows that it can be written
     estimate = None
-    if options.latency or options.per == "millisecond":
+    if options.latency or options.weigh_time:
         estimate = latency_model(network.config, options.size, cache, on_progress)
     narrow = functools.partial(
         prune_network,
-        price=estimate if options.per == "millisecond" else None,
+        time=estimate if options.weigh_time else None,
         measure=_measure(inputs, options, on_progress),
         repair=_repair(inputs, options, on_progress),
         scope=options.scope,
@@ -340,7 +340,7 @@ def sensitivity_of(
         weights: Checkpoint, .safetensors or the authors' .pth.
         data: Folders of rainy and clean images, to measure importance and PSNR on.
         output: Folder that gets `sensitivity.json`, `.csv` and `.png`.
-        options: How to prune; targets, `per` and rounds do not count.
+        options: How to prune; targets, `weigh_time` and rounds do not count.
         keep: Leave the measurements in OUTPUT/work, where the same call finds them.
         on_progress: See `runtime.progress`.
 

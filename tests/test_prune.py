@@ -234,7 +234,7 @@ def test_block_loses_only_what_is_left_in_it():
 
 
 @pytest.mark.parametrize("level", ["encoder_level1", "latent"])
-def test_savings_are_counted_in_the_price(level):
+def test_savings_in_time_count_too(level):
     """Of two groups that lose as much for a MAC, that goes whose MACs take more time."""
     model = network()
     groups = [group for group in pruning_groups(model.config) if group.name in ("encoder_level1.0.ffn", "latent.0.ffn")]
@@ -244,11 +244,11 @@ def test_savings_are_counted_in_the_price(level):
         loss = (counts.macs(model.config) - counts.macs(thin)) / 2
         scores[group.name] = [torch.full((group.units,), float(loss))] * 2
 
-    def price(config: DRSformerConfig) -> float:
+    def time(config: DRSformerConfig) -> float:
         return sum(item.macs * (10 if item.module == level else 1) for item in counts.items(config))
 
     goal = Target("macs", counts.macs, 0.98 * counts.macs(model.config))
-    pruned = choose(model.config, groups, scores, [goal], {"macs": 0}, round_to=1, price=price)
+    pruned = choose(model.config, groups, scores, [goal], {"macs": 0}, round_to=1, time=time)
     assert list(pruned) == [f"{level}.0.ffn"]
 
 
@@ -357,7 +357,7 @@ def test_latency_is_estimated_from_parts(monkeypatch, channel):
 FAST = dict(
     rounds=1,
     importance="magnitude",
-    per="target",
+    weigh_time=False,
     round_to=2,
     samples=1,
     calibration=2,
@@ -415,7 +415,7 @@ def test_missed_latency_is_a_failed_gate_though_the_network_is_written(tmp_path,
         "--latency",
         "0.8",
         "--size=64x64",
-        *(f"--{name.replace('_', '-')}={value}" for name, value in FAST.items() if name != "size"),
+        *(f"--{name.replace('_', '-')}={value}" for name, value in FAST.items() if name not in ("size", "weigh_time")),
     ]
     monkeypatch.setattr(sys, "argv", ["prune", *map(str, words)])
     with pytest.raises(SystemExit) as error:
