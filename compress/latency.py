@@ -94,8 +94,9 @@ def latency_model(
     Returns:
         A function from the config of a pruned network to its estimated milliseconds.
     """
-    nothing = ("resampling", "resampling")
-    probes, twins = {nothing: _with_blocks(config, {})}, {}
+    nothing = "resampling", "resampling"
+    probes: dict[tuple[str, str], DRSformerConfig] = {nothing: _with_blocks(config, {})}
+    twins: dict[str, str] = {}
     for module, level in config.levels().items():
         encoder = module.replace("decoder", "encoder")
         if module != encoder and level == config.levels()[encoder]:
