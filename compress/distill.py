@@ -7,7 +7,8 @@
 
 The loop, the recipe, the patches, the devices and the way a stopped run goes on are those of drsformer.train. Only the
 loss differs: a sum of terms, each with a weight, most of which compare the student with the teacher. Rainy photographs
-that nobody has a clean version of can be learned from too: there the teacher's answer is the target.
+that nobody has a clean version of can be learned from too: there the teacher's answer is the target. With
+--blockwise, each level begins by itself: the residual path at its end is to be the teacher's.
 
 Teacher and student run in their folded form, in the same precision. The teacher's answers are not kept: every patch
 is cut, flipped and rained on afresh, so none is seen twice.
