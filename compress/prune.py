@@ -10,10 +10,10 @@ Where it has lost more than it may, train it on (`drsformer.train --init`, `comp
 
 What can be removed, by --scope, is listed in `compress.groups`: hidden channels, heads and their channels, experts,
 channels of the residual paths, blocks. Greedily, that is removed next whose loss in importance is least for what it
-saves of the target, or of the target and of the milliseconds (--weigh-time), in --rounds between which importance is
-measured anew. Importance is what the image loses after the best repair (`compress.obs`), and after each round the
-weights that are left are solved anew for what the whole network does (`compress.recover`), which takes rainy images
-alone. Widths end where vectors do (--round-to); in an MSFN each of the four parts of the folded hidden layer does.
+saves of the target and of the milliseconds, in --rounds between which importance is measured anew. Importance is what
+the image loses after the best repair (`compress.obs`), and after each round the weights that are left are solved anew
+for what the whole network does (`compress.recover`), which takes rainy images alone. Widths end where vectors do
+(--round-to); in an MSFN each of the four parts of the folded hidden layer does.
 
 Every finished round and measurement is kept, in OUTPUT.work or below --sensitivity, until all is done: after a kill the
 same command goes on from there.
@@ -74,8 +74,8 @@ class PruneOptions:
         latency: Fraction of the milliseconds that may remain, of the exported graph in ONNX Runtime on the CPU.
         importance: Measure of what is needed: obs, the error that is left after the best repair; from gradients, taylor
             (first order) or fisher (second); or magnitude.
-        weigh_time: Remove what costs least for what it saves of the target and of the milliseconds, not of the target
-            alone.
+        weigh_time: Remove what costs least for what it saves of the target and of the milliseconds, estimated from the
+            timed parts of the exported graph, and not of the target alone.
         recover: Solve the weights that are left anew after each round, so that they make up for what was removed.
         scope: Kinds of pruning groups from which units may be removed.
         round_to: Multiple at which widths end, where hardware has vectors.
@@ -95,7 +95,7 @@ class PruneOptions:
     params: float | None = None
     latency: float | None = None
     importance: Importance = "obs"
-    weigh_time: bool = False
+    weigh_time: bool = True
     recover: bool = True
     scope: tuple[Kind, ...] = KINDS
     round_to: int = 8

@@ -310,8 +310,7 @@ def test_command_writes_a_checkpoint_that_loads_in_another_process(tmp_path, dat
     clock(monkeypatch)
     weights, output = tmp_path / "w.safetensors", tmp_path / "half.safetensors"
     checkpoint.save(weights, network(), {"trained_on": ["rain"], "steps": [{"command": "train", "options": {}}]})
-    small = dict(round_to=2, rounds=1, samples=1, patch=16, limit=1, size=(64, 64))
-    pruned = go(weights, data, output, macs=0.5, weigh_time=True, **small)
+    pruned = go(weights, data, output, macs=0.5, round_to=2, rounds=1, samples=1, patch=16, limit=1, size=(64, 64))
     summary = json.loads(json.dumps(pruned.summary()))
     assert summary["ratio"]["macs"] == pytest.approx(0.5, rel=0.02)
     assert np.isfinite([summary["psnr"], summary["psnr_before"]]).all()
@@ -355,7 +354,17 @@ def test_latency_is_estimated_from_parts(monkeypatch, channel):
     assert estimate(pruned.config) / estimate(model.config) == pytest.approx(ratio, rel=0.03)
 
 
-FAST = dict(rounds=1, importance="magnitude", round_to=2, samples=1, calibration=2, patch=16, limit=1, size=(64, 64))
+FAST = dict(
+    rounds=1,
+    importance="magnitude",
+    weigh_time=False,
+    round_to=2,
+    samples=1,
+    calibration=2,
+    patch=16,
+    limit=1,
+    size=(64, 64),
+)
 
 
 def go(weights: Path, data: Path | list[Path], output: Path | None = None, **options) -> prune.Pruned | None:
@@ -406,7 +415,7 @@ def test_missed_latency_is_a_failed_gate_though_the_network_is_written(tmp_path,
         "--latency",
         "0.8",
         "--size=64x64",
-        *(f"--{name.replace('_', '-')}={value}" for name, value in FAST.items() if name != "size"),
+        *(f"--{name.replace('_', '-')}={value}" for name, value in FAST.items() if name not in ("size", "weigh_time")),
     ]
     monkeypatch.setattr(sys, "argv", ["prune", *map(str, words)])
     with pytest.raises(SystemExit) as error:
@@ -544,7 +553,7 @@ def test_target_out_of_reach_says_why_and_writes_nothing(tmp_path, data):
     weights, output = tmp_path / "w.safetensors", tmp_path / "p.safetensors"
     checkpoint.save(weights, network(), {})
     with pytest.raises(GateError, match=r"`macs`: expected 0\.100, reached 0\.\d+: .*`scope` experts.*`round_to` 8"):
-        go(weights, data, output, macs=0.1, importance="magnitude", scope=("experts",), rounds=1, samples=1, patch=16)
+        go(weights, data, output, macs=0.1, scope=("experts",), **{**FAST, "round_to": 8})
     assert not list(tmp_path.glob("p.*"))
 
 
