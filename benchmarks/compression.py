@@ -7,7 +7,7 @@
 DATA holds folders of pairs, such as rain100l/train and rain100l/val: networks are pruned and distilled by the train
 folders and scored on whole images of the val folders. Rows, for each fraction:
 
-    taylor       pruned by first-order importance, nothing repaired
+    taylor       pruned by first-order importance for MACs, nothing repaired
     pruned       pruned as `compress.prune` does it, but not recovered
     recovered    as `compress.prune` does it
     distilled    the recovered one after --iterations steps of `compress.distill`
@@ -55,7 +55,7 @@ from runtime.progress import track
 from runtime.session import Derainer
 
 PRUNED = {
-    "taylor": PruneOptions(importance="taylor", recover=False),
+    "taylor": PruneOptions(importance="taylor", weigh_time=False, recover=False),
     "pruned": PruneOptions(recover=False),
     "recovered": PruneOptions(),
 }

@@ -7,7 +7,8 @@
 
 The loop, the recipe, the patches, the devices and the way a stopped run goes on are those of drsformer.train. Only the
 loss differs: a sum of terms, each with a weight, most of which compare the student with the teacher. Rainy photographs
-that nobody has a clean version of can be learned from too: there the teacher's answer is the target.
+that nobody has a clean version of can be learned from too: there the teacher's answer is the target. With
+--blockwise, each level begins by itself: the residual path at its end is to be the teacher's.
 
 Teacher and student run in their folded form, in the same precision. The teacher's answers are not kept: every patch
 is cut, flipped and rained on afresh, so none is seen twice.
@@ -49,6 +50,9 @@ class DistillOptions:
         rainy: Folder of rainy photographs without clean counterparts.
         unlabelled: Fraction of the patches that come from --rainy, if it is given.
         loss_weights: What the student is compared with.
+        blockwise: Steps, the first ones of the recipe, in which each level of the student learns by itself to leave the
+            residual path as the teacher's does (arXiv 2012.04915); for students that were pruned from the teacher, or
+            are as wide.
         data_options: What else to learn from, and what to validate on.
         recipe: How to train.
         hardware: What to train on.
@@ -66,6 +70,7 @@ class DistillOptions:
     rainy: Path | None = None
     unlabelled: float = 0.25
     loss_weights: LossWeights = field(default_factory=LossWeights)
+    blockwise: int = 0
     data_options: DataOptions = field(default_factory=DataOptions)
     recipe: Recipe = field(default_factory=lambda: Recipe(iterations=10_000))
     hardware: Hardware = field(default_factory=Hardware)
@@ -74,6 +79,9 @@ class DistillOptions:
 
     def __post_init__(self) -> None:
         expect_between("unlabelled", self.unlabelled, 0, 1)
+        expect_between("blockwise", self.blockwise, 0, self.recipe.iterations)
+        if self.blockwise and self.hardware.cuda_graph:
+            raise InputError("`blockwise`: expected 0 with `cuda_graph`, which replays one and the same step")
 
 
 def distill(options: DistillOptions, on_progress: OnProgress = silent) -> dict[str, Any]:
@@ -91,7 +99,7 @@ def distill(options: DistillOptions, on_progress: OnProgress = silent) -> dict[s
     """
     import torch
 
-    from compress.distillation import Distillation, PatchesOfPhotographs
+    from compress.distillation import MAPPED, BlockwiseDistillation, Distillation, PatchesOfPhotographs, stream_maps
     from drsformer import checkpoint
     from drsformer.loop import Run, compile_blocks, fit, logger, network_files, untrained
     from export.folding import trainable
@@ -117,6 +125,7 @@ def distill(options: DistillOptions, on_progress: OnProgress = silent) -> dict[s
         "rainy": photographs,
         "unlabelled": patches.unlabelled,
         **dataclasses.asdict(options.loss_weights),
+        "blockwise": options.blockwise,
         **data_options.options(),
         **dataclasses.asdict(recipe),
         "precision": hardware.precision,
@@ -125,7 +134,12 @@ def distill(options: DistillOptions, on_progress: OnProgress = silent) -> dict[s
     provenance = checkpoint.provenance_after(start, "compress.distill", dependencies, trained_on=trained_on)
     fabric = hardware.fabric(options.output)
     frozen = trainable(teacher.model.to(fabric.device)).to(fabric.device)
-    loss = Distillation(frozen, model, options.loss_weights)
+    if options.blockwise:
+        images = [patches[number][0][None].to(fabric.device) for number in range(MAPPED)]
+        maps = stream_maps(frozen, trainable(model.to(fabric.device)), images)
+        loss = BlockwiseDistillation(frozen, model, options.loss_weights, options.blockwise, maps)
+    else:
+        loss = Distillation(frozen, model, options.loss_weights)
     if hardware.compile:
         compile_blocks(frozen)
     logger.info(f"Teacher of {sum(p.numel() for p in teacher.model.parameters()) / 1e6:.2f} M parameters")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.options import LossWeights
-from drsformer.config import DRSformerConfig
+from drsformer.config import LEVELS, DRSformerConfig
 from drsformer.data import Pair
 from drsformer.model import DRSformer, conv1x1
 from drsformer.patches import Patches, to_tensor
+from export.topk import shared_copy
 from runtime.errors import InputError
 
 
@@ -108,6 +109,121 @@ class Distillation(nn.Module):
             spectrum = torch.fft.rfft2(output - target, norm="ortho")
             terms["frequency"] = weights.frequency * torch.view_as_real(spectrum).abs().mean()
         return terms
+
+
+STREAMS = tuple(LEVELS)[:-1]
+"""Levels whose end of the residual path is compared, block-wise: all but the last, which the image judges."""
+
+MAPPED = 16
+"""Patches that maps between streams are fitted to."""
+
+MAP_RIDGE = 1e-4
+"""Of the mean square of a student's channels: as much of each is taken for noise where a map is fitted to them."""
+
+
+class BlockwiseDistillation(Distillation):
+    """Distillation that begins level by level (Cheng et al., arXiv 2012.04915): in the first steps each level has a
+    term of its own, how far its residual path ends from where the teacher's does, over the latter's mean square, and
+    gradients stop where a level ends. So it learns to make up for what the levels before leave it, not to please those
+    behind it; the terms of the image reach the last level only. After these steps it is `Distillation`.
+
+    Args:
+        teacher: See `Distillation`.
+        student: See `Distillation`.
+        weights: See `Distillation`.
+        steps: How many the first ones are.
+        maps: See `stream_maps`.
+    """
+
+    def __init__(
+        self, teacher: DRSformer, student: DRSformer, weights: LossWeights, steps: int, maps: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(teacher, student, weights)
+        self.steps, self.done, self.maps = steps, 0, maps
+        self.streams_of_teacher = tap_streams(teacher)
+        self.streams_of_student: dict[str, Tensor] | None = None
+
+    def forward(self, student: DRSformer, rainy: Tensor, clean: Tensor) -> dict[str, Tensor]:
+        if self.streams_of_student is None:
+            self.streams_of_student = tap_streams(student, lambda: self.done < self.steps)
+        terms = super().forward(student, rainy, clean)
+        if self.done < self.steps:
+            terms |= stream_errors(self.streams_of_teacher, self.streams_of_student, self.maps)
+        self.done += 1
+        return terms
+
+    def get_extra_state(self) -> int:
+        return self.done
+
+    def set_extra_state(self, state: int) -> None:
+        self.done = state
+
+
+def tap_streams(network: DRSformer, cut: Callable[[], bool] = lambda: False) -> dict[str, Tensor]:
+    """Look at the residual path of a network from now on, and let no gradients pass from level to level while `cut`.
+
+    Returns:
+        A dict that each pass fills: where the path ends in each of `STREAMS`, (B, C, h, w).
+    """
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            seen[name] = output
+            return output.detach() if cut() else output
+
+        return hook
+
+    for name in STREAMS:
+        getattr(network, name).register_forward_hook(note(name))
+    return seen
+
+
+def stream_errors(
+    teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], maps: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """By level, the squared error of the student's residual path against the teacher's, over the latter's mean square.
+
+    Args:
+        teacher: See `tap_streams`.
+        student: Likewise.
+        maps: See `stream_maps`.
+    """
+    errors = {}
+    for name, target in teacher.items():
+        stream, target = student[name].float(), target.float()
+        if name in maps:
+            stream = F.conv2d(stream, maps[name].to(stream)[:, :, None, None])
+        errors[name] = F.mse_loss(stream, target) / target.square().mean()
+    return errors
+
+
+@torch.no_grad()
+def stream_maps(teacher: DRSformer, student: DRSformer, images: Sequence[Tensor]) -> dict[str, Tensor]:
+    """How to compare residual paths of different widths: by level, the least-squares fit of the teacher's channels by
+    the student's, (C_teacher, C_student); nothing for levels of one width, which are compared as they are.
+
+    Args:
+        teacher: In any form, on the device of the images; stays as it is.
+        student: Likewise.
+        images: (1, 3, H, W) each.
+    """
+    teacher, student = shared_copy(teacher), shared_copy(student)
+    theirs, ours = tap_streams(teacher), tap_streams(student)
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    for image in images:
+        teacher(image)
+        student(image)
+        for name, target in theirs.items():
+            if target.shape != ours[name].shape:
+                s, t = (x[0].flatten(1).double() for x in (ours[name], target))  # channels, h * w
+                before = sums.get(name, (0, 0))
+                sums[name] = before[0] + t @ s.T, before[1] + s @ s.T
+    maps = {}
+    for name, (mixed, gram) in sums.items():
+        ridge = MAP_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        maps[name] = torch.linalg.solve(gram + ridge, mixed.T).T.float()
+    return maps
 
 
 def _heads_text(shape: tuple[int, int] | None) -> str:

@@ -1,7 +1,7 @@
 """Milliseconds of networks as `export.onnx` exports them, in ONNX Runtime on the CPU, measured or estimated from parts.
 
-A measurement takes seconds and an export more, so pruning to a latency asks an estimate, `latency_model`: MACs, each
-counted with what a MAC took where it is in the network when that was timed.
+A measurement takes seconds and an export more, so pruning asks an estimate, `latency_model`, by what the parts of the
+network took when they were timed.
 """
 
 from __future__ import annotations
@@ -78,10 +78,12 @@ def time_networks(networks: Sequence[DRSformer], size: Size, on_progress: OnProg
 def latency_model(
     config: DRSformerConfig, size: Size, cache: StepCache = NO_CACHE, on_progress: OnProgress = silent
 ) -> Callable[[DRSformerConfig], float]:
-    """Estimate the milliseconds of networks pruned from this one, from their MACs and what a MAC takes in each part.
+    """Estimate the milliseconds of networks pruned from this one: MACs and channels of the residual path, each counted
+    with what one took where it is in the network.
 
-    Measured once: one block of each level is exported with all of its feed-forward network and with hardly any, and
-    what it adds to a network without blocks is timed; so are the compensators.
+    Measured once, as what it adds to a network without blocks: for each level a block, the same with hardly any
+    feed-forward network, and with hardly any attention either, which leaves LayerNorms and additions; and the
+    compensators.
 
     Args:
         config: Of the network that is to be pruned.
@@ -92,8 +94,9 @@ def latency_model(
     Returns:
         A function from the config of a pruned network to its estimated milliseconds.
     """
-    probes = {("resampling", "resampling"): _with_blocks(config, {})}
-    twins = {}
+    nothing = "resampling", "resampling"
+    probes: dict[tuple[str, str], DRSformerConfig] = {nothing: _with_blocks(config, {})}
+    twins: dict[str, str] = {}
     for module, level in config.levels().items():
         encoder = module.replace("decoder", "encoder")
         if module != encoder and level == config.levels()[encoder]:
@@ -101,40 +104,45 @@ def latency_model(
         elif level.blocks:
             block = level.blocks[len(level.blocks) // 2]
             thin = replace(block, hidden=2 - block.hidden % 2)
-            probes[module, "ffn"] = _with_blocks(config, {module: (block,)})
-            probes[module, "attention"] = _with_blocks(config, {module: (thin,)})
+            bare = replace(thin, heads=1, head_dim=1)
+            for part, probe in (("ffn", block), ("attention", thin), ("stream", bare)):
+                probes[module, part] = _with_blocks(config, {module: (probe,)})
     for module in ("mefc_early", "mefc_late"):
         if mefc := getattr(config, module):
             probes[module, "mefc"] = replace(_with_blocks(config, {}), **{module: mefc})
 
     def measure() -> list[float]:
         networks = [DRSformer(probe) for probe in probes.values()]
-        return [latency.ms for latency in time_networks(networks, size, on_progress)]
+        return [latency.low for latency in time_networks(networks, size, on_progress)]  # least disturbed by others
 
     ms = dict(zip(probes, cache.json("parts", measure), strict=True))
     rates = {}
     for (module, part), probe in probes.items():
-        without_it = {"resampling": 0.0, "ffn": ms.get((module, "attention"), 0.0)}.get(
-            part, ms["resampling", "resampling"]
-        )
-        spent = max(ms[module, part] - without_it, MIN_PART_MS)
-        rates[module, part] = spent / _macs_of_parts(probe)[module, part]
+        without = {"ffn": (module, "attention"), "attention": (module, "stream")}.get(part, nothing)
+        before = _sizes(probes[without]) if (module, part) != nothing else {}
+        added = _sizes(probe)[module, part] - before.get((module, part), 0)
+        spent = ms[module, part] - (ms[without] if before else 0)
+        rates[module, part] = max(spent, MIN_PART_MS) / added if added else 0.0
 
     def rate(module: str, part: str) -> float:
         return rates[twins.get(module, module), part]
 
     def estimate(pruned: DRSformerConfig) -> float:
-        return sum(rate(*part) * macs for part, macs in _macs_of_parts(pruned).items())
+        return sum(rate(*part) * size for part, size in _sizes(pruned).items())
 
     return estimate
 
 
-def _macs_of_parts(config: DRSformerConfig) -> dict[tuple[str, str], int]:
-    """By module and part, such as ("latent", "ffn"); all resampling is one part."""
-    parts: dict[tuple[str, str], int] = defaultdict(int)
+def _sizes(config: DRSformerConfig) -> dict[tuple[str, str], int]:
+    """By module and part what its time grows with: MACs, such as of ("latent", "ffn"), all resampling being one part;
+    and of ("latent", "stream") the channels of the residual path, once for each block."""
+    sizes: dict[tuple[str, str], int] = defaultdict(int)
     for item in items(config):
-        parts["resampling" if item.part == "resampling" else item.module, item.part] += item.macs
-    return parts
+        sizes["resampling" if item.part == "resampling" else item.module, item.part] += item.macs
+    for module, level in config.levels().items():
+        if level.blocks:
+            sizes[module, "stream"] = level.width * len(level.blocks)
+    return sizes
 
 
 def _with_blocks(config: DRSformerConfig, blocks: Mapping[str, tuple[BlockConfig, ...]]) -> DRSformerConfig:

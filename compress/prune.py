@@ -10,10 +10,10 @@ Where it has lost more than it may, train it on (`drsformer.train --init`, `comp
 
 What can be removed, by --scope, is listed in `compress.groups`: hidden channels, heads and their channels, experts,
 channels of the residual paths, blocks. Greedily, that is removed next whose loss in importance is least for what it
-saves, in --rounds between which importance is measured anew. Importance is what the image loses after the best repair
-(`compress.obs`), and after each round the weights that are left are solved anew for what the whole network does
-(`compress.recover`), which takes rainy images alone. Widths end where vectors do (--round-to); in an MSFN each of the
-four parts of the folded hidden layer does.
+saves of the target and of the milliseconds, in --rounds between which importance is measured anew. Importance is what
+the image loses after the best repair (`compress.obs`), and after each round the weights that are left are solved anew
+for what the whole network does (`compress.recover`), which takes rainy images alone. Widths end where vectors do
+(--round-to); in an MSFN each of the four parts of the folded hidden layer does.
 
 Every finished round and measurement is kept, in OUTPUT.work or below --sensitivity, until all is done: after a kill the
 same command goes on from there.
@@ -73,6 +73,8 @@ class PruneOptions:
         latency: Fraction of the milliseconds that may remain, of the exported graph in ONNX Runtime on the CPU.
         importance: Measure of what is needed: obs, the error that is left after the best repair; from gradients, taylor
             (first order) or fisher (second); or magnitude.
+        weigh_time: Remove what costs least for what it saves of the target and of the milliseconds, estimated from the
+            timed parts of the exported graph, and not of the target alone.
         recover: Solve the weights that are left anew after each round, so that they make up for what was removed.
         scope: Kinds of pruning groups from which units may be removed.
         round_to: Multiple at which widths end, where hardware has vectors.
@@ -93,6 +95,7 @@ class PruneOptions:
     params: float | None = None
     latency: float | None = None
     importance: Importance = "obs"
+    weigh_time: bool = True
     recover: bool = True
     scope: tuple[Kind, ...] = KINDS
     round_to: int = 8
@@ -201,6 +204,7 @@ def read_inputs(weights: Path, data: Sequence[Path], options: PruneOptions) -> I
         "weights_key": options.weights_key,
         **options.fractions,
         "importance": options.importance,
+        "weigh_time": options.weigh_time,
         "recover": options.recover,
         "round_to": options.round_to,
         "rounds": options.rounds,
@@ -272,6 +276,7 @@ def prune(
         InputError: Arguments or files cannot be used.
         GateError: A target cannot be met; nothing is written.
     """
+    from compress.latency import latency_model
     from compress.selection import Target, prune_network
     from compress.step_cache import StepCache
     from drsformer import checkpoint
@@ -283,8 +288,12 @@ def prune(
     inputs = read_inputs(weights, data, options)
     network = inputs.trained.model
     cache = StepCache(output.with_name(f"{output.name}.work"), inputs.key)  # which also shows that it can be written
+    estimate = None
+    if options.latency or options.weigh_time:
+        estimate = latency_model(network.config, options.size, cache, on_progress)
     narrow = functools.partial(
         prune_network,
+        time=estimate if options.weigh_time else None,
         measure=_measure(inputs, options, on_progress),
         repair=_repair(inputs, options, on_progress),
         scope=options.scope,
@@ -299,9 +308,9 @@ def prune(
     ]
     times = missed = None
     try:
-        if options.latency:
+        if options.latency and estimate:
             smaller, times, missed = _prune_to_latency(
-                network, options.latency, options.size, targets, narrow, cache, on_progress
+                network, options.latency, estimate, options.size, targets, narrow, cache, on_progress
             )
         else:
             smaller = narrow(network, targets, cache=cache)
@@ -333,7 +342,7 @@ def sensitivity_of(
         weights: Checkpoint, .safetensors or the authors' .pth.
         data: Folders of rainy and clean images, to measure importance and PSNR on.
         output: Folder that gets `sensitivity.json`, `.csv` and `.png`.
-        options: How to prune; targets and rounds do not count.
+        options: How to prune; targets, `weigh_time` and rounds do not count.
         keep: Leave the measurements in OUTPUT/work, where the same call finds them.
         on_progress: See `runtime.progress`.
 
@@ -369,6 +378,7 @@ def sensitivity_of(
 def _prune_to_latency(
     network: DRSformer,
     latency: float,
+    estimate: Callable[[DRSformerConfig], float],
     size: Size,
     others: Sequence[Target],
     narrow: Callable[..., DRSformer],
@@ -378,10 +388,9 @@ def _prune_to_latency(
     """Prune to a fraction of the milliseconds by estimate, measure, and correct the estimate by what was found. Where
     there are other targets it may end below. With the network, its times before and after, and why they miss the
     target."""
-    from compress.latency import Latency, export_session, latency_model, time_sessions
+    from compress.latency import Latency, export_session, time_sessions
     from compress.selection import TOLERANCE, Target
 
-    estimate = latency_model(network.config, size, cache, on_progress)
     bound = latency * estimate(network.config)
     whole, attempts = functools.cache(lambda: export_session(network, size, on_progress)), []
 

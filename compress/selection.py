@@ -63,11 +63,13 @@ def choose(
     targets: Sequence[Target],
     floors: Mapping[str, float],
     round_to: int = 8,
+    time: Callable[[DRSformerConfig], float] | None = None,
 ) -> dict[str, list[list[int]]]:
     """Choose the units to remove until all targets are met, or nothing is left to remove.
 
-    Greedy: always from the group that loses least importance for what it saves of the target that is farthest away, but
-    never so much that this target would end below its floor. A block loses only what is left in it.
+    Greedy: always from the group that loses least importance for what it saves, of those that save something of the
+    target that is farthest away, but never so much that this target would end below its floor. A block loses only what
+    is left in it.
 
     Args:
         config: Of the network.
@@ -76,6 +78,8 @@ def choose(
         targets: At least one.
         floors: By the name of each target, the cost below which it must not end.
         round_to: Widths end at multiples of this.
+        time: Tells the milliseconds from the config. With it, what is saved is a fraction of the target's cost plus a
+            fraction of the time, since MACs and parameters are not time; without, it is the former alone.
 
     Returns:
         The units, as `compress.groups.remove` takes them.
@@ -114,6 +118,9 @@ def choose(
         saving = target.cost(config) - target.cost(smaller)
         if saving <= 0 or target.cost(smaller) < floors[target.name]:
             return None
+        saving /= target.cost(whole)
+        if time:
+            saving += (time(config) - time(smaller)) / time(whole)
         loss = float(losses[name][group.units - units]) - lost(name)
         for unit in orders[name][0][group.units - left[name] : group.units - units]:
             loss -= sum(lost(other) for other in inside(group, unit))  # which has been lost already
@@ -154,6 +161,7 @@ def prune_network(
     round_to: int = 8,
     rounds: int = 4,
     below: float = TOLERANCE,
+    time: Callable[[DRSformerConfig], float] | None = None,
     cache: StepCache = NO_CACHE,
     on_progress: OnProgress = silent,
 ) -> DRSformer:
@@ -168,6 +176,7 @@ def prune_network(
         round_to: Widths end at multiples of this.
         rounds: How often importance is measured.
         below: Fraction of its target by which a network may end below it.
+        time: See `choose`.
         cache: Where the network is kept after each round.
         on_progress: See `runtime.progress`.
 
@@ -184,7 +193,7 @@ def prune_network(
         measured = functools.cache(functools.partial(measure, network, groups))
 
         def chosen() -> PrunedIndices:
-            return choose(network.config, groups, measured()[0], bounds, floors, round_to)
+            return choose(network.config, groups, measured()[0], bounds, floors, round_to, time)
 
         def repaired() -> DRSformer:
             return repair(network, removed, measured()[1])

@@ -15,7 +15,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from compress.distill import DistillOptions, command, distill
-from compress.distillation import Distillation, PatchesOfPhotographs
+from compress.distillation import (
+    STREAMS,
+    BlockwiseDistillation,
+    Distillation,
+    PatchesOfPhotographs,
+    stream_errors,
+    stream_maps,
+    tap_streams,
+)
+from compress.groups import remove
 from compress.options import LossWeights
 from drsformer import checkpoint
 from drsformer.config import DRSformerConfig
@@ -27,6 +36,7 @@ from drsformer.recipe import DataOptions, Hardware, Recipe, Schedule
 from export.folding import trainable
 from runtime.cli import main
 from runtime.errors import InputError
+from runtime.pixels import to_image
 from tests.support.networks import fill, image
 
 CPU = Hardware(accelerator="cpu", devices="1")
@@ -204,6 +214,98 @@ def test_stopped_run_continues_exactly_with_its_adapter(data, shallow, tmp_path)
     assert student.provenance["parent"] == checkpoint.file_sha256(tmp_path / "student.safetensors")
 
 
+def errors_of_streams(
+    teacher: DRSformer, student: DRSformer, maps: dict[str, Tensor], rainy: Tensor
+) -> dict[str, float]:
+    """By level, on one image."""
+    with torch.no_grad():
+        seen = [(tap_streams(model), model(rainy))[0] for model in (trainable(teacher), trainable(student))]
+    return {name: error.item() for name, error in stream_errors(*seen, maps).items()}
+
+
+def blockwise(teacher: DRSformer, student: DRSformer, steps: int = 1) -> BlockwiseDistillation:
+    maps = stream_maps(teacher, student, [image(16, 16, seed) for seed in range(4)])
+    return BlockwiseDistillation(trainable(teacher), student, LossWeights(1, 1, 0.1), steps, maps)
+
+
+@torch.no_grad()
+def test_streams_are_compared_by_the_map_that_fits_best():
+    """Where widths are equal, as they are: not even a rotation is made up for."""
+    teacher, student, narrow = network(), network(), network(4)
+    for i, parameter in enumerate(student.parameters()):
+        parameter.mul_(1 + 0.02 * (i % 5))
+    images = [image(16, 16, seed) for seed in range(4)]
+    assert stream_maps(teacher, student, images) == {}
+    seen, own = {}, {}
+    for model, into in ((teacher, seen), (student, own)):
+        model.decoder_level3.register_forward_hook(lambda m, i, out, into=into: into.update(out=out))
+    rainy = image(16, 16, 9)
+    teacher(rainy), student(rainy)
+    expected = ((own["out"] - seen["out"]) ** 2).mean() / (seen["out"] ** 2).mean()
+    assert expected > 1e-4
+    assert errors_of_streams(teacher, student, {}, rainy)["decoder_level3"] == pytest.approx(expected.item(), rel=1e-3)
+    maps = stream_maps(teacher, narrow, images)
+    widths = {name: (teacher.config.levels()[name].width, narrow.config.levels()[name].width) for name in STREAMS}
+    assert {name: tuple(each.shape) for name, each in maps.items()} == widths
+    total = {name: sum(errors_of_streams(teacher, narrow, maps, each)[name] for each in images) for name in STREAMS}
+    for name in STREAMS:
+        for factor in (0.9, 1.1):
+            other = maps | {name: factor * maps[name]}
+            assert sum(errors_of_streams(teacher, narrow, other, each)[name] for each in images) > total[name]
+
+
+def test_each_level_learns_from_its_own_stream_alone():
+    """And the last level from the image; behind the first steps all of them learn from the image, as without."""
+    teacher, student, clean = network(), network(4), image(16, 16, 1)
+    loss, form = blockwise(teacher, student), trainable(student)
+    terms = loss(form, image(16, 16), clean)
+    assert list(terms) == ["l1", "l1_teacher", "features", *STREAMS]
+    for name, term in terms.items():
+        found = torch.autograd.grad(term, list(student.parameters()), retain_graph=True, allow_unused=True)
+        reached = {
+            key.split(".")[0]
+            for (key, _), each in zip(student.named_parameters(), found, strict=True)
+            if each is not None
+        }
+        level = {"l1": "decoder_level1", "l1_teacher": "decoder_level1", "features": None}.get(name, name)
+        assert reached & set(student.config.levels()) == ({level} if level else set()), name
+    every = torch.autograd.grad(sum(terms.values()), list(student.parameters()), allow_unused=True)
+    assert all(each is not None for each in every)
+    after, plain = loss(form, image(16, 16), clean), Distillation(trainable(teacher), student, LossWeights(1, 1, 0.1))
+    loss_of_image = plain(trainable(student), image(16, 16), clean)
+    assert list(after) == list(loss_of_image) == ["l1", "l1_teacher", "features"]
+    (slope,) = torch.autograd.grad(after["l1"], [student.patch_embed.weight])
+    (expected,) = torch.autograd.grad(loss_of_image["l1"], [student.patch_embed.weight])
+    assert torch.allclose(slope, expected, atol=1e-6)
+
+
+def test_blockwise_steps_bring_streams_closer_and_leave_a_network(tmp_path):
+    """On an image that is not trained on, and in a run that was stopped among these steps."""
+    for i in range(6):
+        for folder in ("input", "target"):
+            (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(to_image(image(40, 48, seed=i).numpy())).save(tmp_path / "data" / folder / f"{i}.png")
+    teacher = network(expansion=2.0)
+    student = remove(teacher, {f"{level}.0.ffn": [[0, 2], [1, 3]] for level in ("encoder_level1", "encoder_level3")})
+    for name, model in (("teacher", teacher), ("student", student)):
+        checkpoint.save(tmp_path / f"{name}.safetensors", model, {})
+    files = tmp_path / "teacher.safetensors", str(tmp_path / "student.safetensors"), tmp_path / "data"
+    how = {"blockwise": 30, "recipe": {"lr": 3e-3, "clip": 1.0}}
+    go(tmp_path / "whole", *files, 32, **how)
+    assert not go(tmp_path / "parts", *files, 32, schedule=Schedule(minutes=0), **how)["finished"]
+    assert go(tmp_path / "parts", *files, 32, **how)["finished"]
+    made = [(tmp_path / name / "last.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert made[0] == made[1]
+    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert ["latent" in line for line in log if "l1" in line] == [True] * 30 + [False] * 2
+    trained = checkpoint.load(tmp_path / "whole" / "last.safetensors")
+    assert trained.model.config == student.config
+    assert trained.provenance["steps"][-1]["options"]["blockwise"] == 30
+    unseen = image(40, 48, seed=50)
+    before, after = (errors_of_streams(teacher, each, {}, unseen) for each in (student, trained.model))
+    assert all(after[name] < 0.8 * before[name] for name in before), (before, after)
+
+
 def test_run_is_not_continued_with_another_teacher_or_other_terms(data, teacher, tmp_path):
     go(tmp_path / "run", teacher, "drsformer-tiny", data, 1)
     with pytest.raises(InputError, match=r"l1_teacher=1, not 2"):
@@ -262,6 +364,8 @@ def test_compiled_student_and_teacher_are_tapped_too(monkeypatch):
         (["--rainy", "absent"], "absent"),
         (["--rainy", "data/input", "--unlabelled", "2"], "--unlabelled: expected 0 to 1"),
         (["--attention", "1", "--student", "drsformer-xs"], "the same heads in latent"),
+        (["--blockwise", "2"], "--blockwise: expected 0 to 1, found 2"),
+        (["--blockwise", "1", "--cuda-graph"], "--blockwise: expected 0 with --cuda-graph"),
     ],
 )
 def test_mistakes_end_with_status_2(data, teacher, tmp_path, options, message, monkeypatch, capsys):

@@ -233,6 +233,25 @@ def test_block_loses_only_what_is_left_in_it():
     assert pruned[block] == [[0]]
 
 
+@pytest.mark.parametrize("level", ["encoder_level1", "latent"])
+def test_savings_in_time_count_too(level):
+    """Of two groups that lose as much for a MAC, that goes whose MACs take more time."""
+    model = network()
+    groups = [group for group in pruning_groups(model.config) if group.name in ("encoder_level1.0.ffn", "latent.0.ffn")]
+    scores = {}
+    for group in groups:
+        thin = config_after(model.config, groups, {group.name: [[0], [0]]})
+        loss = (counts.macs(model.config) - counts.macs(thin)) / 2
+        scores[group.name] = [torch.full((group.units,), float(loss))] * 2
+
+    def time(config: DRSformerConfig) -> float:
+        return sum(item.macs * (10 if item.module == level else 1) for item in counts.items(config))
+
+    goal = Target("macs", counts.macs, 0.98 * counts.macs(model.config))
+    pruned = choose(model.config, groups, scores, [goal], {"macs": 0}, round_to=1, time=time)
+    assert list(pruned) == [f"{level}.0.ffn"]
+
+
 def test_planted_redundancy_is_found_in_every_kind():
     """Blocks, hidden channels and experts that do nothing go, and nothing else: the network is itself again."""
     config = DRSformerConfig.regular(8, (1, 1, 1, 1), (1, 2, 2, 4), 2.0, mefc="both", experts=2)
@@ -287,10 +306,11 @@ def same_restoration(larger: DRSformer, pruned: DRSformer, rainy: np.ndarray, cl
     assert after >= before - 0.01, (before, after)
 
 
-def test_command_writes_a_checkpoint_that_loads_in_another_process(tmp_path, data, capsys):
+def test_command_writes_a_checkpoint_that_loads_in_another_process(tmp_path, data, monkeypatch, capsys):
+    clock(monkeypatch)
     weights, output = tmp_path / "w.safetensors", tmp_path / "half.safetensors"
     checkpoint.save(weights, network(), {"trained_on": ["rain"], "steps": [{"command": "train", "options": {}}]})
-    pruned = go(weights, data, output, macs=0.5, round_to=2, rounds=1, samples=1, patch=16, limit=1)
+    pruned = go(weights, data, output, macs=0.5, round_to=2, rounds=1, samples=1, patch=16, limit=1, size=(64, 64))
     summary = json.loads(json.dumps(pruned.summary()))
     assert summary["ratio"]["macs"] == pytest.approx(0.5, rel=0.02)
     assert np.isfinite([summary["psnr"], summary["psnr_before"]]).all()
@@ -309,28 +329,42 @@ def test_command_writes_a_checkpoint_that_loads_in_another_process(tmp_path, dat
         assert float(done.stdout) == pytest.approx(float(loaded.model(torch.full((1, 3, 16, 16), 0.5)).sum()), rel=1e-5)
 
 
-def by_macs(networks, size, on_progress=silent):
-    """Stands for the clock: a millisecond for a million MACs of attention, two for one of anything else."""
+def by_macs(networks, size, on_progress=silent, channel=0.0):
+    """Stands for the clock: a millisecond for a million MACs of attention, two for one of anything else, and `channel`
+    for each channel of a block."""
     return [
         Latency(ms, ms, ms, 1)
         for ms in (
             sum(item.macs * (1 if item.part == "attention" else 2) for item in counts.items(network.config, *size))
             / 1e6
+            + channel * sum(level.width * len(level.blocks) for level in network.config.levels().values())
             for network in networks
         )
     ]
 
 
-def test_latency_is_estimated_from_parts(monkeypatch):
-    monkeypatch.setattr(latency, "time_networks", by_macs)
+@pytest.mark.parametrize("channel", [0.0, 2.0])
+def test_latency_is_estimated_from_parts(monkeypatch, channel):
+    clock = functools.partial(by_macs, channel=channel)
+    monkeypatch.setattr(latency, "time_networks", clock)
     model = network()
     estimate = latency_model(model.config, (64, 64))
     pruned = pruned_to(model, [target(model, 0.7)], patches(1), "magnitude", round_to=2, rounds=1)
-    ratio = by_macs([pruned], (64, 64))[0].ms / by_macs([model], (64, 64))[0].ms
+    ratio = clock([pruned], (64, 64))[0].ms / clock([model], (64, 64))[0].ms
     assert estimate(pruned.config) / estimate(model.config) == pytest.approx(ratio, rel=0.03)
 
 
-FAST = dict(rounds=1, importance="magnitude", round_to=2, samples=1, calibration=2, patch=16, limit=1, size=(64, 64))
+FAST = dict(
+    rounds=1,
+    importance="magnitude",
+    weigh_time=False,
+    round_to=2,
+    samples=1,
+    calibration=2,
+    patch=16,
+    limit=1,
+    size=(64, 64),
+)
 
 
 def go(weights: Path, data: Path | list[Path], output: Path | None = None, **options) -> prune.Pruned | None:
@@ -381,7 +415,7 @@ def test_missed_latency_is_a_failed_gate_though_the_network_is_written(tmp_path,
         "--latency",
         "0.8",
         "--size=64x64",
-        *(f"--{name.replace('_', '-')}={value}" for name, value in FAST.items() if name != "size"),
+        *(f"--{name.replace('_', '-')}={value}" for name, value in FAST.items() if name not in ("size", "weigh_time")),
     ]
     monkeypatch.setattr(sys, "argv", ["prune", *map(str, words)])
     with pytest.raises(SystemExit) as error:
@@ -519,7 +553,7 @@ def test_target_out_of_reach_says_why_and_writes_nothing(tmp_path, data):
     weights, output = tmp_path / "w.safetensors", tmp_path / "p.safetensors"
     checkpoint.save(weights, network(), {})
     with pytest.raises(GateError, match=r"`macs`: expected 0\.100, reached 0\.\d+: .*`scope` experts.*`round_to` 8"):
-        go(weights, data, output, macs=0.1, importance="magnitude", scope=("experts",), rounds=1, samples=1, patch=16)
+        go(weights, data, output, macs=0.1, scope=("experts",), **{**FAST, "round_to": 8})
     assert not list(tmp_path.glob("p.*"))
 
 

@@ -93,7 +93,11 @@ def by_size(monkeypatch, without_ends):
         searching,
         "prune",
         lambda weights, data, output, options, *args: pruning.prune(
-            weights, data, output, dataclasses.replace(options, importance="magnitude", rounds=1), *args
+            weights,
+            data,
+            output,
+            dataclasses.replace(options, importance="magnitude", weigh_time=False, rounds=1),
+            *args,
         ),
     )
     monkeypatch.setattr(
