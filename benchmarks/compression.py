@@ -55,7 +55,7 @@ from runtime.progress import track
 from runtime.session import Derainer
 
 PRUNED = {
-    "taylor": PruneOptions(importance="taylor", weigh_time=False, recover=False),
+    "taylor": PruneOptions(importance="taylor", recover=False),
     "pruned": PruneOptions(recover=False),
     "recovered": PruneOptions(),
 }

@@ -73,8 +73,9 @@ class PruneOptions:
         latency: Fraction of the milliseconds that may remain, of the exported graph in ONNX Runtime on the CPU.
         importance: Measure of what is needed: obs, the error that is left after the best repair; from gradients, taylor
             (first order) or fisher (second); or magnitude.
-        weigh_time: Remove what costs least for what it saves of the target and of the milliseconds, estimated from the
-            timed parts of the exported graph, and not of the target alone.
+        weigh_time: Remove what costs least for what it saves of the target and of the milliseconds, and not of the
+            target alone. They are estimated from parts of the exported graph, which are timed first: minutes, and never
+            twice the same.
         recover: Solve the weights that are left anew after each round, so that they make up for what was removed.
         scope: Kinds of pruning groups from which units may be removed.
         round_to: Multiple at which widths end, where hardware has vectors.
@@ -95,7 +96,7 @@ class PruneOptions:
     params: float | None = None
     latency: float | None = None
     importance: Importance = "obs"
-    weigh_time: bool = True
+    weigh_time: bool = False
     recover: bool = True
     scope: tuple[Kind, ...] = KINDS
     round_to: int = 8

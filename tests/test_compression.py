@@ -28,7 +28,7 @@ def test_a_curve_has_every_kind_of_network_once(tmp_path, monkeypatch):
             Image.fromarray(to_image(image(40, 48, seed=i).numpy())).save(tmp_path / place / folder / "a.png")
     config = DRSformerConfig.regular(width=8, depths=(1, 0, 0, 0), heads=(1, 1, 1, 1), expansion=4.0)
     checkpoint.save(tmp_path / "whole.safetensors", fill(DRSformer(config)), {})
-    small = PruneOptions(weigh_time=False, rounds=1, samples=1, calibration=2, patch=16, scope=("ffn",))
+    small = PruneOptions(rounds=1, samples=1, calibration=2, patch=16, scope=("ffn",))
     kinds = {name: replace(small, importance=o.importance, recover=o.recover) for name, o in compression.PRUNED.items()}
     monkeypatch.setattr(compression, "PRUNED", kinds)
     monkeypatch.setattr(compression, "SIZE", (16, 16))

@@ -357,7 +357,6 @@ def test_latency_is_estimated_from_parts(monkeypatch, channel):
 FAST = dict(
     rounds=1,
     importance="magnitude",
-    weigh_time=False,
     round_to=2,
     samples=1,
     calibration=2,
@@ -415,7 +414,7 @@ def test_missed_latency_is_a_failed_gate_though_the_network_is_written(tmp_path,
         "--latency",
         "0.8",
         "--size=64x64",
-        *(f"--{name.replace('_', '-')}={value}" for name, value in FAST.items() if name not in ("size", "weigh_time")),
+        *(f"--{name.replace('_', '-')}={value}" for name, value in FAST.items() if name != "size"),
     ]
     monkeypatch.setattr(sys, "argv", ["prune", *map(str, words)])
     with pytest.raises(SystemExit) as error:

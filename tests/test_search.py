@@ -96,7 +96,7 @@ def by_size(monkeypatch, without_ends):
             weights,
             data,
             output,
-            dataclasses.replace(options, importance="magnitude", weigh_time=False, rounds=1),
+            dataclasses.replace(options, importance="magnitude", rounds=1),
             *args,
         ),
     )
