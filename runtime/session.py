@@ -13,6 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, cast, get_args
 
@@ -156,6 +157,15 @@ class Derainer:
             raise InvalidModel("the network answered with NaN or infinity; if it runs in float16, export it in float32")
         return to_image(restored)
 
+    def submit(self, image: NDArray[np.uint8], on_tile: tiling.OnTile | None = None) -> Future[NDArray[np.uint8]]:
+        """Restore an image in a thread of this object, one after another, while the caller reads the next and writes
+        the last one. What a call raises, the future's `result` does; `cancel` takes back what has not begun."""
+        return self._thread.submit(self, image, on_tile)
+
+    @functools.cached_property
+    def _thread(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "derainer")
+
     def warm_up(self, sizes: Iterable[tiling.Size] = ((256, 256),)) -> None:
         """Restore an image of each (height, width), so that the first of a user's does not wait for what a library
         sets up and compiles at the first of a size. Raises what a call does."""
@@ -164,7 +174,9 @@ class Derainer:
 
     def close(self) -> None:
         """Free what the session holds, at once instead of at the end of its life: memory on a GPU, that of ONNX
-        Runtime. Not during a call, and no call may follow. `with Derainer(...) as derain:` closes at its end."""
+        Runtime. Waits for what was submitted. Not during a call, and no call may follow. `with Derainer(...) as
+        derain:` closes at its end."""
+        self._thread.shutdown()
         close = getattr(self.session, "close", None)
         if close:
             close()

@@ -159,6 +159,26 @@ def restore(
     return Result(writer.frames, failures)
 
 
+def frames(path: str | os.PathLike[str], tone_map: bool = False) -> Iterator[NDArray[np.uint8]]:
+    """The frames of a video one after another, as `restore` shows them to the network: uint8 (H, W, 3) RGB, upright.
+
+    Args:
+        path: The video.
+        tone_map: Map the tones of an HLG video to SDR.
+
+    Raises:
+        InvalidImage: It is no video, or one that is refused; at the end, where it breaks off.
+    """
+    path = Path(path)
+    with _open(path) as container:
+        reader = _Reader(path, container, tone_map)
+        for item in reader.items:
+            if isinstance(item, Picture):
+                yield item.rgb
+        if fault := reader.breaks_off():
+            raise InvalidImage(f"{path}: {fault}")
+
+
 def _run(
     derain: Callable[[NDArray[np.uint8]], NDArray[np.uint8]],
     reader: _Reader,

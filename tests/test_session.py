@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from runtime import Derainer, InputError
+from runtime import Derainer, InputError, InvalidImage
 from runtime.pixels import ROWS, to_batch, to_image
 from tests.support.images import random_image
 from tests.support.onnx_files import UINT8, write_network
@@ -203,3 +203,18 @@ def test_rows_are_converted_in_blocks_of_any_height():
 
 def test_huge_finite_numbers_are_not_taken_for_infinity():
     assert (Derainer(Constant(3e38))(np.zeros((8, 8, 3), np.uint8)) == 255).all()
+
+
+def test_submitted_images_are_restored_in_turn():
+    network = Network()
+    images = [random_image(9 + i, 16) for i in range(4)]
+    with Derainer(network) as derain:
+        futures = [derain.submit(image) for image in images]
+        refused = derain.submit(np.zeros((2, 2), np.uint8))
+        for future, image in zip(futures, images, strict=True):
+            np.testing.assert_array_equal(future.result(), derain(image))
+        with pytest.raises(InvalidImage):
+            refused.result()
+    assert [shape[2] for shape in network.shapes[:4]] == [16, 16, 16, 16]
+    with pytest.raises(RuntimeError, match="shutdown"):
+        derain.submit(images[0])

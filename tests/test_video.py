@@ -20,7 +20,8 @@ import pytest
 from av.error import InvalidDataError
 from av.video.reformatter import VideoReformatter
 
-from runtime import InputError, hlg, video
+from runtime import InputError, InvalidImage, hlg, video
+from runtime.video import frames as read_frames
 from runtime.video import restore
 from tests.support.commands import command
 from tests.support.onnx_files import write_network
@@ -136,6 +137,21 @@ def test_every_frame_is_restored(tmp_path, source, target):
     for i, frame in enumerate(frames(target)):
         assert np.abs(frame.to_ndarray(format="rgb24").astype(int) - (20 + 5 * i)).max() <= 2
     assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+def test_frames_are_those_that_the_network_is_shown(tmp_path):
+    source = write(tmp_path / "a.mp4", [np.full((HEIGHT, WIDTH, 3), 40 + 10 * i, np.uint8) for i in range(12)])
+    shown: list[np.ndarray] = []
+
+    def note(image):
+        shown.append(image)
+        return image
+
+    restore(note, source, tmp_path / "b.mp4")
+    found = list(read_frames(source))
+    assert len(found) == 12
+    for frame, expected in zip(found, shown, strict=True):
+        np.testing.assert_array_equal(frame, expected)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
@@ -502,6 +518,8 @@ def test_of_a_cut_file_what_is_left_is_restored(tmp_path, suffix):
     assert 20 < result.frames < 45
     assert len(frames(tmp_path / "b.mp4")) == result.frames
     if suffix in ("mp4", "mkv"):
+        with pytest.raises(InvalidImage, match=r"breaks off after 1\..* of 2\.4 s"):
+            list(read_frames(source))
         assert any("breaks off after 1." in failure and "of 2.4 s" in failure for failure in result.failures)
     source.write_bytes(whole[:1000])
     refusal(source, tmp_path / "c.mp4")
