@@ -359,6 +359,7 @@ def _quantized(
 def _bundle(candidates: Candidates, model: Path, options: SearchOptions, on_progress: OnProgress) -> Path:
     """A bundle in the folder of the work, proved. Raises GateError where the proof fails."""
     from compress.candidates import PAGE_FILE, TABLE_FILE
+    from export.canaries import add_canaries
     from runtime.bundle import describe_file, load, save
     from runtime.session import describe_onnx
 
@@ -369,7 +370,7 @@ def _bundle(candidates: Candidates, model: Path, options: SearchOptions, on_prog
         build(model, folder, BuildOptions(compute_capability=options.compute_capability), on_progress)
     else:
         shutil.copyfile(model, folder / MODEL_FILE)
-        save(describe_onnx(folder / MODEL_FILE), folder)
+        save(add_canaries(describe_onnx(folder / MODEL_FILE), folder, on_progress), folder)
     files = [folder / TABLE_FILE, folder / PAGE_FILE]
     for file in files:
         shutil.copyfile(candidates.work / file.name, file)

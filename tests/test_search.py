@@ -162,7 +162,9 @@ def test_bundle_holds_the_proven_network_and_what_was_tried(searched):
     bundle = load(searched / "bundle")
     bundle.verify()
     assert bundle.unlisted() == []
-    assert {file.name for file in bundle.manifest.files} == {"model.onnx", "report1.html", "search.json", "search.html"}
+    canaries = {"canary.64x64.rgb", "canary.128x192.rgb"}
+    reports = {"report1.html", "search.json", "search.html"}
+    assert {file.name for file in bundle.manifest.files} == {"model.onnx", *canaries, *reports}
     report = (searched / "bundle" / "report1.html").read_text()
     assert "bundle.work" not in report  # where it was made, and is not any more
     assert "<dd>model.onnx, ONNX Runtime on " in report
