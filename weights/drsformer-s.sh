@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # How drsformer-s was trained: bash weights/drsformer-s.sh DATA RUNS
 #
-# DATA as in drsformer-xs.sh. drsformer-xs is grown without changing what it computes, and trained on: seven minutes of a
-# shared H100. The log of the run that made the shipped file is beside this script.
+# DATA as in drsformer-xs.sh. drsformer-xs, as it was after its fourth stage, is grown without changing what it computes,
+# and trained on: seven minutes of a shared H100. The log of the run that made the shipped file is beside this script.
 set -euo pipefail
 data=$1 runs=$2
 mkdir -p "$runs/xs-grown"
