@@ -25,7 +25,7 @@ from runtime.bundle import Bundle, describe_file, load, save
 from runtime.manifest import Engine, Profile
 from runtime.session import describe_onnx
 from tests.support import refusals
-from tests.support.bundles import FILES, flip, make_keys, write_bundle
+from tests.support.bundles import FILES, add_canary, flip, make_keys, write_bundle
 from tests.support.onnx_files import write_network
 
 triton: Any = model_config_pb2
@@ -374,4 +374,10 @@ def test_bundle_is_verified_when_it_is_loaded(bundle, tmp_path, monkeypatch):
     folder = export(bundle, tmp_path / "r", ServeOptions(provider="cpu")).folder
     flip(folder / "1" / "bundle" / "model.onnx", 100)
     with pytest.raises(Backend.TritonModelException, match="expected SHA-256"):
+        started(folder, monkeypatch)
+
+
+def test_a_model_that_answers_wrongly_does_not_get_ready(bundle, tmp_path, monkeypatch):
+    folder = export(add_canary(bundle, lambda image: 255 - image), tmp_path / "r", ServeOptions(provider="cpu")).folder
+    with pytest.raises(Backend.TritonModelException, match=r"model\.onnx is not used, since it answers wrongly here"):
         started(folder, monkeypatch)
