@@ -18,12 +18,13 @@ import triton_python_backend_utils as triton  # pyright: ignore[reportMissingImp
 from .errors import DerainError, InvalidImage, OutOfMemory
 from .session import Derainer, open_session
 
-CODES = {
-    InvalidImage: triton.TritonError.INVALID_ARG,
-    OutOfMemory: triton.TritonError.UNAVAILABLE,
-    DerainError: triton.TritonError.INTERNAL,
+CODES: dict[type[DerainError], str] = {
+    InvalidImage: "INVALID_ARG",
+    OutOfMemory: "UNAVAILABLE",
+    DerainError: "INTERNAL",
 }
-"""What a client is told: whether to send another image, to try again later, or that the server is at fault."""
+"""What a client is told: whether to send another image, to try again later, or that the server is at fault. By name,
+since the server has no codes yet when it looks at the model's configuration."""
 
 
 class TritonPythonModel:
@@ -51,4 +52,4 @@ class TritonPythonModel:
             return triton.InferenceResponse([triton.Tensor("output", self._derain(image))])
         except DerainError as error:
             code = next(code for kind, code in CODES.items() if isinstance(error, kind))
-            return triton.InferenceResponse(error=triton.TritonError(str(error), code))
+            return triton.InferenceResponse(error=triton.TritonError(str(error), getattr(triton.TritonError, code)))
