@@ -23,6 +23,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from runtime.pixels import psnr as psnr_of_levels
+
 Protocol = Literal["rain200", "did"]
 """Protocol of the paper; see above."""
 
@@ -49,7 +51,7 @@ def psnr(restored: NDArray[np.uint8], target: NDArray[np.uint8], protocol: Proto
         ValueError: An image is of another type, or their shapes differ.
     """
     _check(restored, target)
-    return _psnr(luma(restored, protocol), luma(target, protocol))
+    return psnr_of_levels(luma(restored, protocol), luma(target, protocol))
 
 
 def psnr_rgb(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
@@ -68,7 +70,7 @@ def psnr_rgb(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
         ValueError: An image is of another type, or their shapes differ.
     """
     _check(first, second)
-    return _psnr(first.astype(np.float64), second.astype(np.float64))
+    return psnr_of_levels(first, second)
 
 
 def ssim(restored: NDArray[np.uint8], target: NDArray[np.uint8], protocol: Protocol = "rain200") -> float:
@@ -208,11 +210,6 @@ class Scores:
             summary["identical"] = sum(row["psnr"] == math.inf for row in self.rows.values())
             summary["protocol"] = self.protocol
         return summary
-
-
-def _psnr(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    error = float(np.mean((a - b) ** 2))
-    return 10 * math.log10(PEAK_LEVEL**2 / error) if error else math.inf
 
 
 def _decimated(image: NDArray[np.float64], factor: int) -> NDArray[np.float64]:

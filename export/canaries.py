@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from PIL import Image
 
+from drsformer.metrics import psnr_rgb
 from drsformer.rendering import add_rain, draw_streaks
 from export.verification import upcast
 from runtime.bundle import describe_file
-from runtime.canary import psnr
 from runtime.files import writing
 from runtime.manifest import Canary, Manifest
 from runtime.ort import OrtSession
@@ -77,7 +77,7 @@ def add_canaries(manifest: Manifest, folder: Path, on_progress: OnProgress = sil
         for size, image in images.items():
             answers[size].append(to_image(session.run(to_batch(image))))
     for size, (answer, *others) in answers.items():
-        floor = min(HIGHEST_DB, *(psnr(other, answer) - MARGIN_DB for other in others))
+        floor = min(HIGHEST_DB, *(psnr_rgb(other, answer) - MARGIN_DB for other in others))
         path = folder / f"canary.{size_text(size)}.rgb"
         with writing(path) as temporary:
             temporary.write_bytes(np.stack([images[size], answer]).tobytes())

@@ -23,14 +23,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .bundle import Bundle
 from .contract import Session
 from .errors import CanaryError, InputError
 from .files import read_own, writing
 from .manifest import Canary
-from .pixels import to_batch, to_image
+from .pixels import psnr, to_batch, to_image
 from .version import __version__
 
 When = Literal["first", "always", "never"]
@@ -136,12 +135,6 @@ def _passed(content: bytes) -> list[Any]:
 def _where(session: Session) -> str:
     identity = getattr(session, "identity", {})
     return ", ".join(value for value in (identity.get("device"), identity.get("library")) if value) or "a session"
-
-
-def psnr(image: NDArray[np.uint8], known: NDArray[np.uint8]) -> float:
-    """PSNR over RGB of uint8 images of one shape, in dB; infinite where they are equal."""
-    error = float(np.mean((image.astype(np.float64) - known) ** 2))
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def _db(psnr: float) -> str:

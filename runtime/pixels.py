@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,6 +60,12 @@ def to_image(batch: NDArray[np.float32]) -> NDArray[np.uint8]:
         for channel in range(3):
             np.copyto(image[top : top + ROWS, :, channel], levels[channel], casting="unsafe")
     return image
+
+
+def psnr(first: np.ndarray, second: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two arrays of levels, 0 to 255, of one shape; in dB, inf where they are equal."""
+    error = float(np.mean((first.astype(np.float64) - second) ** 2))
+    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 @dataclass(frozen=True)

@@ -152,8 +152,10 @@ class Derainer:
             return self.session.run(to_batch(padded[rows, columns]))
 
         restored = tiling.blend(plan, restore, on_tile)[:, :, :H, :W]
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = restored.sum()
         # One pass tells of nearly all images: a sum of finite numbers is finite, unless they are huge.
-        if not np.isfinite(restored.sum()) and not np.isfinite(restored).all():
+        if not np.isfinite(total) and not np.isfinite(restored).all():
             raise InvalidModel("the network answered with NaN or infinity; if it runs in float16, export it in float32")
         return to_image(restored)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.browser import chromium
 
 try:
     import torch
@@ -17,6 +20,12 @@ else:
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell start out without it
 
 DATA = Path(os.environ.get("DRSFORMER_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from urllib.request import urlopen
 import pytest
 
 from compress.pareto import Candidate, front, render
-from tests.support.browser import chromium, needs_chromium, opened
+from tests.support.browser import needs_chromium, opened
 
 FACTS = {"pairs": "light/val: 2, <b>heavy</b>: 3"}
 
@@ -49,12 +49,6 @@ def test_before_anything_is_taken_the_page_says_so_and_any_number_of_networks_ca
         assert "Nothing is taken so far" in page
         assert page.count('id="point') == len(candidates)
         assert "nan" not in page.lower()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture

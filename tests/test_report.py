@@ -15,7 +15,7 @@ import pytest
 from export.comparison import Comparison, Extent, Validation
 from export.report import render
 from export.validate import _picture
-from tests.support.browser import chromium, needs_chromium, opened
+from tests.support.browser import needs_chromium, opened
 from tests.support.images import random_image
 
 pytestmark = needs_chromium
@@ -38,12 +38,6 @@ def validation() -> Validation:
     return Validation(
         facts, images, {"latent.0": 100, "latent.1": 100}, None, pictures, max_drop_db=0.1, extents=extents
     )
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture
