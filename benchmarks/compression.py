@@ -25,7 +25,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -75,6 +75,7 @@ class Curve:
         run_dir: Folder for the networks.
         output: Folder for the results.
         macs: Fractions of the MACs.
+        kinds: Which of the first three rows.
         iterations: Steps of the trainings; without, there are none.
         patch: Height and width of the patches in these steps.
         batch: Patches in a step.
@@ -90,6 +91,7 @@ class Curve:
     run_dir: Path
     output: Path
     macs: tuple[float, ...] = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1)
+    kinds: tuple[Literal["taylor", "pruned", "recovered"], ...] = ("taylor", "pruned", "recovered")
     iterations: int = 0
     patch: int = 128
     batch: int = 4
@@ -175,6 +177,13 @@ def curve(options: Annotated[Curve, tyro.conf.OmitArgPrefixes, tyro.conf.arg(nam
         with writing(sheet.path.with_suffix(".png")) as temporary:
             _plot(sheet.rows, options).savefig(temporary, format="png", dpi=150)
 
+    def pruned(fraction: float, kind: str) -> Path:
+        path = run_dir / f"{fraction:g}-{kind}.safetensors"
+        if not path.exists():
+            with progress_shown() as on_progress:
+                prune(options.weights, train, path, replace(PRUNED[kind], macs=fraction, limit=1), on_progress)
+        return path
+
     def trained(row: str, student: Path | str, rate: float) -> Path:
         steps = options.iterations
         output = run_dir / f"{row.replace(' ', '-')}-{steps}"
@@ -203,14 +212,10 @@ def curve(options: Annotated[Curve, tyro.conf.OmitArgPrefixes, tyro.conf.arg(nam
 
     sheet.measure("whole", lambda: judge.score(judge.whole))
     for fraction in options.macs:
-        for kind, recipe in PRUNED.items():
-            path = run_dir / f"{fraction:g}-{kind}.safetensors"
-            if not path.exists():
-                with progress_shown() as on_progress:
-                    prune(options.weights, train, path, replace(recipe, macs=fraction, limit=1), on_progress)
-            measure(f"{fraction:g} {kind}", path)
+        for kind in options.kinds:
+            measure(f"{fraction:g} {kind}", pruned(fraction, kind))
         if options.iterations:
-            recovered = run_dir / f"{fraction:g}-recovered.safetensors"
+            recovered = pruned(fraction, "recovered")
             measure(f"{fraction:g} distilled", trained(f"{fraction:g} distilled", recovered, options.lr))
             fresh = run_dir / f"{fraction:g}-fresh.safetensors"
             if not fresh.exists():

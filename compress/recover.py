@@ -17,7 +17,10 @@ of each ridge is chosen, no change at all included, and by these the result is j
 from __future__ import annotations
 
 import copy
+import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -36,6 +39,10 @@ HELD_OUT = 0.25
 
 RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8)
 """Strengths of the ridge that are tried in this order, of the mean square of what a map reads."""
+
+PIXELS = 65_536
+"""As many pixels as a map is fitted to and judged by, or all, where its level has no more of them. What a map reads is
+spread over few of its directions, so that more pixels cost most of the time and tell nothing."""
 
 EVEN = 0.1
 """How evenly patches count: see `patch_weights`."""
@@ -77,8 +84,9 @@ def recover(
     passing, targets = Passing(recovered, images), _Targets(whole, images, kept)
     count = sum(isinstance(module, nn.Conv2d) and module.groups == 1 for module in recovered.modules())
     done = 0
-    while current := passing.map:
+    while passing.map:
         on_progress("Recovering", done, count)
+        passing.map = current = replace(passing.map, inputs=functools.cache(passing.map.inputs))  # read twice
         target = targets.of(current.name)
         fit, check = (_normal_equations(current, target, numbers, weights) for numbers in (fitted, held_out))
         if (change := _ridge_regression(fit, check)) is not None:
@@ -180,13 +188,16 @@ def _normal_equations(
     outputs, n = layer.weight.flatten(1).shape
     inputs = torch.zeros(n, n, dtype=torch.float64, device=layer.weight.device)
     error, energy = inputs.new_zeros(outputs, n), 0.0
+    generator = torch.Generator().manual_seed(0)
     for i in numbers:
         x = current.inputs(i)
         off = target(i) - layer(x)
         if current.adds:
             off = off - current.stream[i]
-        off = off.flatten(2)[0]
-        read = F.unfold(x, layer.kernel_size, padding=cast("tuple[int, int]", layer.padding))[0]
+        pixels = torch.randperm(off[0, 0].numel(), generator=generator)[: math.ceil(PIXELS / len(current.stream))]
+        pixels = pixels.to(x.device)
+        off = off.flatten(2)[0, :, pixels]
+        read = F.unfold(x, layer.kernel_size, padding=cast("tuple[int, int]", layer.padding))[0, :, pixels]
         inputs += weights[i] * (read @ read.T)
         error += weights[i] * (off @ read.T)
         energy += float(weights[i] * off.square().sum())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compress.groups import PrunedIndices, origins, pruning_groups, remove
 from compress.linear_maps import LinearMap, Passing
-from compress.recover import patch_weights, recover
+from compress.recover import PIXELS, patch_weights, recover
 from drsformer.model import DRSformer
 from runtime.errors import InputError
 from tests.support.networks import fill, image
@@ -73,8 +73,10 @@ def test_a_network_of_which_nothing_is_removed_stays_as_it_is(config):
     assert recover(network, pruned, origins(config, []), patches(4)) is pruned
 
 
+@pytest.mark.parametrize("pixels", [PIXELS, 2048])
 @pytest.mark.parametrize("name", ["encoder_level1.0.ffn", "latent.0.ffn", "decoder_level1.0.ffn"])
-def test_what_was_there_twice_comes_back(name):
+def test_what_was_there_twice_comes_back(name, pixels, monkeypatch):
+    monkeypatch.setattr("compress.recover.PIXELS", pixels)
     whole = doubled(fill(DRSformer(EVEN)), name)
     (group,) = (group for group in pruning_groups(EVEN) if group.name == name)
     units = {name: [list(range(1, group.units, 2))] * 2}
