@@ -16,10 +16,8 @@ nothing. Two kinds cannot be exact, whatever the weights, and their slices are t
 a channel of the residual path that is always zero still counts in the mean of LayerNorm (its scale is corrected, see
 `remove`), and a channel of K that is zero still has a score, 0, and K of top-k follows the number of channels.
 
-The indices are followed through the network by hand: the config keeps the topology regular, which makes that short. A
-dependency graph was tried. torch-pruning 1.6.1 treats PixelUnshuffle and PixelShuffle as element-wise, with no error:
-channel 3 of down1_2.conv becomes channel 3 of encoder level 2 instead of 12 to 15, and behind up2_1 the concatenation
-gets no offset.
+What belongs to a `width` is found by the dependency graph of Torch-Pruning, see `compress.standin`. All other units are
+inside one layer of ours, of which that graph has no notion, and are listed here.
 """
 
 from __future__ import annotations
@@ -36,8 +34,11 @@ import torch
 from torch import Tensor
 
 from compress.options import KINDS, Kind
+from compress.standin import CoupledChannels, coupled_channels
 from drsformer.config import LEVELS, NO_EXPERT, BlockConfig, DRSformerConfig
-from drsformer.model import DRSformer, expert
+from drsformer.model import DRSformer
+
+Role = Literal["writes", "reads", "neither"]
 
 
 class ParameterSlice(NamedTuple):
@@ -55,7 +56,7 @@ class ParameterSlice(NamedTuple):
     tensor: str
     dim: int | None
     units: Tensor
-    role: Literal["writes", "reads", "neither"] = "neither"
+    role: Role = "neither"
     first: int = 0
 
 
@@ -130,7 +131,8 @@ PrunedIndices = Mapping[str, Sequence[Sequence[int]]]
 
 def pruning_groups(config: DRSformerConfig, scope: Iterable[Kind] = KINDS) -> list[PruningGroup]:
     """Everything that can be removed from such a network, of the kinds in `scope`."""
-    groups = [*_widths(config)]
+    wanted = set(scope)
+    groups = [*_widths(config)] if "width" in wanted else []
     for module, path in LEVELS.items():
         blocks = config.levels()[module].blocks
         for i, block in enumerate(blocks):
@@ -156,7 +158,6 @@ def pruning_groups(config: DRSformerConfig, scope: Iterable[Kind] = KINDS) -> li
                     groups.append(
                         PruningGroup("experts", f"{module}.steps.{i}", (module, "steps", i), (dimension,), 1, ANY, 0)
                     )
-    wanted = set(scope)
     return [group for group in groups if group.kind in wanted]
 
 
@@ -269,112 +270,57 @@ def _experts(step: str, names: Sequence[str], width: int) -> Dimension:
     )
 
 
-def _widths(config: DRSformerConfig) -> Iterator[PruningGroup]:
-    """The residual path of every level, and what the upsamplings bring. Pixel-unshuffle makes four neighbouring
-    channels of one, pixel-shuffle one of four. Decoder level 1 works on [up, encoder level 1], so its channels go with
-    theirs."""
-    levels, (u3, u2, u1) = config.levels(), config.up
-
-    def late(index: Tensor) -> Iterator[ParameterSlice]:
-        """In decoder level 1 and behind it."""
-        yield from _residual(config, "decoder_level1", index)
-        yield from _compensator(config, "mefc_late", levels["decoder_level1"].width, index)
-        yield ParameterSlice("output.weight", 1, index, "reads")
-
-    def group(
-        module: str, path: tuple[str | int, ...], slices: Iterable[ParameterSlice], unit: int = 1
-    ) -> PruningGroup:
-        slices = tuple(slices)
-        dimension = Dimension(len(slices[0].units), slices)
-        return PruningGroup("width", f"{module}.width", path, (dimension,), unit, (unit, 0))
-
-    module = "encoder_level1"
-    channels = _each(levels[module].width)
-    yield group(
-        module,
-        (*LEVELS[module], "width"),
-        [
-            ParameterSlice("patch_embed.weight", 0, channels, "writes"),
-            *_compensator(config, "mefc_early", levels[module].width, channels),
-            *_residual(config, module, channels),
-            ParameterSlice("down1_2.conv.weight", 1, channels, "reads"),
-            *late(channels + u1),
-        ],
-    )
-    for module, before, after, skip, offset in (
-        ("encoder_level2", "down1_2", "down2_3", "reduce_chan_level2", u2),
-        ("encoder_level3", "down2_3", "down3_4", "reduce_chan_level3", u3),
-        ("latent", "down3_4", "up4_3", None, 0),
-    ):
-        units = levels[module].width // 4
-        yield group(
-            module,
-            (*LEVELS[module], "width"),
-            [
-                ParameterSlice(f"{before}.conv.weight", 0, _each(units), "writes"),
-                *_residual(config, module, _each(units, 0, 4)),
-                ParameterSlice(f"{after}.conv.weight", 1, _each(units, 0, 4), "reads"),
-                *([ParameterSlice(f"{skip}.weight", 1, _each(units, offset, 4), "reads")] if skip else []),
-            ],
-            4,
-        )
-    for module, before, after in (
-        ("decoder_level3", "reduce_chan_level3", "up3_2"),
-        ("decoder_level2", "reduce_chan_level2", "up2_1"),
-    ):
-        channels = _each(levels[module].width)
-        yield group(
-            module,
-            (*LEVELS[module], "width"),
-            [
-                ParameterSlice(f"{before}.weight", 0, channels, "writes"),
-                *_residual(config, module, channels),
-                ParameterSlice(f"{after}.conv.weight", 1, channels, "reads"),
-            ],
-        )
-    for module, i, count, readers in (
-        ("up4_3", 0, u3, [ParameterSlice("reduce_chan_level3.weight", 1, _each(u3), "reads")]),
-        ("up3_2", 1, u2, [ParameterSlice("reduce_chan_level2.weight", 1, _each(u2), "reads")]),
-        ("up2_1", 2, u1, [*late(_each(u1))]),
-    ):
-        yield group(
-            module, ("up", i), [ParameterSlice(f"{module}.conv.weight", 0, _each(count, 0, 4), "writes"), *readers]
-        )
+WIDTHS: dict[str, tuple[tuple[str | int, ...], str]] = {
+    "encoder_level1.width": (("encoder", 0, "width"), "patch_embed"),
+    "encoder_level2.width": (("encoder", 1, "width"), "down1_2.conv"),
+    "encoder_level3.width": (("encoder", 2, "width"), "down2_3.conv"),
+    "latent.width": (("latent", "width"), "down3_4.conv"),
+    "decoder_level3.width": (("decoder", 0, "width"), "reduce_chan_level3"),
+    "decoder_level2.width": (("decoder", 1, "width"), "reduce_chan_level2"),
+    "up4_3.width": (("up", 0), "up4_3.conv"),
+    "up3_2.width": (("up", 1), "up3_2.conv"),
+    "up2_1.width": (("up", 2), "up2_1.conv"),
+}
+"""Numbers of channels that can become smaller by themselves, with their place in the config and a convolution that
+writes into these channels. Decoder level 1 works on [up2_1, encoder level 1], so its channels go with theirs."""
 
 
-def _residual(config: DRSformerConfig, module: str, index: Tensor) -> Iterator[ParameterSlice]:
-    """What the blocks of a level read from its residual path and write to it."""
-    for i in range(len(config.levels()[module].blocks)):
-        for norm, layer, reader in (("norm1", "attn", "qkv"), ("norm2", "ffn", "project_in")):
-            yield ParameterSlice(f"{module}.{i}.{norm}.weight", 0, index)
-            yield ParameterSlice(f"{module}.{i}.{norm}.bias", 0, index)
-            yield ParameterSlice(f"{module}.{i}.{layer}.{reader}.weight", 1, index, "reads")
-            yield ParameterSlice(f"{module}.{i}.{layer}.project_out.weight", 0, index, "writes")
+@functools.lru_cache(maxsize=16)
+def _widths(config: DRSformerConfig) -> tuple[PruningGroup, ...]:
+    """The residual path of every level, and what the upsamplings bring."""
+    with torch.device("meta"):
+        network = DRSformer(config)
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    coupled = coupled_channels(network, [root for _, root in WIDTHS.values()])
+    groups = []
+    for name, (path, root) in WIDTHS.items():
+        width = len(coupled[root][0].channels)
+        units = min(width, shapes[f"{root}.weight"][0])
+        slices = [each for part in coupled[root] for each in _coupled_slices(part, units, shapes)]
+        unit = width // units
+        groups.append(PruningGroup("width", name, path, (Dimension(units, tuple(slices)),), unit, (unit, 0)))
+    return tuple(groups)
 
 
-def _compensator(config: DRSformerConfig, module: str, width: int, index: Tensor) -> Iterator[ParameterSlice]:
-    """An MEFC is as wide as its level in all its parts, so all its channels of a number go together."""
-    mefc = getattr(config, module)
-    if mefc is None:
-        return
-    yield ParameterSlice(f"{module}.gate.0.weight", 1, index, "reads")
-    yield ParameterSlice(f"{module}.preprocess.weight", 1, index, "reads")
-    yield ParameterSlice(f"{module}.preprocess.weight", 0, index, "writes")
-    for i, names in enumerate(mefc.steps):
-        present = [name for name in names if name != NO_EXPERT]
-        for j, name in enumerate(present):
-            with torch.device("meta"):
-                layers = expert(name, width).state_dict()
-            for layer, weight in layers.items():
-                tensor = f"{module}.steps.{i}.experts.{j}.{layer}"
-                yield ParameterSlice(tensor, 0, index)
-                if weight.shape[1] > 1:  # not depthwise
-                    yield ParameterSlice(tensor, 1, index, "reads")
-        if present:
-            out = f"{module}.steps.{i}.out.weight"
-            yield ParameterSlice(out, 0, index, "writes")
-            joined = index.unsqueeze(1) + torch.arange(len(present)).view(-1, 1) * width
-            yield ParameterSlice(out, 1, joined.flatten(1), "reads")
+def _coupled_slices(part: CoupledChannels, units: int, shapes: Mapping[str, Sequence[int]]) -> Iterator[ParameterSlice]:
+    """What a layer of the stand-in says of the tensors of the layer that it stands for. Pixel-unshuffle makes four
+    neighbouring channels of one, pixel-shuffle one of four."""
+    weight, bias = f"{part.layer}.weight", f"{part.layer}.bias"
+    dims: dict[str, list[tuple[str, int, Role]]] = {
+        "inputs": [(weight, 1, "reads")],
+        "outputs": [(weight, 0, "writes")],
+        "both": [(weight, 0, "neither"), (bias, 0, "neither"), (weight, 1, "reads")],
+    }
+    for tensor, dim, role in dims[part.side]:
+        shape = shapes.get(tensor, ())
+        if dim >= len(shape) or (part.side == "both" and dim == 1 and shape[1] == 1):  # not there, or depthwise
+            continue
+        index = part.channels.view(units, -1)
+        if shape[dim] < part.width:
+            index = index[:, ::4] // 4
+        elif shape[dim] > part.width:
+            index = (4 * index.unsqueeze(2) + torch.arange(4)).flatten(1)
+        yield ParameterSlice(tensor, dim, index, role)
 
 
 def config_after(config: DRSformerConfig, groups: Iterable[PruningGroup], pruned: PrunedIndices) -> DRSformerConfig:

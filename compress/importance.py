@@ -1,4 +1,9 @@
-"""How much each unit of a network's pruning groups is needed: from gradients, or from the weights alone."""
+"""How much each unit of a network's pruning groups is needed: from gradients, or from the weights alone.
+
+The importance classes of Torch-Pruning do not serve: they score layers of its dependency graph, which here are those of
+a stand-in for the residual path alone. And they count what writes into a unit beside what reads it, add up a batch's
+gradients before they take absolute values, and (1.6.1, Hessian) keep the last of the gradients given one by one.
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import random
+from collections import defaultdict
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from compress.groups import ParameterSlice, PruningGroup, pruning_groups, remove
 from compress.importance import importances
 from compress.options import KINDS
-from drsformer.config import DRSformerConfig, MEFCConfig
+from drsformer.config import PRESETS, BlockConfig, DRSformerConfig, LevelConfig, MEFCConfig, preset
 from drsformer.model import DRSformer, LayerNorm, TopKSparseAttention
 from tests.support.networks import fill, image
 
@@ -200,16 +201,34 @@ class KeptNorm(nn.Module):
         return out
 
 
+@functools.cache
+def uneven() -> DRSformer:
+    """No two widths alike, a level of one channel, levels without blocks, and a step of an MEFC without experts."""
+    level, block = LevelConfig, BlockConfig(1, 2, 3)
+    config = DRSformerConfig(
+        encoder=(level(5, ()), level(8, (block,)), level(12, (block, block))),
+        latent=level(4, ()),
+        decoder=(level(1, (block,)), level(7, (block,)), level(8, (block,))),
+        up=(2, 6, 3),
+        feed_forward="gdfn",
+        mefc_early=MEFCConfig(3, (("none", "none"), ("avg_pool_3x3", "sep_conv_5x5"))),
+        mefc_late=MEFCConfig(2, (("dil_conv_3x3", "sep_conv_1x1"), ("none", "avg_pool_3x3"))),
+    )
+    return fill(DRSformer(config))
+
+
 WIDTHS = {g.name: g for g in pruning_groups(network().config, ["width"])}
 
 
+@pytest.mark.parametrize("build", [network, uneven])
 @pytest.mark.parametrize("name", WIDTHS)
-def test_channels_of_a_residual_path_go_with_all_that_reads_and_writes_them(name):
+def test_channels_of_a_residual_path_go_with_all_that_reads_and_writes_them(build, name):
     """Against the full network whose norms see only the channels that stay."""
-    model = network()
-    pruned = {name: some(WIDTHS[name], 3)}
+    model = build()
+    (group,) = (g for g in pruning_groups(model.config, ["width"]) if g.name == name)
+    pruned = {name: some(group, 3)}
     masked = zeroed(model, pruned)
-    for part in WIDTHS[name].dims[0].slices:
+    for part in group.dims[0].slices:
         module, _, parameter = part.tensor.rpartition(".")
         if ".norm" in module and parameter == "weight":
             norm = masked.get_submodule(module)
@@ -217,6 +236,24 @@ def test_channels_of_a_residual_path_go_with_all_that_reads_and_writes_them(name
             kept = [i for i in range(len(norm.weight)) if i not in dead]
             masked.set_submodule(module, KeptNorm(norm, kept))
     assert difference(masked, remove(model, pruned)) < 1e-5
+
+
+CONFIGS = {name: preset(name) for name in PRESETS} | {"mixed": network().config, "uneven": uneven().config}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_channel_of_a_residual_path_belongs_to_one_unit(name):
+    config = CONFIGS[name]
+    indices = defaultdict(list)
+    for group in pruning_groups(config, ["width"]):
+        for part in group.dims[0].slices:
+            assert len(part.units) == group.units
+            indices[part.tensor, part.dim] += part.units.flatten().tolist()
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in DRSformer(config).state_dict().items()}
+    assert {tensor.split(".")[0] for tensor, _ in indices} == {tensor.split(".")[0] for tensor in shapes}
+    for (tensor, dim), found in indices.items():
+        assert sorted(found) == list(range(shapes[tensor][dim])), (tensor, dim)
 
 
 class KeptAttention(nn.Module):
