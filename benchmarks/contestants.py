@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -212,24 +213,33 @@ def captured(call: Callable[[], Tensor], device: torch.device) -> Callable[[], T
 
 
 @functools.cache
-def onnx_of(subject: Subject, form: Form, precision: Precision) -> bytes:
-    """The model of any size that PyTorch's exporter makes of a form."""
+def onnx_of(subject: Subject, form: Form, precision: Precision, batch: int = 1, size: Size | None = None) -> bytes:
+    """The model that PyTorch's exporter makes of a form, of any size if none is given. Raises InputError for a batch
+    that `export.graph` does not offer."""
     from export.graph import to_onnx
 
-    return to_onnx(formed(subject, form, precision)).SerializeToString()
+    options: dict[str, Any] = {"size": size} if size else {}
+    if batch > 1:
+        if "batch" not in inspect.signature(to_onnx).parameters:
+            raise InputError(f"expected a batch of 1, since export.graph offers no other, found {batch}")
+        options["batch"] = batch
+    return to_onnx(formed(subject, form, precision), **options).SerializeToString()
 
 
 @dataclass(frozen=True)
 class Ort:
-    """A network in ONNX Runtime with the provider for the device; input and output stay on the device."""
+    """A network in ONNX Runtime with the provider for the device; input and output stay on the device. `graph`: the
+    provider records a CUDA graph and replays it, of a model for the one size."""
 
     subject: Subject
     form: Form
     precision: Precision
+    graph: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.subject.name} {self.form} ONNX Runtime {self.precision}"
+        parts = [self.subject.name, self.form, "ONNX Runtime", *["CUDA graph"] * self.graph]
+        return " ".join([*parts, self.precision])
 
     @property
     def compiles(self) -> Any:
@@ -239,14 +249,17 @@ class Ort:
         import onnxruntime as ort
 
         kind = image.device.type
+        if self.graph and kind != "cuda":
+            raise RuntimeError("CUDA graphs need a CUDA device")
         provider = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}[kind]
         if provider not in ort.get_available_providers():
             raise RuntimeError(f"onnxruntime {ort.__version__} offers only {', '.join(ort.get_available_providers())}")
         ort.preload_dlls()
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        model = onnx_of(self.subject, self.form, self.precision)
-        session = ort.InferenceSession(model, options, providers=[provider])
+        size = (image.shape[2], image.shape[3]) if self.graph else None
+        model = onnx_of(self.subject, self.form, self.precision, image.shape[0], size)
+        session = ort.InferenceSession(model, options, providers=[(provider, self._provider_options(kind))])
         if provider not in session.get_providers():
             raise RuntimeError(f"onnxruntime {ort.__version__} could not start {provider}")
         output = torch.empty_like(image)
@@ -261,6 +274,9 @@ class Ort:
         for _ in range(2):
             call()
         return call
+
+    def _provider_options(self, kind: str) -> dict[str, str]:
+        return {"enable_cuda_graph": str(int(self.graph))} if kind == "cuda" else {}
 
     def work(self, size: Size, batch: int) -> Work:
         return work_of(self.subject, self.form, self.precision, size, batch)
@@ -319,6 +335,7 @@ def contestants(subject: Subject, small: Sequence[Subject], batch: int) -> list[
         of("released", "fp16", compiled=True),
         of("folded", "fp16", compiled=True, graph=True, channels_last=True),
         of("folded", "fp16", compiled=True, channels_last=True),
+        of("released", "fp32", compiled=True),
         of("released", "fp16", compiled=True, graph=True),
         of("folded", "fp16", channels_last=True),
         of("folded", "fp32"),
@@ -327,7 +344,7 @@ def contestants(subject: Subject, small: Sequence[Subject], batch: int) -> list[
         of("folded", "bf16", compiled=True, graph=True),
         *(Torch(other, "folded", "fp16") for other in small),
     ]
-    if batch == 1:
-        found += [Ort(subject, "released", "fp32"), Ort(subject, "folded", "fp32"), Ort(subject, "folded", "fp16")]
-        found += [Trt(subject, "tensorrt"), Trt(subject, "rtx")]
-    return found
+    for other in (subject, *small):
+        found += [Ort(other, "released", "fp32")] if other.released else []
+        found += [Ort(other, "folded", "fp32"), Ort(other, "folded", "fp16"), Ort(other, "folded", "fp16", graph=True)]
+    return found + ([Trt(subject, "tensorrt"), Trt(subject, "rtx")] if batch == 1 else [])

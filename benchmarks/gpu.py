@@ -4,11 +4,14 @@
     python -m benchmarks.gpu speed   --output results/ --weights weights/drsformer-xs.safetensors --minutes 9
     python -m benchmarks.gpu kernels --output results/
     python -m benchmarks.gpu train   --output results/ --data data/ --run-dir runs/ --recipe teacher --minutes 9
+    python -m benchmarks.gpu answers --output results/
+    python -m benchmarks.gpu provider --output results/ --weights weights/drsformer-xs.safetensors --data data/
 
 Each stage writes OUTPUT/STAGE.json and the same as a table in OUTPUT/STAGE.md, row by row, the important ones first. It
 starts no row that it cannot expect to finish within --minutes; the same command goes on from there. A row that fails
-says why, and the next one is tried. benchmarks/README.md says what is measured and how. All of it runs on a CPU too,
-with --device cpu, small networks and small sizes: that is what the tests do.
+says why, and the next one is tried. benchmarks/README.md says what is measured and how; `benchmarks.plan` is what is
+wanted of it first. All of it runs on a CPU too, with --device cpu, small networks and small sizes: that is what the
+tests do.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ import tyro
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.answers import Answers
 from benchmarks.contestants import (
     Contestant,
     Form,
@@ -55,6 +59,7 @@ from benchmarks.harness import (
     protected,
     synchronize,
 )
+from benchmarks.provider import Provider
 from benchmarks.training import Train, pair_folders
 from drsformer.data import dataset_name, find_pairs
 from drsformer.evaluation import evaluate_model
@@ -471,7 +476,9 @@ def gpu(
         Annotated[Correct, tyro.conf.subcommand("correct")]
         | Annotated[Speed, tyro.conf.subcommand("speed")]
         | Annotated[Train, tyro.conf.subcommand("train")]
-        | Annotated[Kernels, tyro.conf.subcommand("kernels")],
+        | Annotated[Kernels, tyro.conf.subcommand("kernels")]
+        | Annotated[Answers, tyro.conf.subcommand("answers")]
+        | Annotated[Provider, tyro.conf.subcommand("provider")],
         tyro.conf.OmitSubcommandPrefixes,
         tyro.conf.OmitArgPrefixes,
     ],
@@ -484,10 +491,10 @@ def gpu(
     return stage.measure()
 
 
-def untrained(summary: Row) -> int:
+def training_failed(summary: Row) -> int:
     """The exit status: 1 where a training failed, whose row says why. Other rows that fail are results."""
     return int(any(key.startswith("train ") for key in summary["errors"]))
 
 
 if __name__ == "__main__":
-    main(gpu, __doc__, summary=lambda summary: summary, status=untrained)
+    main(gpu, __doc__, summary=lambda summary: summary, status=training_failed)

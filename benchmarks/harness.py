@@ -142,7 +142,7 @@ def _cell(value: Any) -> str:
     text = str(value)
     if isinstance(value, float):
         text = f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:z.4g}"  # without an exponent
-    return text.replace("|", "/")
+    return text.replace("|", "/").replace("\n", "<br>")
 
 
 def _as_text(row: Row) -> str:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.parts split teacher last.safetensors log.jsonl --output parts/
     python -m benchmarks.parts join parts/teacher.json --output weights/
+    python -m benchmarks.parts split wheel wheels/*.whl --output parts/ --limit-mb 40
 
 `split` writes NAME.json, which says what is in the parts, and NAME.00, NAME.01 and so on. Files of weights are taken
 apart into byte planes first, the high bytes of all numbers and then the low ones: exponents lie close together and
@@ -19,11 +20,11 @@ from typing import Annotated, Literal
 import tyro
 
 from runtime.cli import main
-from runtime.errors import InputError
+from runtime.errors import InputError, expect_between
 from runtime.files import writing
 
 LIMIT = 15 << 20
-"""Bytes of a part at most."""
+"""Bytes of a part at most, if no other limit is given."""
 
 PLANES = {".safetensors": 2, ".pt": 4}
 """Bytes of a number in files that end so."""
@@ -58,6 +59,8 @@ def split(name: str, files: list[Path], output: Path, limit: int = LIMIT) -> lis
 def join(manifest: Path, output: Path) -> list[Path]:
     """Write the files that were split, each once it is known to be whole. Raises InputError where a part is missing or
     was changed."""
+    if not manifest.is_file():
+        raise InputError(f"expected a file NAME.json that benchmarks.parts wrote, found none at {manifest}")
     try:
         told = json.loads(manifest.read_text())
         stream = memoryview(b"".join((manifest.parent / part).read_bytes() for part in told["parts"]))
@@ -72,6 +75,8 @@ def join(manifest: Path, output: Path) -> list[Path]:
             paths.append(output / Path(file["file"]).name)
             with writing(paths[-1]) as temporary:
                 temporary.write_bytes(content)
+    except FileNotFoundError as error:
+        raise InputError(f"{manifest}: expected all parts beside it, found no {Path(error.filename).name}") from None
     except (ValueError, KeyError, TypeError, zlib.error) as error:
         raise InputError(f"{manifest}: expected it and its parts as benchmarks.parts wrote them ({error})") from None
     return paths
@@ -82,6 +87,7 @@ def parts(
     name: Annotated[str, tyro.conf.Positional],
     files: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
     output: Path = Path("."),
+    limit_mb: float = LIMIT / 1e6,
 ) -> list[Path]:
     """Split files, or join them again; returns the files written.
 
@@ -90,12 +96,14 @@ def parts(
         name: To split, what the parts are called; to join, the file NAME.json.
         files: What to split.
         output: Folder to write to.
+        limit_mb: MB of a part at most.
     """
     if action == "join":
         return join(Path(name), output)
     if not files:
         raise InputError("expected files to split, found none")
-    return split(name, list(files), output)
+    expect_between("limit_mb", limit_mb, 1e-6)
+    return split(name, list(files), output, int(limit_mb * 1e6))
 
 
 if __name__ == "__main__":

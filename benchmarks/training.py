@@ -40,10 +40,11 @@ class Plan:
     """How one network of the programme is trained.
 
     network: by its name in `PRESETS`.
-    start:   the plan whose network it goes on from, or None to start afresh.
-    teacher: the plan whose network it learns from, or None.
+    start:   the plan, or one of the given weights, whose network it goes on from, or None to start afresh.
+    teacher: the plan, or one of the given weights, whose network it learns from, or None.
     recipe:  see `drsformer.recipe`.
-    rendered, dry: fractions of the patches.
+    rendered, dry, compressed: fractions of the patches.
+    mix:     the sets of pairs, each as often as it is named; all of them alike if none is.
     dtype:   that its weights are kept in.
     """
 
@@ -53,6 +54,8 @@ class Plan:
     teacher: str | None = None
     rendered: float = 0.6
     dry: float = 0.05
+    compressed: float = 0.0
+    mix: tuple[str, ...] = ()
     dtype: Literal["fp16", "bf16"] = "fp16"
 
 
@@ -61,7 +64,21 @@ def _recipe(**changes: Any) -> Recipe:
     return Recipe(**common | changes)
 
 
+MIXED: dict[str, Any] = dict(rendered=0.3, compressed=0.1, mix=("rain100l",) * 2 + ("rain200h",) * 3 + ("rain800",))
+"""What networks are trained on with that were trained on light and heavy rain before; see weights/README.md."""
+
 PLANS = {
+    "xs-3": Plan("drsformer-xs", _recipe(iterations=4000, lr=3e-4, batch=4, patch=192), "drsformer-xs", **MIXED),
+    "s-2": Plan("drsformer-s", _recipe(iterations=3000, lr=3e-4, batch=4, patch=192), "drsformer-s", **MIXED),
+    "m-4": Plan(
+        "drsformer-m", _recipe(iterations=2000, lr=2e-4, batch=4, patch=192), "drsformer-m", dtype="bf16", **MIXED
+    ),
+    **{
+        f"m-{percent}": Plan(
+            "drsformer-m", _recipe(iterations=1500, batch=4, patch=192), f"drsformer-m-{percent}", "m-4", **MIXED
+        )
+        for percent in (50, 25, 15)
+    },
     "teacher": Plan("drsformer-m", _recipe(iterations=6000, lr=5e-4), dtype="bf16"),
     "teacher-2": Plan("drsformer-m", _recipe(iterations=4000, lr=3e-4, batch=4, patch=192), "teacher", dtype="bf16"),
     "teacher-3": Plan("drsformer-m", _recipe(iterations=1000, lr=2e-4, batch=4, patch=192), "teacher-2", dtype="bf16"),
@@ -88,8 +105,9 @@ class Train(Stage):
         batch: Instead of that of the recipe.
         patch: Instead of that of the recipe.
         workers: Processes that cut patches.
-        init: Checkpoint to start from, instead of what the plan before it left in --run-dir.
-        teacher: Checkpoint of the teacher, instead of what its recipe left in --run-dir.
+        init: Checkpoint to start from, instead of what its recipe names: a run in --run-dir, or one of --weights.
+        teacher: Checkpoint of the teacher, likewise.
+        minutes_each: Train each network for so many minutes at the most; then the next one.
         readable: Train through the readable form instead of the folded one.
         compile: Compile block by block.
         cuda_graph: Replay the passes of a step from a CUDA graph.
@@ -108,6 +126,7 @@ class Train(Stage):
     workers: int = 14
     init: Path | None = None
     teacher: Path | None = None
+    minutes_each: float | None = None
     readable: bool = False
     compile: bool = False
     cuda_graph: bool = True
@@ -195,7 +214,8 @@ class Train(Stage):
 
     def probe_loader(self, plan: Plan, folder: Path) -> Row:
         """Batches that no network waits for, over some seconds after the first."""
-        patches = Patches(*self.sources(plan, folder))
+        folders = [find_pairs(place) for place in training_folders(plan, folder)]
+        patches = Patches(folders, plan.recipe, **self.data_options(plan, folder).sources_of_patches())
         patches.warm_up()
         size = plan.recipe.batch
         numbers = [list(range(i * size, (i + 1) * size)) for i in range(10_000)]
@@ -213,12 +233,6 @@ class Train(Stage):
 
     # Doing it.
 
-    def sources(self, plan: Plan, folder: Path) -> tuple[Any, ...]:
-        """The arguments of `Patches`."""
-        data_options = self.data_options(plan, folder)
-        folders = [find_pairs(place) for place in pair_folders(folder, "train")]
-        return folders, plan.recipe, data_options.clean, data_options.streaks, data_options.rendered, data_options.dry
-
     def data_options(self, plan: Plan, folder: Path) -> DataOptions:
         clean, streaks = ((folder / name) if (folder / name).is_dir() else None for name in ("clean", "streaks"))
         return DataOptions(
@@ -228,19 +242,41 @@ class Train(Stage):
             streaks=streaks,
             rendered=plan.rendered,
             dry=plan.dry,
+            compressed=plan.compressed,
         )
+
+    def network_of(self, name: str) -> Path:
+        """A checkpoint by the name of its plan, from its run here or from where an earlier machine sent it, or by that
+        of its file. Raises InputError where there is none."""
+        self.bring_back(name)
+        given = (path for path in self.weights if path.stem == name)
+        for path in (self.run_dir / name / "last.safetensors", self.run_dir / name / f"{name}.safetensors", *given):
+            if path.is_file():
+                return path
+        raise InputError(f"expected {name} in `weights`, or its run in {self.run_dir}, found neither")
+
+    def bring_back(self, name: str) -> None:
+        """Join what an earlier machine left of a run in the results, where this one has nothing of it."""
+        sent = self.output / f"{name}.json"
+        if sent.is_file() and not (self.run_dir / name).exists():
+            parts.join(sent, self.run_dir / name)
 
     def train(self, sheet: Sheet, name: str, plan: Plan, folder: Path) -> None:
         """Train as long as time allows, score what came out on all validation pairs, and split it."""
         for option, path in (("init", self.init), ("teacher", self.teacher)):
             if path and not path.is_file():
                 raise InputError(f"`{option}`: expected a checkpoint, found no file at {path}")
+        before = sheet.rows.get(f"train {name}", {})
+        if before.get("finished") and before["iterations"] == plan.recipe.iterations:
+            return
         run = self.run_dir / name
         reserve = 60 if sheet.device.type == "cuda" else 0  # for scores and parts
         minutes = max(0.0, (sheet.seconds_left() - reserve) / 60)
+        if self.minutes_each is not None:
+            minutes = min(minutes, self.minutes_each)
         options = {
             "output": run,
-            "data": pair_folders(folder, "train"),
+            "data": training_folders(plan, folder),
             "data_options": self.data_options(plan, folder),
             "recipe": plan.recipe,
             "hardware": Hardware(
@@ -261,10 +297,11 @@ class Train(Stage):
         }
 
         def work() -> Row:
-            init = self.init or (self.run_dir / plan.start / "last.safetensors" if plan.start else None)
+            self.bring_back(name)
+            init = self.init or (self.network_of(plan.start) if plan.start else None)
             with training_shown() as on_progress:
                 if plan.teacher:
-                    teacher = self.teacher or self.run_dir / plan.teacher / "last.safetensors"
+                    teacher = self.teacher or self.network_of(plan.teacher)
                     student = str(init or plan.network)
                     result = distill(DistillOptions(teacher=teacher, student=student, **options), on_progress)
                 else:
@@ -299,6 +336,15 @@ class Train(Stage):
             stale.unlink()
         parts.split(name, [rounded, log, *extra], self.output)
         return row
+
+
+def training_folders(plan: Plan, folder: Path) -> list[Path]:
+    """The folders of pairs that a plan cuts patches out of, each as often as it is drawn from."""
+    found = {path.parent.name: path for path in pair_folders(folder, "train")}
+    for name in plan.mix:
+        if name not in found:
+            raise InputError(f"{folder}: expected {name}/train, found {', '.join(found)}")
+    return [found[name] for name in plan.mix or found]
 
 
 def pair_folders(folder: Path, split: str) -> list[Path]:

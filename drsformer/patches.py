@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from drsformer.codecs import JPEG_QUALITY, through_jpeg
 from drsformer.data import Pair, images_in
 from drsformer.recipe import Recipe
 from drsformer.rendering import (
-    JPEG_QUALITY,
     Layer,
     LayerSource,
     add_rain,
-    compress_jpeg,
     crop,
     draw_streaks,
     flip,
@@ -140,7 +139,7 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
             rainy, clean = np.split(self._cut(rng, folder, size, size), 2, axis=-1)
         if self.compressed and rng.random() < self.compressed:
             quality = int(rng.integers(JPEG_QUALITY[0], JPEG_QUALITY[1], endpoint=True))
-            rainy, clean = compress_jpeg(rainy, quality), compress_jpeg(clean, quality)
+            rainy, clean = through_jpeg(rainy, quality), through_jpeg(clean, quality)
         return to_tensor(rainy), to_tensor(clean)
 
     def _cut(

@@ -8,7 +8,6 @@ Layers come from photographed or simulated streaks on black, or, for those who h
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from functools import partial
@@ -36,17 +35,21 @@ BRIGHTEST_LEVEL = 90.0
 TURN_DEGREES = 60
 """Largest angle by which a layer is turned."""
 
-JPEG_QUALITY = 40, 95
-"""Lowest and highest quality of patches that are compressed: from visible blocks to what cameras write."""
 
-
-def draw_streaks(rng: np.random.Generator, height: int, width: int) -> Layer:
+def draw_streaks(rng: np.random.Generator, height: int, width: int, slant: float | None = None) -> Layer:
     """A layer of streaks of one random direction, length, thickness, density and brightness; a `LayerSource`.
 
     Random points are smeared along a line: a convolution with one soft-edged segment, done by FFT, so that the layer
     wraps around at its borders.
+
+    Args:
+        rng: Generator that decides.
+        height: Height in pixels.
+        width: Width in pixels.
+        slant: Degrees from the vertical; if not given, random, more often near the vertical.
     """
-    angle = rng.normal(0, np.pi / 9)  # from the vertical
+    angle = rng.normal(0, np.pi / 9)
+    angle = angle if slant is None else math.radians(slant)
     length, thickness = rng.uniform(10, 45), rng.uniform(0.35, 0.9)
     coverage = rng.uniform(0.02, 0.2)
     points = rng.random((height, width), np.float32)
@@ -102,14 +105,6 @@ def rain_of_pair(rainy: NDArray[np.uint8], clean: NDArray[np.uint8]) -> NDArray[
 def add_rain(clean: NDArray[np.uint8], layer: Layer) -> NDArray[np.uint8]:
     """An image, uint8 (H, W, 3), with a layer, (H, W), on all of its channels: uint8 (H, W, 3)."""
     return np.rint(clean + layer[..., None]).clip(0, 255).astype(np.uint8)
-
-
-def compress_jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
-    """An image, uint8 (H, W, 3), as it comes back from a JPEG file of a quality of 1 to 100 with halved colours, as
-    cameras and videos have them."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=quality, subsampling="4:2:0")
-    return np.asarray(Image.open(file))
 
 
 def make_layer(

@@ -1,10 +1,12 @@
-"""Every stage of benchmarks.gpu from end to end, on a CPU with a tiny network."""
+"""Every stage of benchmarks.gpu, and every step of benchmarks.plan, from end to end, on a CPU with a tiny network."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +17,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import answers, gpu, harness, training
 from benchmarks import contestants as engines
-from benchmarks import gpu, harness, training
+from benchmarks.answers import Answers
 from benchmarks.contestants import Torch, from_preset, picture
 from benchmarks.gpu import Correct, Kernels, Speed, Train
 from benchmarks.harness import Sheet, Work, kind_of
 from benchmarks.parts import join
+from benchmarks.plan import Wanted, plan
 from drsformer import checkpoint
 from drsformer.config import PRESETS, preset
 from drsformer.model import DRSformer
@@ -28,6 +32,8 @@ from export.graph import to_onnx
 from runtime.errors import InputError
 from tests.support.images import noise, save
 from tests.support.networks import fill
+from tests.support.onnx_files import write_network
+from tests.support.tensorrt import has_driver
 
 pytestmark = pytest.mark.slow
 
@@ -205,7 +211,7 @@ def test_probe(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="expected one of tea"):
+    with pytest.raises(InputError, match="expected one of xs-3"):
         Train(tmp_path, recipe=("none",), device="cpu").measure()
     with pytest.raises(InputError, match="expected one of drsformer"):
         Kernels(tmp_path, "none", device="cpu").measure()
@@ -213,6 +219,120 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         Kernels(tmp_path, TINY, device="cpu", sizes=("30x32",)).measure()
     with pytest.raises(InputError, match="finds none"):
         Kernels(tmp_path, TINY, device="cuda").measure()
+
+
+def wanted(tmp_path: Path, **options: Any) -> Wanted:
+    settings: dict[str, Any] = dict(sizes=("32x32",), batches=(1,), run_dir=tmp_path / "runs", device="cpu")
+    return Wanted(tmp_path / "out", TINY, **settings | options)
+
+
+def mine(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.safetensors"
+    checkpoint.save(path, fill(DRSformer(preset(TINY))), {})  # pyright: ignore[reportArgumentType]
+    return path
+
+
+@pytest.mark.skipif(has_driver(), reason="says what a machine without a GPU answers")
+def test_plan_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_network(tmp_path / "small.onnx")
+    monkeypatch.setattr("benchmarks.plan.Answers", functools.partial(Answers, onnx=model))
+    summary = plan("answers", wanted(tmp_path))["answers"]
+    found = rows(tmp_path / "out", "answers")
+    assert summary["errors"] == [key for key in found if key.startswith("TensorRT: ")]  # which is not installed
+    assert found["TensorRT for RTX: load"]["answer"].startswith("version 1.")
+    assert "an engine of" in found["TensorRT for RTX: build ahead"]["answer"]
+    assert found["TensorRT for RTX: deserialize"]["answer"].endswith("None")
+    assert "cudaError" in found["TensorRT for RTX: deserialize"]["log"]
+    for question in ("build here", "run ahead", "run here"):
+        assert "CUDA finds no NVIDIA GPU" in found[f"TensorRT for RTX: {question}"]["answer"]
+    assert "<br>" in (tmp_path / "out" / "answers.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("script", "answer"),
+    [
+        ("echo loading; kill -SEGV $$", "the process died of SIGSEGV"),
+        ("echo loading; exec sleep 60", "none within 0.5 s"),
+        ("echo loading; exit 3", "the process ended with 3"),
+        ("true", "the process ended with 0"),
+    ],
+)
+def test_a_crash_is_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, answer: str) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o700)
+    monkeypatch.setattr(answers.sys, "executable", str(python))
+    row = Answers(tmp_path, limit_s=0.5).ask("rtx", "load")
+    assert row == {"answer": answer, "log": "loading" if "loading" in script else ""}
+
+
+def test_plan_onnxruntime(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a model that darkens in place of an exported one: in fp16 a little more."""
+    scales = {"fp32": 0.9, "fp16": 0.8996}
+    write = lambda weights, path, options: write_network(path, scales[options.precision])  # noqa: E731
+    monkeypatch.setattr("benchmarks.provider.export", write)
+    static = functools.wraps(to_onnx)(functools.partial(to_onnx, size=(32, 32)))  # quicker than any size
+    monkeypatch.setattr("export.graph.to_onnx", static)
+    summaries = plan("onnxruntime", wanted(tmp_path, weights=(mine(tmp_path),), data=data, batches=(8,)))
+    assert summaries["provider"]["errors"] == []
+    found = rows(tmp_path / "out", "provider")
+    places = "canaries", "light/val", "heavy/val"
+    assert set(found) == {f"mine {precision} {place}" for precision in scales for place in places}
+    assert found["mine fp16 canaries"]["passed"]
+    assert found["mine fp32 light/val"]["drift dB"] == 0
+    assert 0 < abs(found["mine fp16 light/val"]["drift dB"]) < 0.1
+    found = rows(tmp_path / "out", "speed")
+    assert found["32x32 batch 8: micro folded ONNX Runtime CUDA graph fp16"]["error"].endswith("need a CUDA device")
+    row = found["32x32 batch 8: mine folded ONNX Runtime fp32"]
+    if "batch" in inspect.signature(to_onnx).parameters:
+        assert row["ms"] > 0
+    else:
+        assert row["error"] == "InputError: expected a batch of 1, since export.graph offers no other, found 8"
+
+
+def test_plan_missing(tmp_path: Path, data: Path) -> None:
+    summaries = plan("missing", wanted(tmp_path, weights=(mine(tmp_path),), data=data))
+    assert summaries["correct"]["errors"] == []
+    assert rows(tmp_path / "out", "correct")["mine folded fp16 heavy/val"]["drift dB"] == pytest.approx(0, abs=0.1)
+    found = rows(tmp_path / "out", "speed")
+    assert {f"32x32 batch 1: micro released torch.compile {p}" for p in ("fp32", "fp16")} < found.keys()
+    assert not any("ONNX Runtime" in key for key in found)
+
+
+def test_plan_training(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher starts from given weights, the student from none; where nothing is left of them but what was sent
+    home, as on another machine, the one goes on and the other is not trained again."""
+    mixed = dict(compressed=0.5, mix=("light", "heavy", "heavy"))
+    for name, start in (("tiny-teacher", "mine"), ("tiny-student", None)):
+        changed = dataclasses.replace(training.PLANS[name], start=start, **mixed)
+        monkeypatch.setitem(training.PLANS, name, changed)
+    assert [path.parent.name for path in training.training_folders(changed, data)] == ["light", "heavy", "heavy"]
+    monkeypatch.setattr("benchmarks.plan.Train", functools.partial(training.Train, workers=0))
+    options: dict[str, Any] = dict(weights=(mine(tmp_path),), data=data)
+    plan("training", wanted(tmp_path, recipe=("tiny-teacher",), minutes_each=0, **options))
+    assert not rows(tmp_path / "out", "train")["train tiny-teacher"]["finished"]
+    shutil.rmtree(tmp_path / "runs")
+    both = wanted(tmp_path, recipe=("tiny-teacher", "tiny-student"), **options)
+    assert plan("training", both)["train"]["errors"] == []
+    found = rows(tmp_path / "out", "train")
+    assert [row["iteration"] for row in found.values()] == [4, 4]
+    weights, log, _ = join(tmp_path / "out" / "tiny-teacher.json", tmp_path / "home")
+    parent = checkpoint.load(weights).provenance
+    assert json.dumps(parent).count(checkpoint.load(options["weights"][0]).sha256) >= 1
+    assert [json.loads(line)["iteration"] for line in log.read_text().splitlines()][-1] == 4
+    shutil.rmtree(tmp_path / "runs")
+    monkeypatch.setattr(training, "train", lambda *a, **k: pytest.fail("trained again"))
+    assert plan("training", both)["train"]["errors"] == []
+    assert rows(tmp_path / "out", "train") == found
+
+
+def test_what_a_plan_names_has_to_be_there(tmp_path: Path, data: Path) -> None:
+    assert plan("training", wanted(tmp_path, recipe=("half",), data=data))["train"]["errors"] == ["train half"]
+    assert "expected xs-half in `weights`" in rows(tmp_path / "out", "train")["train half"]["error"]
+    with pytest.raises(InputError, match="expected rain100l/train, found heavy, light"):
+        plan("training", wanted(tmp_path, recipe=("xs-3",), data=data))
+    with pytest.raises(InputError, match="expected networks, found none"):
+        plan("onnxruntime", wanted(tmp_path))
 
 
 def fail(error: Exception) -> Any:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.pack import FORMAT, LAYER_STEP, MANIFEST, pack, unpack
-from benchmarks.parts import join, split
+from benchmarks.parts import join, parts, split
 from drsformer.data import find_pairs
 from drsformer.rendering import add_rain
 from runtime.errors import InputError
@@ -132,3 +132,21 @@ def test_parts_are_small_and_join_bit_for_bit(tmp_path: Path) -> None:
     files[1].write_bytes(files[0].read_bytes())
     with pytest.raises(InputError, match=r"teacher\.json"):
         join(manifest, tmp_path / "out")
+
+
+def test_a_wheel_travels_in_parts_of_any_size(tmp_path: Path) -> None:
+    """As benchmarks/README.md has it, which is joined under its own name, since pip reads it."""
+    wheel = tmp_path / "some_package-1.0-py3-none-any.whl"
+    wheel.write_bytes(np.random.default_rng(1).bytes(250_000))
+    _, *found = parts("split", "some-package", (wheel,), tmp_path / "parts", limit_mb=0.1)
+    assert [path.stat().st_size for path in found[:2]] == [100_000, 100_000]
+    assert len(found) == 3
+    (joined,) = parts("join", str(tmp_path / "parts" / "some-package.json"), output=tmp_path / "wheels")
+    assert joined.name == wheel.name
+    assert joined.read_bytes() == wheel.read_bytes()
+    found[1].unlink()
+    with pytest.raises(InputError, match=r"expected all parts beside it, found no some-package\.01"):
+        join(tmp_path / "parts" / "some-package.json", tmp_path / "again")
+    with pytest.raises(InputError, match="found none at"):
+        join(tmp_path / "parts" / "another.json", tmp_path / "again")
+    assert not (tmp_path / "again").exists()

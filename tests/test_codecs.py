@@ -1,0 +1,66 @@
+"""The noise of codecs: as much as the quality says, on rainy and clean images alike, the same from the same seed."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from drsformer.codecs import FRAMES, through_h264, through_jpeg, through_video
+from drsformer.metrics import psnr_rgb
+from drsformer.rendering import add_rain, draw_streaks
+from runtime.errors import InputError
+from tests.support.images import noise, random_image
+
+
+def generator(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def scene():
+    """A smooth image with rain on it, and without."""
+    y, x = np.mgrid[:64, :80]
+    clean = np.stack([2 * y + x / 4, 60 + 30 * np.sin(x / 9), 90 + y], axis=-1).astype(np.uint8)
+    return add_rain(clean, draw_streaks(generator(), 64, 80)), clean
+
+
+@pytest.mark.parametrize("size", [(64, 80), (33, 17), (1, 1)])
+def test_images_of_any_size_come_back_a_little_changed(size):
+    image = random_image(*size)
+    for coded in (through_jpeg(image, 90), *through_h264([image] * FRAMES, 10)):
+        assert (coded.shape, coded.dtype) == (image.shape, np.uint8)
+        assert np.abs(coded.astype(int) - image).mean() < 60
+        assert min(size) == 1 or not np.array_equal(coded, image)
+
+
+@pytest.mark.parametrize("code", [through_jpeg, lambda image, crf: through_h264([image], crf)[0]])
+def test_less_quality_is_more_noise(scene, code):
+    good, bad = sorted((90, 30), reverse=code is through_jpeg)
+    assert psnr_rgb(code(scene[1], good), scene[1]) > psnr_rgb(code(scene[1], bad), scene[1]) + 3
+
+
+def test_frames_come_back_in_their_order():
+    frames = [np.full((16, 16, 3), 30 * i, np.uint8) for i in range(8)]
+    assert [round(float(frame.mean()) / 30) for frame in through_h264(frames, 10)] == list(range(8))
+
+
+def test_the_frame_of_a_video_is_the_image_with_noise(scene):
+    """Whichever frame it is, neither the pan nor the rain of the others has moved it."""
+    for seed in range(8):
+        for coded, image in zip(through_video(generator(seed), *scene, 12), scene, strict=True):
+            assert psnr_rgb(coded, image) > 30
+            assert not np.array_equal(coded, image)
+
+
+def test_the_same_seed_gives_the_same_noise_and_another_seed_another(scene):
+    one, two, three = (through_video(generator(seed), *scene, 26) for seed in (1, 1, 2))
+    assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+    assert not np.array_equal(one[0], three[0])
+
+
+def test_without_pyav_it_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(InputError, match="PyAV, which is not installed; run: pip install av"):
+        through_h264([noise(0)], 20)
