@@ -19,7 +19,8 @@ class Session(Protocol):
         footprint: `runtime.footprint.Footprint`, or None where it is not known. Where the session lacks it and its
             `provider` is "cpu", as of ONNX Runtime, it is measured when it is needed, which may take seconds.
         graph_io: `runtime.pixels.GraphIO`. Where it says that the graph takes images, the session has a method
-            `run_image`, uint8 (H, W, 3) -> the same, which answers as `run` does without the way through float32.
+            `run_image`, uint8 (H, W, 3) -> the same, which answers as `run` does without the way through float32, and
+            raises InvalidModel where the graph says that the network answered with NaN or infinity.
         identity: Names and versions of the library, the device and its driver, by which `runtime.canary` knows a
             machine again. What lacks it, or leaves one of them empty, has to answer the canaries every time.
     """

@@ -25,10 +25,10 @@ from .bundle import Bundle, describe_file, load
 from .canary import When, check
 from .choice import choose_engine
 from .contract import Session
-from .errors import DeviceError, InputError, InvalidImage, InvalidModel, UnprovenError
+from .errors import DeviceError, InputError, InvalidImage, UnprovenError
 from .manifest import Manifest, describe
 from .memory import available
-from .pixels import to_batch, to_image
+from .pixels import expect_finite, to_batch, to_image
 
 if TYPE_CHECKING:  # they load what they drive, which takes its time
     from .footprint import Footprint
@@ -152,11 +152,7 @@ class Derainer:
             return self.session.run(to_batch(padded[rows, columns]))
 
         restored = tiling.blend(plan, restore, on_tile)[:, :, :H, :W]
-        with np.errstate(over="ignore", invalid="ignore"):
-            total = restored.sum()
-        # One pass tells of nearly all images: a sum of finite numbers is finite, unless they are huge.
-        if not np.isfinite(total) and not np.isfinite(restored).all():
-            raise InvalidModel("the network answered with NaN or infinity; if it runs in float16, export it in float32")
+        expect_finite(restored)
         return to_image(restored)
 
     def submit(self, image: NDArray[np.uint8], on_tile: tiling.OnTile | None = None) -> Future[NDArray[np.uint8]]:

@@ -34,7 +34,7 @@ from .bundle import Bundle
 from .errors import DeviceError, InvalidImage, InvalidModel, device_error, one_line
 from .files import read_own, writing
 from .manifest import FLAVOR_TITLES, Engine, Flavor
-from .pixels import size_text
+from .pixels import FINITE, size_text
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,8 @@ class TrtSession:
             self._stream = _check(self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking))
             resources.callback(self._cuda.cudaStreamDestroy, self._stream)
             self._input, self._output = (_Buffer(self._cuda, size, resources) for _ in range(2))
+            names = [self._cuda_engine.get_tensor_name(i) for i in range(self._cuda_engine.num_io_tensors)]
+            self._finite = _Buffer(self._cuda, 4, resources) if FINITE in names else None
         self.identity = {"library": f"{self._library.title} {trt.__version__}", **_device(self._cuda)}
         self._contexts = _Contexts(self._cuda, sizes)
         resources.callback(self._contexts.close)
@@ -189,13 +191,15 @@ class TrtSession:
         Safe to call from several threads, which take turns. Raises InvalidImage for a size that is in no profile of
         the engine, OutOfMemory where memory on the GPU does not suffice, and DeviceError where it fails.
         """
-        return self.graph_io.answer(self._call(self.graph_io.feed(batch)))
+        return self.graph_io.answer(*self._call(self.graph_io.feed(batch)))
 
     def run_image(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """uint8 (H, W, 3) -> the same, of a graph of images; for the rest see `run`."""
-        return self._call(image[None])[0]
+        """uint8 (H, W, 3) -> the same, of a graph of images; raises InvalidModel where that says that its answer was
+        not finite, for the rest see `run`."""
+        return self.graph_io.image(*self._call(image[None]))
 
-    def _call(self, feed: np.ndarray) -> np.ndarray:
+    def _call(self, feed: np.ndarray) -> list[np.ndarray]:
+        """The graph's outputs."""
         if not self.close.alive:
             raise RuntimeError("the session is closed")
         H, W = self.graph_io.size(feed.shape)
@@ -203,7 +207,10 @@ class TrtSession:
             context = self._contexts.get((H, W)) or self._prepare(H, W, feed.shape)
             self._input.upload(feed, self._stream)
             self._launch(context)
-            return self._output.download(feed.shape, feed.dtype, self._stream)
+            answers = [self._output.download(feed.shape, feed.dtype, self._stream)]
+            if self._finite:
+                answers.append(self._finite.download((1,), np.dtype(np.float32), self._stream))
+            return answers
 
     def _deserialize(self, trt: Any, bundle: Bundle) -> Any:
         self._runtime = trt.Runtime(self._log)
@@ -259,6 +266,7 @@ class TrtSession:
             or not context.set_input_shape("input", shape)
             or not context.set_tensor_address("input", self._input.device)
             or not context.set_tensor_address("output", self._output.device)
+            or (self._finite and not context.set_tensor_address(FINITE, self._finite.device))
             or not (needed := context.update_device_memory_size_for_shapes())  # 0 for an error
         ):
             raise self._failed(H, W)

@@ -55,6 +55,32 @@ def test_graph_of_images_runs_behind_the_same_contract(tmp_path):
     np.testing.assert_allclose(restored * 255, np.rint(restored * 255), atol=1e-4)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_graph_of_images_that_answers_with_nan_says_so(tmp_path, value):
+    """Its clamp hides it. Graphs that do not tell, as they once were, go on working."""
+    image = np.full((9, 16, 3), 100, np.uint8)
+    told = OrtSession(write_network(tmp_path / "told.onnx", value, UINT8, finite=True))
+    for tile in (None, (8, 8)):
+        with pytest.raises(InvalidModel, match="NaN or infinity"):
+            Derainer(told, tile=tile)(image)
+    assert np.isnan(told.run(random_batch(9, 16))).all()  # as a graph of tensors would, for canaries
+    good = Derainer(OrtSession(write_network(tmp_path / "good.onnx", 0.5, UINT8, finite=True)))
+    np.testing.assert_array_equal(good(image), image // 2)
+    old = Derainer(OrtSession(write_network(tmp_path / "old.onnx", value, UINT8)))
+    assert old(image).shape == image.shape
+
+
+@pytest.mark.parametrize(
+    "more",
+    [Tensor("score", "float32", (1,)), Tensor("finite", "uint8", (1,)), Tensor("finite", "float32", (1, 1))],
+)
+def test_other_outputs_are_refused(more):
+    image = [Tensor("input", "uint8", (1, -1, -1, 3)), Tensor("output", "uint8", (1, -1, -1, 3))]
+    assert read_graph_io([*image, Tensor("finite", "float32", (1,))], {}) == GraphIO("image", 1)
+    with pytest.raises(InputError, match="beside them at most one named finite"):
+        read_graph_io([*image, more], {})
+
+
 def test_graph_of_float16_runs_behind_the_same_contract(tmp_path):
     session = OrtSession(write_network(tmp_path / "m.onnx", scale=0.25, kind=FLOAT16))
     batch = random_batch(16, 24)
