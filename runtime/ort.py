@@ -17,8 +17,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from .bundle import Bundle
-from .errors import DeviceError, InputError, InvalidImage, InvalidModel, device_error, one_line
-from .machine import nvidia, processor
+from .errors import DeviceError, InputError, InvalidImage, InvalidModel, device_error, expect_between, one_line
+from .machine import cuda_device, nvidia, processor
 from .manifest import Tensor, read_graph_io
 from .pixels import GraphIO, Size
 
@@ -62,11 +62,12 @@ class OrtSession:
         model: Path of the .onnx file, or a bundle that has one; None is the network that ships with the project.
         provider: "auto" takes CUDA where it works, else the CPU; "cpu"; "cuda"; "ort-tensorrt".
         threads: How many CPU threads one run uses; 0 is one for each core.
+        device: CUDA's number of the GPU; None is the first one.
 
     Raises:
         InvalidModel: For a file that is missing, broken, another network or other than its bundle says.
         DeviceError: For a provider that is not there.
-        InputError: For an unknown provider, and a number of threads that cannot be.
+        InputError: For an unknown provider, a number of threads that cannot be, and a GPU where the CPU runs.
     """
 
     multiple: int
@@ -81,7 +82,11 @@ class OrtSession:
     identity: dict[str, str]
 
     def __init__(
-        self, model: str | os.PathLike[str] | Bundle | None = None, provider: str = "auto", threads: int = 0
+        self,
+        model: str | os.PathLike[str] | Bundle | None = None,
+        provider: str = "auto",
+        threads: int = 0,
+        device: int | None = None,
     ) -> None:
         options = ort.SessionOptions()
         if isinstance(model, Bundle):
@@ -104,12 +109,16 @@ class OrtSession:
         options.enable_mem_pattern = False  # is no faster here, and takes twice the memory from the second image on
         options.log_severity_level = 3  # errors; the warnings are about the graph's inner names
         wanted = _choose(provider)
+        gpu = device or 0
+        expect_between("device", gpu, 0)
+        providers = [(EXECUTION_PROVIDERS[name], {} if name == "cpu" else {"device_id": str(gpu)}) for name in wanted]
         try:
-            engine = ort.InferenceSession(content, options, providers=[EXECUTION_PROVIDERS[p] for p in wanted])
+            engine = ort.InferenceSession(content, options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
             raise InvalidModel(
                 f"{self.path} is not an ONNX model that ONNX Runtime can load: {one_line(error)}"
             ) from error
+        engine.disable_fallback()  # in a run, to another provider or GPU
         self._engine: ort.InferenceSession | None = engine
         running = engine.get_providers()
         self.provider = next(name for name in wanted if EXECUTION_PROVIDERS[name] in running)
@@ -118,7 +127,9 @@ class OrtSession:
                 f"the provider {provider} does not start: see the lines above for what it misses, or use "
                 f"the provider {self.provider}"
             )
-        self.identity = {"library": f"ONNX Runtime {ort.__version__}", **_device(self.provider)}
+        if gpu and self.provider == "cpu":
+            raise InputError(f"`device`: expected none with the provider cpu, which alone runs here, found {device}")
+        self.identity = {"library": f"ONNX Runtime {ort.__version__}", **_device(self.provider, gpu)}
         self.metadata = engine.get_modelmeta().custom_metadata_map
         tensors = [_describe(node) for node in (*engine.get_inputs(), *engine.get_outputs())]
         try:
@@ -191,11 +202,11 @@ def _choose(provider: str) -> list[str]:
     return wanted
 
 
-def _device(provider: str) -> dict[str, str]:
-    """Where a provider runs: the processor, or the GPUs and their driver."""
+def _device(provider: str, gpu: int) -> dict[str, str]:
+    """Where a provider runs: the processor, or the GPU of this number and its driver."""
     if provider == "cpu":
         return {"device": processor()}
-    return {"device": nvidia("name,uuid") or "", "driver": nvidia("driver_version") or ""}
+    return {"device": cuda_device(gpu) or "", "driver": nvidia("driver_version") or ""}
 
 
 def _describe(node: ort.NodeArg) -> Tensor:

@@ -116,10 +116,10 @@ def load_cuda() -> Any:
         raise DeviceError(f"CUDA bindings are not installed ({one_line(error)}): pip install cuda-bindings") from error
 
 
-def gpu() -> str:
-    """Compute capability of the calling thread's current GPU, such as "8.9". That is the first of those in
-    CUDA_VISIBLE_DEVICES, unless cudaSetDevice or torch.cuda.set_device chose another. Raises DeviceError where there is
-    none."""
+def gpu(device: int | None = None) -> str:
+    """Compute capability of a GPU by CUDA's number, such as "8.9". None is the calling thread's current one: the first
+    of those in CUDA_VISIBLE_DEVICES, unless cudaSetDevice or torch.cuda.set_device chose another. Raises DeviceError
+    where there is no such."""
     cuda = load_cuda()
     code, count = cuda.cudaGetDeviceCount()
     if code or not count:
@@ -127,7 +127,11 @@ def gpu() -> str:
             f"CUDA finds no NVIDIA GPU with a driver ({code.name}); expected one: see that nvidia-smi "
             "shows it, or run the ONNX model with the provider cpu"
         )
-    device, attributes = _check(cuda.cudaGetDevice()), cuda.cudaDeviceAttr
+    if device is None:
+        device = _check(cuda.cudaGetDevice())
+    elif not 0 <= device < count:
+        raise DeviceError(f"`device`: expected a GPU from 0 to {count - 1}, found {device}")
+    attributes = cuda.cudaDeviceAttr
     major = _check(cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMajor, device))
     minor = _check(cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMinor, device))
     return f"{major}.{minor}"
@@ -136,14 +140,15 @@ def gpu() -> str:
 class TrtSession:
     """A `runtime.session.Session` on an engine of a bundle.
 
-    The GPU is the current one of the thread that makes the session, whichever threads run it (see `gpu`). The first run
-    at a new size sets up, and with TensorRT for RTX compiles kernels, which are kept in a file beside the bundle (see
-    `cache_path`). Memory on the GPU: input and output for the largest size of the engine's profiles, and for the rest
-    what the largest image so far needs. `close`, not during a run, frees it; so does the end of the session's life.
+    The session stays on its GPU, whichever threads run it. The first run at a new size sets up, and with TensorRT for
+    RTX compiles kernels, which are kept in a file beside the bundle (see `cache_path`). Memory on the GPU: input and
+    output for the largest size of the engine's profiles, and for the rest what the largest image so far needs. `close`,
+    not during a run, frees it; so does the end of the session's life.
 
     Args:
         bundle: From `runtime.bundle.load`.
         engine: One of its engines, for the GPU and the library that are here, see `runtime.choice`.
+        device: CUDA's number of the GPU; None is the calling thread's current one (see `gpu`).
         sizes: For how many image sizes the context, and with it the CUDA graph, is kept; the longest unused goes first.
         cuda_graphs: Replay the launches of a size from its second run on.
 
@@ -155,8 +160,10 @@ class TrtSession:
 
     provider = "tensorrt"
 
-    def __init__(self, bundle: Bundle, engine: Engine, sizes: int = 8, cuda_graphs: bool = True) -> None:
-        gpu()  # before TensorRT is touched, which may crash where there is no driver
+    def __init__(
+        self, bundle: Bundle, engine: Engine, device: int | None = None, sizes: int = 8, cuda_graphs: bool = True
+    ) -> None:
+        gpu(device)  # before TensorRT is touched, which may crash where there is no driver
         self.bundle, self.engine = bundle, engine
         self.path = bundle.folder / self.engine.file
         self.multiple = bundle.manifest.model.size_multiple
@@ -167,7 +174,8 @@ class TrtSession:
         self._cuda_graphs = cuda_graphs
         self._lock = threading.Lock()
         self._cuda = load_cuda()
-        self._on_device = functools.partial(_on_device, self._cuda, _check(self._cuda.cudaGetDevice()))
+        self._device = _check(self._cuda.cudaGetDevice()) if device is None else device
+        self._on_device = functools.partial(_on_device, self._cuda, self._device)
         self._log = new_log(trt)
         pixels = max(height * width for _, (height, width) in self.limits)
         size = pixels * 3 * self.graph_io.dtype.itemsize
@@ -181,7 +189,7 @@ class TrtSession:
             self._input, self._output = (_Buffer(self._cuda, size, resources) for _ in range(2))
             names = [self._cuda_engine.get_tensor_name(i) for i in range(self._cuda_engine.num_io_tensors)]
             self._finite = _Buffer(self._cuda, 4, resources) if FINITE in names else None
-        self.identity = {"library": f"{self._library.title} {trt.__version__}", **_device(self._cuda)}
+        self.identity = {"library": f"{self._library.title} {trt.__version__}", **_device(self._cuda, self._device)}
         self._contexts = _Contexts(self._cuda, sizes)
         resources.callback(self._contexts.close)
 
@@ -386,9 +394,9 @@ def cache_path(bundle: Bundle, engine: Engine) -> Path:
     return bundle.beside(engine.file, "cache")
 
 
-def _device(cuda: Any) -> dict[str, str]:
-    """The current GPU, by its name and UUID, and its driver."""
-    properties = _check(cuda.cudaGetDeviceProperties(_check(cuda.cudaGetDevice())))
+def _device(cuda: Any, device: int) -> dict[str, str]:
+    """A GPU, by its name and UUID, and its driver."""
+    properties = _check(cuda.cudaGetDeviceProperties(device))
     name = properties.name.decode(errors="replace").rstrip("\0")
     return {
         "device": f"{name} {bytes(properties.uuid.bytes).hex()}",
