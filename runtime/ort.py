@@ -16,11 +16,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from .arrays import arrays_of
 from .bundle import Bundle
 from .errors import DeviceError, InputError, InvalidImage, InvalidModel, device_error, expect_between, one_line
-from .machine import cuda_device, nvidia, processor
+from .machine import cuda_device, nvidia, processor, wait_for_stream
 from .manifest import Tensor, read_graph_io
-from .pixels import GraphIO, Size
+from .pixels import FINITE, GraphIO, Size
 
 EXECUTION_PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -129,6 +130,7 @@ class OrtSession:
             )
         if gpu and self.provider == "cpu":
             raise InputError(f"`device`: expected none with the provider cpu, which alone runs here, found {device}")
+        self._gpu = None if self.provider == "cpu" else gpu
         self.identity = {"library": f"ONNX Runtime {ort.__version__}", **_device(self.provider, gpu)}
         self.metadata = engine.get_modelmeta().custom_metadata_map
         tensors = [_describe(node) for node in (*engine.get_inputs(), *engine.get_outputs())]
@@ -160,9 +162,39 @@ class OrtSession:
         not finite, for the rest see `run`."""
         return self.graph_io.image(*self._call(np.ascontiguousarray(image[None])))
 
+    def enqueue(self, input: object, output: object, stream: int = 0, finite: object | None = None) -> None:
+        """See `runtime.contract.Session`. ONNX Runtime has streams of its own: this waits for the caller's first, and
+        then for the answer."""
+        tells = FINITE in self._outputs
+        arrays = arrays_of(self.graph_io, tells, self._gpu, stream, input, output, finite)
+        shape = arrays["input"].shape
+        engine, place = self._engine_for(shape), ("cpu", 0) if self._gpu is None else ("cuda", self._gpu)
+        if self._gpu is not None:
+            for each in {stream, *(array.stream for array in arrays.values() if array.stream is not None)}:
+                wait_for_stream(self._gpu, each)
+        try:
+            binding = engine.io_binding()
+            for name, array in arrays.items():
+                bind = binding.bind_input if name == "input" else binding.bind_output
+                bind(name, *place, np.dtype(array.dtype), array.shape, array.pointer)
+            engine.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+            raise self._failed(shape, error) from error
+
     def _call(self, array: np.ndarray) -> list[np.ndarray]:
         """The graph's outputs."""
-        (H, W), (height, width) = self.graph_io.size(array.shape), self.graph_io.size(self.input.shape)
+        engine = self._engine_for(array.shape)
+        try:
+            answers = [np.asarray(answer) for answer in engine.run(self._outputs, {"input": array})]
+        except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+            raise self._failed(array.shape, error) from error
+        if answers[0].shape != array.shape:
+            raise InvalidModel(f"{self.path}: expected an output of shape {array.shape}, found {answers[0].shape}")
+        return answers
+
+    def _engine_for(self, shape: tuple[int, ...]) -> ort.InferenceSession:
+        """What runs inputs of this shape. Raises InvalidImage where nothing does."""
+        (H, W), (height, width) = self.graph_io.size(shape), self.graph_io.size(self.input.shape)
         if height not in (-1, H) or width not in (-1, W):
             raise InvalidImage(
                 f"{self.path} takes only images of {width}x{height} pixels, found {W}x{H} after padding "
@@ -170,13 +202,11 @@ class OrtSession:
             )
         if self._engine is None:
             raise RuntimeError("the session is closed")
-        try:
-            answers = [np.asarray(answer) for answer in self._engine.run(self._outputs, {"input": array})]
-        except Exception as error:  # ONNX Runtime's exceptions have no base of their own
-            raise device_error(f"{self.path} failed on {W}x{H} pixels", error) from error
-        if answers[0].shape != array.shape:
-            raise InvalidModel(f"{self.path}: expected an output of shape {array.shape}, found {answers[0].shape}")
-        return answers
+        return self._engine
+
+    def _failed(self, shape: tuple[int, ...], error: Exception) -> DeviceError:
+        H, W = self.graph_io.size(shape)
+        return device_error(f"{self.path} failed on {W}x{H} pixels", error)
 
 
 def installed() -> list[str]:

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import arrays_of
 from .bundle import Bundle
 from .errors import DeviceError, InvalidImage, InvalidModel, device_error, one_line
 from .files import read_own, writing
@@ -186,11 +187,12 @@ class TrtSession:
             self._config = self._configure(trt, bundle, resources)
             self._stream = _check(self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking))
             resources.callback(self._cuda.cudaStreamDestroy, self._stream)
+            self._done, self._ready = (_event(self._cuda, resources) for _ in range(2))
             self._input, self._output = (_Buffer(self._cuda, size, resources) for _ in range(2))
             names = [self._cuda_engine.get_tensor_name(i) for i in range(self._cuda_engine.num_io_tensors)]
             self._finite = _Buffer(self._cuda, 4, resources) if FINITE in names else None
         self.identity = {"library": f"{self._library.title} {trt.__version__}", **_device(self._cuda, self._device)}
-        self._contexts = _Contexts(self._cuda, sizes)
+        self._contexts = _Contexts(self._cuda, sizes, self._done)
         resources.callback(self._contexts.close)
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -206,19 +208,42 @@ class TrtSession:
         not finite, for the rest see `run`."""
         return self.graph_io.image(*self._call(image[None]))
 
+    def enqueue(self, input: object, output: object, stream: int = 0, finite: object | None = None) -> None:
+        """See `runtime.contract.Session`. Comes back at once. A size that is new waits for the GPU, so `stream` must
+        not be in capture. No CUDA graph is captured, since one has the addresses of then; whether TensorRT for RTX
+        captures one is its own affair. On the default stream, 0, TensorRT waits more than it has to."""
+        with self._locked():
+            arrays = arrays_of(self.graph_io, self._finite is not None, self._device, stream, input, output, finite)
+            context = self._context(arrays["input"].shape, callers=True)
+            places = {name: array.pointer for name, array in arrays.items()}
+            if self._finite and finite is None:
+                places[FINITE] = self._finite.device  # where nobody reads it
+            for name, place in places.items():
+                if not context.execution.set_tensor_address(name, place):
+                    raise self._failed(*context.size)
+            for array in arrays.values():
+                if array.stream is not None:
+                    _check(self._cuda.cudaEventRecord(self._ready, array.stream))
+                    _check(self._cuda.cudaStreamWaitEvent(stream, self._ready, 0))
+            self._launch(context, stream)
+
     def _call(self, feed: np.ndarray) -> list[np.ndarray]:
         """The graph's outputs."""
-        if not self.close.alive:
-            raise RuntimeError("the session is closed")
-        H, W = self.graph_io.size(feed.shape)
-        with self._lock, self._on_device():
-            context = self._contexts.get((H, W)) or self._prepare(H, W, feed.shape)
+        with self._locked():
+            context = self._context(feed.shape)
             self._input.upload(feed, self._stream)
-            self._launch(context)
+            self._launch(context, self._stream)
             answers = [self._output.download(feed.shape, feed.dtype, self._stream)]
             if self._finite:
                 answers.append(self._finite.download((1,), np.dtype(np.float32), self._stream))
             return answers
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        if not self.close.alive:
+            raise RuntimeError("the session is closed")
+        with self._lock, self._on_device():
+            yield
 
     def _deserialize(self, trt: Any, bundle: Bundle) -> Any:
         self._runtime = trt.Runtime(self._log)
@@ -259,7 +284,12 @@ class TrtSession:
         resources.callback(_save_cache, cache, path, known)
         return config
 
-    def _prepare(self, H: int, W: int, shape: tuple[int, ...]) -> _Context:
+    def _context(self, shape: tuple[int, ...], callers: bool = False) -> _Context:
+        """What runs inputs of this shape, in the session's own memory or in that of its callers."""
+        H, W = self.graph_io.size(shape)
+        return self._contexts.get((H, W), callers) or self._prepare(H, W, shape, callers)
+
+    def _prepare(self, H: int, W: int, shape: tuple[int, ...], callers: bool) -> _Context:
         profile = self.engine.profile_for(H, W)
         if profile is None:
             ranges = " or ".join(f"{size_text(p.min)} to {size_text(p.max)}" for p in self.engine.profiles)
@@ -278,19 +308,25 @@ class TrtSession:
             or not (needed := context.update_device_memory_size_for_shapes())  # 0 for an error
         ):
             raise self._failed(H, W)
-        return self._contexts.add((H, W), context, needed)
+        return self._contexts.add((H, W), callers, context, needed)
 
-    def _launch(self, context: _Context) -> None:
-        """Run a context on the stream. Graphs are captured in the second run: the first one completes the set-up, which
-        must not be captured, and is the only one for many an image in a folder."""
-        if self._cuda_graphs and not self._library.jit and context.warm and context.graph is None:
+    def _launch(self, context: _Context, stream: Any) -> None:
+        """Run a context on a stream, after the one before, since they share their memory. Graphs are captured in the
+        second run: the first one completes the set-up, which must not be captured, and is the only one for many an
+        image in a folder."""
+        _check(self._cuda.cudaStreamWaitEvent(stream, self._done, 0))
+        capturing = self._cuda_graphs and not self._library.jit and not context.callers
+        if capturing and context.warm and context.graph is None:
             context.graph = self._capture(context)
-        if context.graph is not None:
-            _check(self._cuda.cudaGraphLaunch(context.graph, self._stream))
-        elif context.execution.execute_async_v3(self._stream):
-            context.warm = True
-        else:
-            raise self._failed(*context.size)
+        try:
+            if context.graph is not None:
+                _check(self._cuda.cudaGraphLaunch(context.graph, stream))
+            elif context.execution.execute_async_v3(stream):
+                context.warm = True
+            else:
+                raise self._failed(*context.size)
+        finally:  # behind what failed halfway, too
+            _check(self._cuda.cudaEventRecord(self._done, stream))
 
     def _capture(self, context: _Context) -> Any:
         cuda = self._cuda
@@ -340,9 +376,11 @@ class _Buffer:
 
 @dataclass
 class _Context:
-    """What is set up for one image size. `warm` once it has run, `graph` once it is captured."""
+    """What is set up for one image size, in the session's own memory or in that of its `callers`. `warm` once it has
+    run, `graph` once it is captured."""
 
     size: tuple[int, int]
+    callers: bool
     execution: Any
     warm: bool = False
     graph: Any = None
@@ -350,20 +388,22 @@ class _Context:
 
 class _Contexts:
     """The contexts by image size, and the memory in which they all work, one at a time. Where one needs more than there
-    is, the others go, because its address is in their graphs."""
+    is, the others go, because its address is in their graphs. None goes before `done`, the event behind the last work.
+    """
 
-    def __init__(self, cuda: Any, limit: int) -> None:
+    def __init__(self, cuda: Any, limit: int, done: Any) -> None:
         self._cuda = cuda
         self._limit = limit
-        self._contexts: OrderedDict[tuple[int, int], _Context] = OrderedDict()
+        self._done = done
+        self._contexts: OrderedDict[tuple[tuple[int, int], bool], _Context] = OrderedDict()
         self._memory, self._bytes = 0, 0
 
-    def get(self, size: tuple[int, int]) -> _Context | None:
-        if size in self._contexts:
-            self._contexts.move_to_end(size)
-        return self._contexts.get(size)
+    def get(self, size: tuple[int, int], callers: bool) -> _Context | None:
+        if (size, callers) in self._contexts:
+            self._contexts.move_to_end((size, callers))
+        return self._contexts.get((size, callers))
 
-    def add(self, size: tuple[int, int], execution: Any, needed: int) -> _Context:
+    def add(self, size: tuple[int, int], callers: bool, execution: Any, needed: int) -> _Context:
         """`needed`: bytes of memory that it works in."""
         if needed > self._bytes:
             self.close()
@@ -371,21 +411,28 @@ class _Contexts:
         execution.set_device_memory(int(self._memory), self._bytes)
         if len(self._contexts) == self._limit:
             self._drop(next(iter(self._contexts)))
-        self._contexts[size] = _Context(size, execution)
-        return self._contexts[size]
+        context = self._contexts[size, callers] = _Context(size, callers, execution)
+        return context
 
     def close(self) -> None:
         """Free everything; it can be filled again."""
-        for size in list(self._contexts):
-            self._drop(size)
+        for key in list(self._contexts):
+            self._drop(key)
         if self._bytes:
             _check(self._cuda.cudaFree(self._memory))
         self._memory, self._bytes = 0, 0
 
-    def _drop(self, size: tuple[int, int]) -> None:
-        context = self._contexts.pop(size)
+    def _drop(self, key: tuple[tuple[int, int], bool]) -> None:
+        _check(self._cuda.cudaEventSynchronize(self._done))
+        context = self._contexts.pop(key)
         if context.graph is not None:
             _check(self._cuda.cudaGraphExecDestroy(context.graph))
+
+
+def _event(cuda: Any, resources: contextlib.ExitStack) -> Any:
+    event = _check(cuda.cudaEventCreateWithFlags(cuda.cudaEventDisableTiming))
+    resources.callback(cuda.cudaEventDestroy, event)
+    return event
 
 
 def cache_path(bundle: Bundle, engine: Engine) -> Path:
