@@ -10,7 +10,8 @@ With the python backend a model takes `input` and returns `output`, both uint8 (
 client has nothing to get wrong. It needs the distribution `derainer` in the server's Python (pip install ./runtime),
 and runs whatever the bundle has, an engine of TensorRT for RTX as well. The other two are the server's own; with them a
 model takes what its graph takes: uint8 (1, H, W, 3) of any size after `export.onnx --io image`, else float32
-or, after `--io tensor16`, float16 (1, 3, H, W) in [0, 1] and padded.
+or, after `--io tensor16`, float16 (1, 3, H, W) in [0, 1] and padded. A graph of images also has an output `finite`,
+float32 (1,): where that is NaN or infinite, so was the network's answer, and the image is none.
 
 A request is one image. Images differ in size and the graph takes one at a time, so that there is nothing to batch:
 `max_batch_size` is 0, and what Triton calls dynamic batching only limits the queue. Requests run side by side in
@@ -34,9 +35,9 @@ import tyro
 
 from runtime.bundle import Bundle, load
 from runtime.cli import hxw, main
-from runtime.errors import InputError, expect_between
+from runtime.errors import InputError, InvalidModel, expect_between
 from runtime.manifest import MANIFEST, SIGNATURE, Engine, Model
-from runtime.pixels import Size, expect_multiples, size_text
+from runtime.pixels import FINITE, Size, expect_multiples, size_text
 from runtime.session import Provider
 
 Backend = Literal["tensorrt_plan", "onnxruntime", "python"]
@@ -141,6 +142,8 @@ def export(
         expect_multiples("tile", options.tile, model.size_multiple)
     engines = _engines(opened, options)
     lines = [*_interface(options, model, engines), *_execution(options, model, engines)]
+    if options.backend != "python" and FINITE in _outputs(opened):
+        lines.append(f'output {{ name: "{FINITE}" data_type: {DATA_TYPES["float32"]} dims: [1] }}')
 
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{options.name}.", dir=output) as temporary:
@@ -176,6 +179,18 @@ def _engines(bundle: Bundle, options: ServeOptions) -> tuple[Engine, ...]:
                 f"which Triton cannot fill in; {mend} and leave --strip-weights out"
             )
     return plans
+
+
+def _outputs(bundle: Bundle) -> list[str]:
+    """Names of what the graph of a bundle returns. Raises InvalidModel where it is none."""
+    from google.protobuf.message import DecodeError
+    from onnx import load_from_string
+
+    name = bundle.manifest.model.file
+    try:
+        return [value.name for value in load_from_string(bundle.read(name)).graph.output]
+    except DecodeError as error:
+        raise InvalidModel(f"{bundle.folder / name}: expected an ONNX model, found another file") from error
 
 
 def _interface(options: ServeOptions, model: Model, engines: Sequence[Engine]) -> list[str]:

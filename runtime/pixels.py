@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InputError
+from .errors import InputError, InvalidModel
 
 Size = tuple[int, int]
 """Height and width."""
@@ -23,6 +23,10 @@ DTYPES: dict[IO, np.dtype] = {
     "image": np.dtype(np.uint8),
 }
 """Of input and output alike."""
+
+FINITE = "finite"
+"""Second output of a graph of images, whose clamp hides NaN: float32 (1,), finite exactly where every number of the
+answer was before it was clamped. Graphs that were exported before there was such have only `output`."""
 
 
 ROWS = 64
@@ -62,6 +66,15 @@ def to_image(batch: NDArray[np.float32]) -> NDArray[np.uint8]:
     return image
 
 
+def expect_finite(numbers: NDArray[np.float32]) -> None:
+    """Raise InvalidModel for NaN or infinity in what a network answers."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = numbers.sum()
+    # One pass tells of nearly all answers: a sum of finite numbers is finite, unless they are huge.
+    if not np.isfinite(total) and not np.isfinite(numbers).all():
+        raise InvalidModel("the network answered with NaN or infinity; if it runs in float16, export it in float32")
+
+
 def psnr(first: np.ndarray, second: np.ndarray) -> float:
     """Peak signal-to-noise ratio of two arrays of levels, 0 to 255, of one shape; in dB, inf where they are equal."""
     error = float(np.mean((first.astype(np.float64) - second) ** 2))
@@ -99,6 +112,16 @@ class GraphIO:
             return to_image(batch)[None]
         return np.ascontiguousarray(batch, dtype=self.dtype)
 
-    def answer(self, output: np.ndarray) -> NDArray[np.float32]:
-        """The graph's output -> float32 (1, 3, H, W); of an image in steps of 1/255."""
-        return to_batch(output[0]) if self.io == "image" else output.astype(np.float32, copy=False)
+    def answer(self, output: np.ndarray, finite: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """The graph's outputs -> float32 (1, 3, H, W); of an image in steps of 1/255, or NaN throughout where
+        `finite` (see `FINITE`) is not."""
+        if self.io != "image":
+            return output.astype(np.float32, copy=False)
+        batch = to_batch(output[0])
+        return batch if finite is None or np.isfinite(finite).all() else np.full_like(batch, np.nan)
+
+    def image(self, output: NDArray[np.uint8], finite: NDArray[np.float32] | None = None) -> NDArray[np.uint8]:
+        """The outputs of a graph of images -> uint8 (H, W, 3). Raises InvalidModel where `finite` is not."""
+        if finite is not None:
+            expect_finite(finite)
+        return output[0]

@@ -25,10 +25,10 @@ from .bundle import Bundle, describe_file, load
 from .canary import When, check
 from .choice import choose_engine
 from .contract import Session
-from .errors import DeviceError, InputError, InvalidImage, InvalidModel, UnprovenError
+from .errors import DeviceError, InputError, InvalidImage, UnprovenError
 from .manifest import Manifest, describe
 from .memory import available
-from .pixels import to_batch, to_image
+from .pixels import expect_finite, to_batch, to_image
 
 if TYPE_CHECKING:  # they load what they drive, which takes its time
     from .footprint import Footprint
@@ -67,12 +67,13 @@ class Derainer:
         canary: See `open_session`, as for the next two; not for a session.
         require_proof: Run only what the bundle's manifest says was judged against the full model.
         threads: CPU threads, 0 for all cores.
+        device: CUDA's number of the GPU, see `open_session`.
 
     Raises:
         InvalidModel: For a model that cannot be loaded, and a bundle whose files are not those of its manifest, or not
             proven where that is required.
         DeviceError: For a provider that is not there, or that answers a canary wrongly.
-        InputError: For a memory, tile or overlap that cannot be.
+        InputError: For a memory, tile or overlap that cannot be, and a GPU with the provider cpu.
     """
 
     session: Session
@@ -88,13 +89,14 @@ class Derainer:
         canary: When = "first",
         require_proof: bool = False,
         threads: int = 0,
+        device: int | None = None,
     ) -> None:
         if memory is not None and tile:
             raise InputError("expected a memory or a tile, found both")
         if overlap is not None and not tile:
             raise InputError("expected an overlap only with a tile")
         if model is None or isinstance(model, (str, os.PathLike)):
-            model = open_session(model, provider, threads, public_key, canary, require_proof)
+            model = open_session(model, provider, threads, public_key, canary, require_proof, device)
         elif public_key is not None or require_proof:
             raise InputError("expected the path of a bundle, whose signature or proof is demanded, found a session")
         self.session = model
@@ -152,11 +154,7 @@ class Derainer:
             return self.session.run(to_batch(padded[rows, columns]))
 
         restored = tiling.blend(plan, restore, on_tile)[:, :, :H, :W]
-        with np.errstate(over="ignore", invalid="ignore"):
-            total = restored.sum()
-        # One pass tells of nearly all images: a sum of finite numbers is finite, unless they are huge.
-        if not np.isfinite(total) and not np.isfinite(restored).all():
-            raise InvalidModel("the network answered with NaN or infinity; if it runs in float16, export it in float32")
+        expect_finite(restored)
         return to_image(restored)
 
     def submit(self, image: NDArray[np.uint8], on_tile: tiling.OnTile | None = None) -> Future[NDArray[np.uint8]]:
@@ -220,6 +218,7 @@ def open_session(
     public_key: str | os.PathLike[str] | None = None,
     canary: When = "first",
     require_proof: bool = False,
+    device: int | None = None,
 ) -> OrtSession | TrtSession:
     """The network at a path, ready to run.
 
@@ -234,12 +233,14 @@ def open_session(
         canary: When what runs has to answer the bundle's canaries, see `runtime.canary`: "first", "always" or "never".
             Where it does not, "auto" goes on with what it takes next.
         require_proof: Run only files of the bundle that were judged against the full model, as its manifest records.
+        device: CUDA's number of the GPU, as CUDA_VISIBLE_DEVICES has them. None is the first one; for an engine, the
+            calling thread's current one.
 
     Raises:
         InvalidModel: The model cannot be loaded, a bundle's files are not those of its manifest, or none is proven.
         DeviceError: The provider is not there.
         CanaryError: What runs here answers a canary wrongly.
-        InputError: The provider is unknown, or the public key cannot be used.
+        InputError: The provider is unknown, the public key cannot be used, or a GPU was asked for where the CPU runs.
     """
     if provider not in PROVIDERS:
         raise InputError(f"`provider`: expected one of {', '.join(PROVIDERS)}, found {provider!r}")
@@ -258,8 +259,8 @@ def open_session(
 
         if require_proof:
             raise UnprovenError(f"expected a bundle, whose manifest records proofs, found {model or 'no model named'}")
-        return OrtSession(model, provider, threads)
-    ways = _ways(model, provider, threads)
+        return OrtSession(model, provider, threads, device)
+    ways = _ways(model, provider, threads, device)
     for i, (title, way) in enumerate(ways, 1):
         try:
             session = way()
@@ -279,28 +280,30 @@ def open_session(
     raise AssertionError  # the last way returns or raises
 
 
-def _ways(bundle: Bundle, provider: str, threads: int) -> list[tuple[str, Callable[[], OrtSession | TrtSession]]]:
+def _ways(
+    bundle: Bundle, provider: str, threads: int, device: int | None
+) -> list[tuple[str, Callable[[], OrtSession | TrtSession]]]:
     """What a provider may run of a bundle, the best first."""
     from .ort import OrtSession, installed
 
     ways: list[tuple[str, Callable[[], OrtSession | TrtSession]]] = []
     if bundle.manifest.engines and provider in ("auto", "tensorrt"):
-        ways.append(("its engine", lambda: open_engine(bundle)))
+        ways.append(("its engine", lambda: open_engine(bundle, device)))
     if provider == "auto":
         names = [name for name in ("cuda", "cpu") if name in installed()]
     else:
         names = [] if provider == "tensorrt" else [provider]
     for name in names:
-        ways.append((f"its model on {name}", functools.partial(OrtSession, bundle, name, threads)))
+        ways.append((f"its model on {name}", functools.partial(OrtSession, bundle, name, threads, device)))
     return ways
 
 
-def open_engine(bundle: Bundle, sizes: int = 8, cuda_graphs: bool = True) -> TrtSession:
+def open_engine(bundle: Bundle, device: int | None = None, sizes: int = 8, cuda_graphs: bool = True) -> TrtSession:
     """The engine of a bundle for the GPU and the libraries of this machine; for the rest see `runtime.trt.TrtSession`.
-    Raises DeviceError where there is none, or no GPU."""
+    Raises DeviceError where there is none, or no such GPU."""
     from .trt import TrtSession, gpu, library_version
 
-    return TrtSession(bundle, choose_engine(bundle, gpu(), library_version), sizes, cuda_graphs)
+    return TrtSession(bundle, choose_engine(bundle, gpu(device), library_version), device, sizes, cuda_graphs)
 
 
 def describe_onnx(path: Path) -> Manifest:

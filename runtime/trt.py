@@ -30,11 +30,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import arrays_of
 from .bundle import Bundle
 from .errors import DeviceError, InvalidImage, InvalidModel, device_error, one_line
 from .files import read_own, writing
 from .manifest import FLAVOR_TITLES, Engine, Flavor
-from .pixels import size_text
+from .pixels import FINITE, size_text
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,10 @@ def load_cuda() -> Any:
         raise DeviceError(f"CUDA bindings are not installed ({one_line(error)}): pip install cuda-bindings") from error
 
 
-def gpu() -> str:
-    """Compute capability of the calling thread's current GPU, such as "8.9". That is the first of those in
-    CUDA_VISIBLE_DEVICES, unless cudaSetDevice or torch.cuda.set_device chose another. Raises DeviceError where there is
-    none."""
+def gpu(device: int | None = None) -> str:
+    """Compute capability of a GPU by CUDA's number, such as "8.9". None is the calling thread's current one: the first
+    of those in CUDA_VISIBLE_DEVICES, unless cudaSetDevice or torch.cuda.set_device chose another. Raises DeviceError
+    where there is no such."""
     cuda = load_cuda()
     code, count = cuda.cudaGetDeviceCount()
     if code or not count:
@@ -127,7 +128,11 @@ def gpu() -> str:
             f"CUDA finds no NVIDIA GPU with a driver ({code.name}); expected one: see that nvidia-smi "
             "shows it, or run the ONNX model with the provider cpu"
         )
-    device, attributes = _check(cuda.cudaGetDevice()), cuda.cudaDeviceAttr
+    if device is None:
+        device = _check(cuda.cudaGetDevice())
+    elif not 0 <= device < count:
+        raise DeviceError(f"`device`: expected a GPU from 0 to {count - 1}, found {device}")
+    attributes = cuda.cudaDeviceAttr
     major = _check(cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMajor, device))
     minor = _check(cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMinor, device))
     return f"{major}.{minor}"
@@ -136,14 +141,15 @@ def gpu() -> str:
 class TrtSession:
     """A `runtime.session.Session` on an engine of a bundle.
 
-    The GPU is the current one of the thread that makes the session, whichever threads run it (see `gpu`). The first run
-    at a new size sets up, and with TensorRT for RTX compiles kernels, which are kept in a file beside the bundle (see
-    `cache_path`). Memory on the GPU: input and output for the largest size of the engine's profiles, and for the rest
-    what the largest image so far needs. `close`, not during a run, frees it; so does the end of the session's life.
+    The session stays on its GPU, whichever threads run it. The first run at a new size sets up, and with TensorRT for
+    RTX compiles kernels, which are kept in a file beside the bundle (see `cache_path`). Memory on the GPU: input and
+    output for the largest size of the engine's profiles, and for the rest what the largest image so far needs. `close`,
+    not during a run, frees it; so does the end of the session's life.
 
     Args:
         bundle: From `runtime.bundle.load`.
         engine: One of its engines, for the GPU and the library that are here, see `runtime.choice`.
+        device: CUDA's number of the GPU; None is the calling thread's current one (see `gpu`).
         sizes: For how many image sizes the context, and with it the CUDA graph, is kept; the longest unused goes first.
         cuda_graphs: Replay the launches of a size from its second run on.
 
@@ -155,8 +161,10 @@ class TrtSession:
 
     provider = "tensorrt"
 
-    def __init__(self, bundle: Bundle, engine: Engine, sizes: int = 8, cuda_graphs: bool = True) -> None:
-        gpu()  # before TensorRT is touched, which may crash where there is no driver
+    def __init__(
+        self, bundle: Bundle, engine: Engine, device: int | None = None, sizes: int = 8, cuda_graphs: bool = True
+    ) -> None:
+        gpu(device)  # before TensorRT is touched, which may crash where there is no driver
         self.bundle, self.engine = bundle, engine
         self.path = bundle.folder / self.engine.file
         self.multiple = bundle.manifest.model.size_multiple
@@ -167,7 +175,8 @@ class TrtSession:
         self._cuda_graphs = cuda_graphs
         self._lock = threading.Lock()
         self._cuda = load_cuda()
-        self._on_device = functools.partial(_on_device, self._cuda, _check(self._cuda.cudaGetDevice()))
+        self._device = _check(self._cuda.cudaGetDevice()) if device is None else device
+        self._on_device = functools.partial(_on_device, self._cuda, self._device)
         self._log = new_log(trt)
         pixels = max(height * width for _, (height, width) in self.limits)
         size = pixels * 3 * self.graph_io.dtype.itemsize
@@ -178,9 +187,12 @@ class TrtSession:
             self._config = self._configure(trt, bundle, resources)
             self._stream = _check(self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking))
             resources.callback(self._cuda.cudaStreamDestroy, self._stream)
+            self._done, self._ready = (_event(self._cuda, resources) for _ in range(2))
             self._input, self._output = (_Buffer(self._cuda, size, resources) for _ in range(2))
-        self.identity = {"library": f"{self._library.title} {trt.__version__}", **_device(self._cuda)}
-        self._contexts = _Contexts(self._cuda, sizes)
+            names = [self._cuda_engine.get_tensor_name(i) for i in range(self._cuda_engine.num_io_tensors)]
+            self._finite = _Buffer(self._cuda, 4, resources) if FINITE in names else None
+        self.identity = {"library": f"{self._library.title} {trt.__version__}", **_device(self._cuda, self._device)}
+        self._contexts = _Contexts(self._cuda, sizes, self._done)
         resources.callback(self._contexts.close)
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -189,21 +201,49 @@ class TrtSession:
         Safe to call from several threads, which take turns. Raises InvalidImage for a size that is in no profile of
         the engine, OutOfMemory where memory on the GPU does not suffice, and DeviceError where it fails.
         """
-        return self.graph_io.answer(self._call(self.graph_io.feed(batch)))
+        return self.graph_io.answer(*self._call(self.graph_io.feed(batch)))
 
     def run_image(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """uint8 (H, W, 3) -> the same, of a graph of images; for the rest see `run`."""
-        return self._call(image[None])[0]
+        """uint8 (H, W, 3) -> the same, of a graph of images; raises InvalidModel where that says that its answer was
+        not finite, for the rest see `run`."""
+        return self.graph_io.image(*self._call(image[None]))
 
-    def _call(self, feed: np.ndarray) -> np.ndarray:
+    def enqueue(self, input: object, output: object, stream: int = 0, finite: object | None = None) -> None:
+        """See `runtime.contract.Session`. Comes back at once. A size that is new waits for the GPU, so `stream` must
+        not be in capture. No CUDA graph is captured, since one has the addresses of then; whether TensorRT for RTX
+        captures one is its own affair. On the default stream, 0, TensorRT waits more than it has to."""
+        with self._locked():
+            arrays = arrays_of(self.graph_io, self._finite is not None, self._device, stream, input, output, finite)
+            context = self._context(arrays["input"].shape, callers=True)
+            places = {name: array.pointer for name, array in arrays.items()}
+            if self._finite and finite is None:
+                places[FINITE] = self._finite.device  # where nobody reads it
+            for name, place in places.items():
+                if not context.execution.set_tensor_address(name, place):
+                    raise self._failed(*context.size)
+            for array in arrays.values():
+                if array.stream is not None:
+                    _check(self._cuda.cudaEventRecord(self._ready, array.stream))
+                    _check(self._cuda.cudaStreamWaitEvent(stream, self._ready, 0))
+            self._launch(context, stream)
+
+    def _call(self, feed: np.ndarray) -> list[np.ndarray]:
+        """The graph's outputs."""
+        with self._locked():
+            context = self._context(feed.shape)
+            self._input.upload(feed, self._stream)
+            self._launch(context, self._stream)
+            answers = [self._output.download(feed.shape, feed.dtype, self._stream)]
+            if self._finite:
+                answers.append(self._finite.download((1,), np.dtype(np.float32), self._stream))
+            return answers
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
         if not self.close.alive:
             raise RuntimeError("the session is closed")
-        H, W = self.graph_io.size(feed.shape)
         with self._lock, self._on_device():
-            context = self._contexts.get((H, W)) or self._prepare(H, W, feed.shape)
-            self._input.upload(feed, self._stream)
-            self._launch(context)
-            return self._output.download(feed.shape, feed.dtype, self._stream)
+            yield
 
     def _deserialize(self, trt: Any, bundle: Bundle) -> Any:
         self._runtime = trt.Runtime(self._log)
@@ -244,7 +284,12 @@ class TrtSession:
         resources.callback(_save_cache, cache, path, known)
         return config
 
-    def _prepare(self, H: int, W: int, shape: tuple[int, ...]) -> _Context:
+    def _context(self, shape: tuple[int, ...], callers: bool = False) -> _Context:
+        """What runs inputs of this shape, in the session's own memory or in that of its callers."""
+        H, W = self.graph_io.size(shape)
+        return self._contexts.get((H, W), callers) or self._prepare(H, W, shape, callers)
+
+    def _prepare(self, H: int, W: int, shape: tuple[int, ...], callers: bool) -> _Context:
         profile = self.engine.profile_for(H, W)
         if profile is None:
             ranges = " or ".join(f"{size_text(p.min)} to {size_text(p.max)}" for p in self.engine.profiles)
@@ -259,22 +304,29 @@ class TrtSession:
             or not context.set_input_shape("input", shape)
             or not context.set_tensor_address("input", self._input.device)
             or not context.set_tensor_address("output", self._output.device)
+            or (self._finite and not context.set_tensor_address(FINITE, self._finite.device))
             or not (needed := context.update_device_memory_size_for_shapes())  # 0 for an error
         ):
             raise self._failed(H, W)
-        return self._contexts.add((H, W), context, needed)
+        return self._contexts.add((H, W), callers, context, needed)
 
-    def _launch(self, context: _Context) -> None:
-        """Run a context on the stream. Graphs are captured in the second run: the first one completes the set-up, which
-        must not be captured, and is the only one for many an image in a folder."""
-        if self._cuda_graphs and not self._library.jit and context.warm and context.graph is None:
+    def _launch(self, context: _Context, stream: Any) -> None:
+        """Run a context on a stream, after the one before, since they share their memory. Graphs are captured in the
+        second run: the first one completes the set-up, which must not be captured, and is the only one for many an
+        image in a folder."""
+        _check(self._cuda.cudaStreamWaitEvent(stream, self._done, 0))
+        capturing = self._cuda_graphs and not self._library.jit and not context.callers
+        if capturing and context.warm and context.graph is None:
             context.graph = self._capture(context)
-        if context.graph is not None:
-            _check(self._cuda.cudaGraphLaunch(context.graph, self._stream))
-        elif context.execution.execute_async_v3(self._stream):
-            context.warm = True
-        else:
-            raise self._failed(*context.size)
+        try:
+            if context.graph is not None:
+                _check(self._cuda.cudaGraphLaunch(context.graph, stream))
+            elif context.execution.execute_async_v3(stream):
+                context.warm = True
+            else:
+                raise self._failed(*context.size)
+        finally:  # behind what failed halfway, too
+            _check(self._cuda.cudaEventRecord(self._done, stream))
 
     def _capture(self, context: _Context) -> Any:
         cuda = self._cuda
@@ -324,9 +376,11 @@ class _Buffer:
 
 @dataclass
 class _Context:
-    """What is set up for one image size. `warm` once it has run, `graph` once it is captured."""
+    """What is set up for one image size, in the session's own memory or in that of its `callers`. `warm` once it has
+    run, `graph` once it is captured."""
 
     size: tuple[int, int]
+    callers: bool
     execution: Any
     warm: bool = False
     graph: Any = None
@@ -334,20 +388,22 @@ class _Context:
 
 class _Contexts:
     """The contexts by image size, and the memory in which they all work, one at a time. Where one needs more than there
-    is, the others go, because its address is in their graphs."""
+    is, the others go, because its address is in their graphs. None goes before `done`, the event behind the last work.
+    """
 
-    def __init__(self, cuda: Any, limit: int) -> None:
+    def __init__(self, cuda: Any, limit: int, done: Any) -> None:
         self._cuda = cuda
         self._limit = limit
-        self._contexts: OrderedDict[tuple[int, int], _Context] = OrderedDict()
+        self._done = done
+        self._contexts: OrderedDict[tuple[tuple[int, int], bool], _Context] = OrderedDict()
         self._memory, self._bytes = 0, 0
 
-    def get(self, size: tuple[int, int]) -> _Context | None:
-        if size in self._contexts:
-            self._contexts.move_to_end(size)
-        return self._contexts.get(size)
+    def get(self, size: tuple[int, int], callers: bool) -> _Context | None:
+        if (size, callers) in self._contexts:
+            self._contexts.move_to_end((size, callers))
+        return self._contexts.get((size, callers))
 
-    def add(self, size: tuple[int, int], execution: Any, needed: int) -> _Context:
+    def add(self, size: tuple[int, int], callers: bool, execution: Any, needed: int) -> _Context:
         """`needed`: bytes of memory that it works in."""
         if needed > self._bytes:
             self.close()
@@ -355,21 +411,28 @@ class _Contexts:
         execution.set_device_memory(int(self._memory), self._bytes)
         if len(self._contexts) == self._limit:
             self._drop(next(iter(self._contexts)))
-        self._contexts[size] = _Context(size, execution)
-        return self._contexts[size]
+        context = self._contexts[size, callers] = _Context(size, callers, execution)
+        return context
 
     def close(self) -> None:
         """Free everything; it can be filled again."""
-        for size in list(self._contexts):
-            self._drop(size)
+        for key in list(self._contexts):
+            self._drop(key)
         if self._bytes:
             _check(self._cuda.cudaFree(self._memory))
         self._memory, self._bytes = 0, 0
 
-    def _drop(self, size: tuple[int, int]) -> None:
-        context = self._contexts.pop(size)
+    def _drop(self, key: tuple[tuple[int, int], bool]) -> None:
+        _check(self._cuda.cudaEventSynchronize(self._done))
+        context = self._contexts.pop(key)
         if context.graph is not None:
             _check(self._cuda.cudaGraphExecDestroy(context.graph))
+
+
+def _event(cuda: Any, resources: contextlib.ExitStack) -> Any:
+    event = _check(cuda.cudaEventCreateWithFlags(cuda.cudaEventDisableTiming))
+    resources.callback(cuda.cudaEventDestroy, event)
+    return event
 
 
 def cache_path(bundle: Bundle, engine: Engine) -> Path:
@@ -378,9 +441,9 @@ def cache_path(bundle: Bundle, engine: Engine) -> Path:
     return bundle.beside(engine.file, "cache")
 
 
-def _device(cuda: Any) -> dict[str, str]:
-    """The current GPU, by its name and UUID, and its driver."""
-    properties = _check(cuda.cudaGetDeviceProperties(_check(cuda.cudaGetDevice())))
+def _device(cuda: Any, device: int) -> dict[str, str]:
+    """A GPU, by its name and UUID, and its driver."""
+    properties = _check(cuda.cudaGetDeviceProperties(device))
     name = properties.name.decode(errors="replace").rstrip("\0")
     return {
         "device": f"{name} {bytes(properties.uuid.bytes).hex()}",

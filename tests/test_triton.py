@@ -141,6 +141,12 @@ def test_graph_of_images(tmp_path, backend, dims, warm_up):
     found = config(export(folder, tmp_path, ServeOptions(backend=backend)).folder)
     assert (found.input[0].data_type, list(found.input[0].dims)) == (triton.TYPE_UINT8, dims)
     assert warm_ups(found) == [warm_up]
+    assert [output.name for output in found.output] == ["output"]
+    folder = only_model(tmp_path / "finite", kind=onnx.TensorProto.UINT8, finite=True)
+    found = config(export(folder, tmp_path, ServeOptions("told", backend=backend)).folder)
+    outputs = [(output.name, output.data_type, list(output.dims)) for output in found.output]
+    finite = [("finite", triton.TYPE_FP32, [1])] if backend == "onnxruntime" else []
+    assert outputs == [("output", triton.TYPE_UINT8, dims), *finite]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 
 from runtime import trt
 from runtime.bundle import Bundle
-from runtime.errors import DerainError, DeviceError, InputError, InvalidImage, OutOfMemory
+from runtime.errors import DerainError, DeviceError, InputError, InvalidImage, InvalidModel, OutOfMemory
 from runtime.manifest import Profile
 from runtime.pixels import to_batch
 from runtime.session import Derainer, open_engine
@@ -154,6 +154,25 @@ def test_images_go_in_and_come_out(tmp_path, install):
     np.testing.assert_array_equal(derain(tall), 255 - tall)  # in tiles
 
 
+@pytest.mark.parametrize("finite", [0.5, np.nan, np.inf])
+def test_an_engine_of_images_says_whether_its_answer_was_finite(tmp_path, install, finite):
+    cuda, library = install(dtype="uint8", finite=finite)
+    bundle = make_bundle(tmp_path / "bundle", {"profiles": (Profile((1, 1), (8, 8), (40, 40)),)}, io="image")
+    derain = Derainer(open_engine(bundle))
+    for size in ((13, 7), (90, 7)):  # the second in tiles
+        image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+        for _ in range(2):  # the second by a CUDA graph
+            if finite == 0.5:
+                np.testing.assert_array_equal(derain(image), 255 - image)
+            else:
+                with pytest.raises(InvalidModel, match="NaN or infinity"):
+                    derain(image)
+    assert "malloc 4" in cuda.calls
+    library.contexts.clear()
+    derain.close()
+    assert cuda.blocks == {}
+
+
 def test_float16_goes_in_and_comes_out(tmp_path, install):
     install(dtype="float16")
     session = open_engine(make_bundle(tmp_path / "bundle", {}, io="tensor16"))
@@ -282,6 +301,22 @@ def test_a_session_stays_on_the_gpu_that_was_current(bundle, install, explicit):
     del session
     gc.collect()
     assert (cuda.current, cuda.used, cuda.blocks) == (0, {1}, {})
+
+
+def test_the_gpu_that_is_asked_for(bundle, install):
+    cuda, library = install(Cuda((7, 5), (8, 6)))
+    for device in (2, -1):
+        with pytest.raises(DeviceError, match=f"`device`: expected a GPU from 0 to 1, found {device}"):
+            open_engine(bundle, device)
+    assert library.runtimes == []
+    session = open_engine(bundle, 1)
+    assert session.identity["device"] == "Stand-in 8.6 " + "01" * 16
+    check(session, 8, 8)
+    assert cuda.current == 0
+    session.close()
+    library.contexts.clear()
+    assert (cuda.used, cuda.blocks) == ({1}, {})
+    np.testing.assert_array_equal(Derainer(bundle.folder, "tensorrt", device=1)(np.zeros((8, 8, 3), np.uint8)), 255)
 
 
 def test_tensorrt_without_runtime_configs(tmp_path, install):

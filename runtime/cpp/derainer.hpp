@@ -68,7 +68,7 @@ struct Options {
     std::string canary = "first";
     /// Run only a file that was judged against the full model, as the manifest records.
     bool require_proof = false;
-    /// CUDA's number of the GPU.
+    /// CUDA's number of the GPU. With another than the first, "auto" does not go on to the CPU.
     int device = 0;
     /// Of the CPU; 0 for all cores.
     int threads = 0;
@@ -109,9 +109,12 @@ public:
 
     /// Let `stream` restore what is on the GPU, and come back at once; `cudaStreamSynchronize(stream)` waits for it.
     /// In the network's own format, see `graph_io`: of a size that a profile takes, in multiples. The output is neither
-    /// clamped nor rounded. The Derainer has to outlive the work. A size that is new waits for the GPU, so `stream`
-    /// must not be in capture. Throws InputError for another size, and on the CPU.
-    void enqueue(const void* input, void* output, std::int64_t height, std::int64_t width, cudaStream_t stream);
+    /// clamped nor rounded by a graph of tensors. A graph of images clamps, which hides NaN; `finite`, on the GPU too,
+    /// becomes NaN or infinite where the answer was. The Derainer has to outlive the work. A size that is new waits for
+    /// the GPU, so `stream` must not be in capture. Throws InputError for another size, on the CPU, and for `finite` of
+    /// a graph that does not tell: one of tensors, or an older one.
+    void enqueue(const void* input, void* output, std::int64_t height, std::int64_t width, cudaStream_t stream,
+                 float* finite = nullptr);
 
     /// What `enqueue` takes and gives: format, shape and bytes.
     GraphIo graph_io() const;
