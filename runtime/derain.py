@@ -60,7 +60,7 @@ from .session import Derainer, Provider, open_session
 if TYPE_CHECKING:
     from .gallery import Gallery
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"{__package__}.derain")  # also where this file is the command
 
 VIDEOS = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".mxf", ".wmv", ".flv"),
@@ -200,9 +200,9 @@ def derain(
             _tell_what_is_left_out(input)
         report = _restore(derainer, todo, on_progress, gallery)
         if gallery:
-            former = [file for file in files if file not in todo]
-            for file in track(former, len(former), "Comparing earlier results", on_progress):
-                gallery.add_former(*file)
+            if former := [file for file in files if file not in todo]:
+                for file in track(former, len(former), "Comparing earlier results", on_progress):
+                    gallery.add_former(*file)
             gallery.write(session, input, output, command)
     if report.failures and not input.is_dir():
         raise InputError(report.failures[0])

@@ -172,6 +172,11 @@ def test_one_image_by_the_command(network, photos, tmp_path, monkeypatch, capsys
     assert f"{photos / '10.png'} {tmp_path / 'a.png'} --model" in page.read_text()
 
 
+def test_the_command_tells_in_the_page_what_a_folder_has_besides(network, photos, tmp_path, monkeypatch):
+    assert command(monkeypatch, photos, tmp_path / "out", "--model", network, "--report", tmp_path / "out") == 1
+    assert "left out as no images by their names: notes.txt" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_the_page_keeps_what_changed_most_and_few_thumbnails(tmp_path):
     gallery = Gallery(tmp_path / "page.html")
     rainy = random_image(8, 8)
