@@ -49,7 +49,7 @@ from export.graph import to_onnx
 from export.options import Precision
 from export.tensorrt import build
 from export.topk import with_pattern
-from runtime.cli import console, main, progress
+from runtime.cli import console, main, progress, table_of
 from runtime.errors import InputError
 from runtime.files import writing
 from runtime.ort import OrtSession
@@ -263,9 +263,7 @@ def missed(folded: Mapping[str, Row]) -> list[str]:
 
 def table(rows: Mapping[Any, Mapping[Any, Row]], title: str) -> Table:
     """For people."""
-    shown = Table("", title=title)
-    for form in rows:
-        shown.add_column(form, justify="right")
+    shown = table_of([""], list(rows), title)
     for name in ("nodes", "TopK", "ScatterElements", "Softmax", "GMAC", "file MB"):
         shown.add_row(name, *(f"{row['graph'][name]:.6g}" for row in rows.values()))
     for engine in get_args(Engine):

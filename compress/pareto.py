@@ -1,6 +1,6 @@
 """The networks that a search tried as a page: what each costs and what it loses, and which one is taken.
 
-It stands on the templates of `export.report`: one HTML file, whole in itself, that is read without a script but for
+It stands in the frame of `runtime.page`: one HTML file, whole in itself, that is read without a script but for
 sorting. Points of the curve and rows of the table lead to each other.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from export.comparison import Budget
-from export.report import data_uri, page
+from runtime import page
 
 MARKS = {
     "whole": "M0-6 6 0 0 6-6 0Z",
@@ -84,7 +84,7 @@ def render(candidates: Sequence[Candidate], taken: Candidate | None, max_drop_db
     if taken:
         headline = f"{taken.macs:.0%} of the MACs, {taken.latency:.0%} of the time, {taken.drop_db:z.3f} dB lost"
     folders = list(candidates[0].psnr)
-    return page(
+    return page.render(
         "search.html",
         "compress",
         headline=headline,
@@ -99,7 +99,7 @@ def render(candidates: Sequence[Candidate], taken: Candidate | None, max_drop_db
             {"name": f"{i} {each.kind}", "cells": _cells(each), "taken": each == taken}
             for i, each in enumerate(candidates)
         ],
-        csv=data_uri("text/csv;charset=utf-8", _csv(candidates, folders).encode()),
+        csv=page.data_uri("text/csv;charset=utf-8", _csv(candidates, folders).encode()),
         facts=facts,
     )
 

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drsformer.metrics import mean_gain, shortfall
+from runtime.pictures import Window
+from runtime.pixels import Size, size_text
 
 FEW_IMAGES = 10
 """With fewer than so many there is a remark."""
@@ -68,16 +70,14 @@ class Crop:
     """The part of an image where two outputs differ most.
 
     Attributes:
-        top: Row of its top left corner.
-        left: Column of its top left corner.
+        window: Where it is.
         input: What both networks got, uint8 (h, w, 3).
         reference: What the reference made of it.
         candidate: What the candidate made of it.
         target: What it ought to be; None where nobody knows.
     """
 
-    top: int
-    left: int
+    window: Window
     input: NDArray[np.uint8]
     reference: NDArray[np.uint8]
     candidate: NDArray[np.uint8]
@@ -115,6 +115,34 @@ class Extent(NamedTuple):
     bytes: int
     params: int | None = None
     macs: int | None = None
+
+
+class Timing(NamedTuple):
+    """How long the two took for one image, from uint8 to uint8, in turn in the same run.
+
+    Attributes:
+        size: Height and width of the image.
+        rounds: How often each was timed.
+        reference: Where the reference ran.
+        candidate: Where the candidate ran.
+        reference_ms: Median of its milliseconds.
+        candidate_ms: Median of its milliseconds.
+        ratio: Median over the rounds of the candidate's time over the reference's.
+    """
+
+    size: Size
+    rounds: int
+    reference: str
+    candidate: str
+    reference_ms: float
+    candidate_ms: float
+    ratio: float
+
+    def __str__(self) -> str:
+        return (
+            f"medians of {self.rounds} runs in turn on one image of {size_text(self.size)}: {self.reference} against "
+            f"{self.candidate}"
+        )
 
 
 class Column(NamedTuple):
@@ -190,6 +218,7 @@ class Validation:
         min_gain_db: Budget for the gain of the candidate's PSNR over that of the rainy input, see
             `drsformer.metrics.mean_gain`.
         min_psnr: Budget for the PSNR between the outputs on every image.
+        timing: How long they took, where that was measured.
         located: Which layer departs first, in one line, where that was asked for; see `export.locate`.
     """
 
@@ -204,6 +233,7 @@ class Validation:
     min_gain_db: float | None = None
     min_psnr: float | None = None
     extents: dict[str, Extent] = field(default_factory=dict)
+    timing: Timing | None = None
     located: str | None = None
 
     @property
@@ -315,6 +345,7 @@ class Validation:
             "min_gain_db": self.min_gain_db,
             "min_psnr": self.min_psnr,
             "warnings": self.warnings,
+            **({"timing": self.timing._asdict()} if self.timing else {}),
             **({"located": self.located} if self.located else {}),
         }
 

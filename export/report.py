@@ -1,25 +1,23 @@
 """The page that shows what a validation found, for somebody who decides and is no researcher.
 
-One HTML file with every picture inside, so that it can be mailed or archived and is still whole: nothing is fetched. It
-follows the reader's light or dark setting, prints, and can be used by keyboard and screen reader. The page itself is in
-`templates/`, for Jinja2; here is what it shows.
+It stands in the frame of `runtime.page`: one HTML file, whole in itself. Its own template is in `templates/`; here is
+what it shows.
 """
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-from numpy.typing import NDArray
-from PIL import Image
 
-from export.comparison import Column, Comparison, Crop, Picture, Validation
+from export.comparison import Column, Comparison, Picture, Validation
+from runtime import page
+from runtime.pixels import size_text
 
 EXACT_DB = 1e-4
 """Where no drop is larger than this, a sentence says so in place of a plot."""
@@ -38,6 +36,11 @@ class Change(NamedTuple):
     cells: tuple[str, ...]
 
 
+def write(file: Path, validation: Validation) -> None:
+    """Write the page, whole or not at all; `validation` as for `render`."""
+    page.write(file, render(validation))
+
+
 def render(validation: Validation) -> str:
     """The page.
 
@@ -50,8 +53,9 @@ def render(validation: Validation) -> str:
     ranked = sorted(validation.images, key=lambda image: image.badness, reverse=True)
     shown = {name: i for i, name in enumerate(validation.pictures)}
     pictures = [_picture(validation, name, picture) for name, picture in validation.pictures.items()]
-    return page(
+    return page.render(
         "report.html",
+        "export",
         headline=validation.headline,
         mood="bad" if validation.warnings or not validation.passed else "good" if validation.budgets else "neutral",
         warnings=validation.warnings,
@@ -60,7 +64,6 @@ def render(validation: Validation) -> str:
         change=_changes(validation),
         pictures=pictures,
         kinds=list(pictures[0]["layers"]) if pictures else [],
-        scaled=any(picture["scaled"] for picture in pictures),
         left_out=len(validation.images) - len(pictures),
         spread=_spread(validation),
         columns=["image", *(column.title.replace("\n", " ") for column in validation.columns)],
@@ -69,38 +72,11 @@ def render(validation: Validation) -> str:
             for image in ranked
         ],
         total=validation.last_row(),
-        csv=data_uri("text/csv;charset=utf-8", _csv(validation.columns, ranked).encode()),
+        csv=page.data_uri("text/csv;charset=utf-8", _csv(validation.columns, ranked).encode()),
         csv_name="images.csv",
         layers=_layers(validation),
         facts=validation.facts,
     )
-
-
-def page(template: str, package: str = "export", **values: Any) -> str:
-    """A page that is whole in itself.
-
-    Args:
-        template: Name of its template.
-        package: Ours whose `templates` have it; it may stand on those of this package.
-        values: What it shows.
-
-    Returns:
-        HTML.
-    """
-    environment = Environment(
-        loader=ChoiceLoader([PackageLoader(name) for name in dict.fromkeys((package, "export"))]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {}  # in the order that is meant, which the default is to sort
-    return environment.get_template(template).render(values)
-
-
-def data_uri(kind: str, content: bytes) -> str:
-    """A file inside a page, by its media type."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _changes(validation: Validation) -> list[Change]:
@@ -121,6 +97,10 @@ def _changes(validation: Validation) -> list[Change]:
             values = [None if value is None else value / scale for value in (before, after)]
             change = f"× {after / before:.2f}" if before and after else ""
             rows.append(Change(name, ("", *(_number(value, ".2f") for value in values), change)))
+    if timing := validation.timing:
+        name = f"milliseconds for {size_text(timing.size)}"
+        numbers = (_number(value, ".1f") for value in (timing.reference_ms, timing.candidate_ms))
+        rows.append(Change(name, ("", *numbers, f"× {timing.ratio:.2f}")))
     between = totals["psnr_between"]
     worst = "equal" if between == math.inf else f"{between:.2f} dB"
     rows.append(Change("PSNR between the outputs, least", ("", "", "", worst)))
@@ -143,41 +123,15 @@ def _picture(validation: Validation, name: str, picture: Picture) -> dict[str, A
         found = f"drop {_number(image.drop_db, '+z.4f')} dB"
     else:
         found = f"{image.psnr_between:.2f} dB between the outputs"
-    equal = image.psnr_between == math.inf
     roles = [role for role, of in (("worst", validation.worst), ("typical", validation.typical)) if of.name == name]
     crop = picture.crop
-    h, w, _ = crop.input.shape
     amplified, factor = crop.amplified()
     parts = {"rainy": crop.input, "reference": crop.reference, "candidate": crop.candidate}
     if crop.target is not None:
         parts["clean"] = crop.target
     parts[f"difference × {factor}"] = amplified
-    with Image.open(io.BytesIO(picture.layers["rainy"])) as rainy:
-        scaled = rainy.size != (picture.width, picture.height)
-    return {
-        "name": name,
-        "label": f"{name}, {found}" + (f" ({' and '.join(roles)})" if roles else ""),
-        "caption": f"{name}: {found}"
-        + ("" if equal else f". The mark is {w}×{h} pixels from ({crop.left}, {crop.top})"),
-        "equal": equal,
-        "width": picture.width,
-        "height": picture.height,
-        "scaled": scaled,
-        "layers": {kind: data_uri("image/webp", file) for kind, file in picture.layers.items()},
-        "mark": _percentages(crop, picture),
-        "crops": [(kind, _png(part)) for kind, part in parts.items()],
-    }
-
-
-def _percentages(crop: Crop, picture: Picture) -> dict[str, float]:
-    """Where the crop is in the picture, whatever size that is shown at."""
-    h, w, _ = crop.input.shape
-    return {
-        "top": 100 * crop.top / picture.height,
-        "left": 100 * crop.left / picture.width,
-        "height": 100 * h / picture.height,
-        "width": 100 * w / picture.width,
-    }
+    size, equal = (picture.height, picture.width), image.psnr_between == math.inf
+    return page.viewed(name, found, size, picture.layers, crop.window, parts, " and ".join(roles), equal)
 
 
 def _spread(validation: Validation) -> dict[str, Any]:
@@ -262,9 +216,3 @@ def _csv(columns: Sequence[Column], images: Sequence[Comparison]) -> str:
     lines.writerow(["image", *(column.field for column in columns)])
     lines.writerows([image.name, *(getattr(image, column.field) for column in columns)] for image in images)
     return text.getvalue()
-
-
-def _png(image: NDArray[np.uint8]) -> str:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return data_uri("image/png", file.getvalue())

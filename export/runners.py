@@ -10,6 +10,7 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,22 @@ from torch import Tensor
 from drsformer import checkpoint
 from drsformer.config import DRSformerConfig
 from drsformer.session import TorchSession
+from export.comparison import Timing
 from export.topk import masks, scores_of
 from export.verification import ScoreProbe, Scores
 from runtime.errors import InputError
 from runtime.ort import OrtSession
 from runtime.pixels import Size
+from runtime.progress import OnProgress, silent
 from runtime.session import Derainer, Provider, Session, open_session
+from runtime.timing import alternate, noise
 from runtime.trt import TrtSession
+
+TIMED_SIDE = 256
+"""Height and width of the image on which two networks are timed, where both take it; as the MACs are counted."""
+
+TIMED_ROUNDS, TIMED_SECONDS = 3, 3.0
+"""How often two networks are timed: at least so many rounds, and as many as fit into so many seconds."""
 
 Observation = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], Scores]]
 """Runs a batch as `Session.run` does: its answer, and the scores."""
@@ -185,3 +195,22 @@ def run(runners: Sequence[Runner], image: NDArray[np.uint8]) -> list[NDArray[np.
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         results = Comparator.run(list(runners), data_loader=[{"image": image}])
     return [iteration["restored"] for _, (iteration,) in results]
+
+
+def time_in_turn(reference: Observed, candidate: Observed, on_progress: OnProgress = silent) -> Timing:
+    """How long two networks take for one image, in their engines and without being observed.
+
+    Args:
+        reference: The one.
+        candidate: The other. Where it is made for certain sizes, one of them is taken.
+        on_progress: Is told how far it is.
+    """
+    low, high = candidate.limits[0] if candidate.limits else ((1, 1), (TIMED_SIDE, TIMED_SIDE))
+    height, width = (max(least, min(TIMED_SIDE, most)) for least, most in zip(low, high, strict=True))
+    image, both = noise(height, width), (reference, candidate)
+    calls = [partial(Derainer(observed.session), image) for observed in both]
+    taken = 1000 * alternate(calls, TIMED_SECONDS, TIMED_ROUNDS, on_progress)
+    places = [observed.description.partition(",")[0] for observed in both]
+    medians = np.median(taken, axis=1).tolist()
+    ratio = np.median(taken[1] / taken[0]).item()
+    return Timing((height, width), taken.shape[1], places[0], places[1], medians[0], medians[1], ratio)

@@ -21,6 +21,8 @@ counted, layer by layer, from the scores of both networks. The .onnx file itself
 scores come from a second run of a copy that returns them, at the price of twice the time and memory. Other weights, as
 those of a pruned or distilled network, choose differently by right, which says nothing.
 
+With --report both are timed as well, in turn on one image, which takes some more runs of each.
+
 With --tile the candidate restores each image in tiles, as `runtime.tiling` does with images that do not fit, and the
 reference the same image as a whole: give both the same network to see what tiles cost. Flips are not counted then.
 
@@ -31,11 +33,8 @@ Polygraphy runs the two, one image at a time, since it keeps all outputs of a ru
 from __future__ import annotations
 
 import dataclasses
-import io
 import logging
 import operator
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -46,7 +45,6 @@ from typing import TYPE_CHECKING, Annotated, cast
 import numpy as np
 import tyro
 from numpy.typing import NDArray
-from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -57,11 +55,12 @@ from drsformer.counts import macs, params
 from drsformer.data import LayoutError, Pair, find_pairs
 from export.comparison import Comparison, Crop, Extent, Picture, Validation
 from runtime.bundle import load, load_to_change, private_key, save
-from runtime.cli import hxw, main, progress_shown
+from runtime.cli import hxw, main, progress_shown, typed
 from runtime.errors import DerainError, InputError, expect_between
-from runtime.files import writing
+from runtime.files import expect_writable, report_file
 from runtime.images import list_images, read_rgb
 from runtime.manifest import Drift
+from runtime.pictures import largest_difference, webp
 from runtime.pixels import Size, expect_multiples, size_text
 from runtime.progress import OnProgress, silent, track
 from runtime.session import Provider
@@ -72,15 +71,6 @@ if TYPE_CHECKING:  # they load PyTorch and ONNX Runtime, which takes its time
     from runtime.trt import TrtSession
 
 logger = logging.getLogger("export.validate")  # also where this file is the command
-
-CROP_PIXELS = 96
-"""Height and width of the parts of images in the report."""
-
-PICTURE_PIXELS = 1280
-"""Height and width that whole images in the report have at most."""
-
-PICTURE_QUALITY = 90
-"""Of whole images in the report, as WebP has it."""
 
 PICTURES_SHOWN = 10
 """How many of the worst images the report shows; a typical one comes besides."""
@@ -131,7 +121,7 @@ class ValidateOptions:
     @property
     def report_file(self) -> Path | None:
         """Where the report is written."""
-        return self.report and (self.report if self.report.suffix == ".html" else self.report / "report.html")
+        return self.report and report_file(self.report)
 
 
 def validate(
@@ -168,8 +158,7 @@ def validate(
 
     from drsformer.checkpoint import file_sha256
     from export.graph import versions
-    from export.report import render
-    from export.runners import Runner, open_candidate, open_reference, run
+    from export.runners import Runner, open_candidate, open_reference, run, time_in_turn
     from export.topk import count_flips
     from runtime.ort import installed
     from runtime.timing import machine
@@ -210,7 +199,7 @@ def validate(
     for source in track(sources, len(sources), "Comparing", on_progress):
         comparison, picture = compare(source)
         images.append(comparison)
-        if len(worst) < PICTURES_SHOWN or comparison.badness > worst[-1][0].badness:
+        if options.report_file and (len(worst) < PICTURES_SHOWN or comparison.badness > worst[-1][0].badness):
             worst.append((comparison, picture()))
             worst.sort(key=lambda entry: entry[0].badness, reverse=True)
             del worst[PICTURES_SHOWN:]
@@ -224,6 +213,9 @@ def validate(
         "machine": ", ".join(f"{name} {value}" for name, value in machine().items()),
         "versions": ", ".join(f"{package} {version}" for package, version in versions().items()),
     }
+    timing = time_in_turn(full, judged, on_progress) if options.report_file else None
+    if timing:
+        facts["milliseconds"] = str(timing)
     if command:
         facts["command"] = command
     if options.tile:
@@ -241,6 +233,7 @@ def validate(
         min_gain_db=options.min_gain_db,
         min_psnr=options.min_psnr,
         extents={"reference": _extent(full), "candidate": _extent(judged)},
+        timing=timing,
     )
     if options.report_file and (typical := validation.typical).name not in validation.pictures:
         validation.pictures[typical.name] = compare(sources[images.index(typical)])[1]()
@@ -254,8 +247,9 @@ def validate(
         on_progress("Comparing layers", 1, 1)
         validation = dataclasses.replace(validation, located=str(located))
     if options.report_file:
-        with writing(options.report_file) as temporary:
-            temporary.write_text(render(validation), encoding="utf-8")
+        from export import report
+
+        report.write(options.report_file, validation)
     if options.record and validation.passed:
         _record(candidate, _drift(full, judged, data, options.protocol, validation), options.sign)
     return validation
@@ -263,6 +257,10 @@ def validate(
 
 def _check(candidate: Path, options: ValidateOptions) -> None:
     """Raise InputError, before the work, for options that cannot be used."""
+    if options.report_file:
+        import export.report  # noqa: F401 - so that a package that it lacks is told
+
+        expect_writable(options.report_file.parent)
     if options.limit is not None:
         expect_between("limit", options.limit, 1)
     if options.sign and not options.record:
@@ -370,32 +368,10 @@ def _picture(
     if target is not None:
         layers["clean"] = target
     height, width, _ = image.shape
-    files = {kind: _webp(layer) for kind, layer in layers.items()}
-    return Picture(height, width, files, _crop(image, reference, candidate, target))
-
-
-def _webp(image: NDArray[np.uint8]) -> bytes:
-    picture, file = Image.fromarray(image), io.BytesIO()
-    picture.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS), Image.Resampling.LANCZOS)
-    picture.save(file, "WEBP", quality=PICTURE_QUALITY)
-    return file.getvalue()
-
-
-def _crop(
-    image: NDArray[np.uint8],
-    reference: NDArray[np.uint8],
-    candidate: NDArray[np.uint8],
-    target: NDArray[np.uint8] | None = None,
-) -> Crop:
-    """The window with the largest sum of squared differences between the outputs."""
-    squared = ((reference.astype(int) - candidate) ** 2).sum(2)
-    h, w = (min(CROP_PIXELS, length) for length in squared.shape)
-    sums = np.pad(squared.cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # of everything above and to the left
-    windows = sums[h:, w:] - sums[:-h, w:] - sums[h:, :-w] + sums[:-h, :-w]
-    top, left = (int(i) for i in np.unravel_index(windows.argmax(), windows.shape))
-    window = np.s_[top : top + h, left : left + w]
-    parts = (array[window].copy() for array in (image, reference, candidate))
-    return Crop(top, left, *parts, target=None if target is None else target[window].copy())
+    files = {kind: webp(layer) for kind, layer in layers.items()}
+    window = largest_difference(reference, candidate)
+    parts = (window.of(part) for part in (image, reference, candidate))
+    return Picture(height, width, files, Crop(window, *parts, target=None if target is None else window.of(target)))
 
 
 def _extent(observed: Observed) -> Extent:
@@ -433,8 +409,7 @@ def command(
         options: How it is judged.
     """
     with progress_shown() as on_progress:
-        typed = shlex.join(["python", "-m", "export.validate", *sys.argv[1:]])
-        validation = validate(reference, candidate, data, options, on_progress, typed)
+        validation = validate(reference, candidate, data, options, on_progress, typed())
     console = Console()
     console.print(table(validation))
     for warning in validation.warnings:

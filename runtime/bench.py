@@ -27,12 +27,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 # First of all, as it says what to install where tyro is missing.
-from .cli import hxw, main, progress_shown
+from .cli import hxw, main, progress_shown, table_of
 
 # isort: split
 import numpy as np
 import tyro
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -186,17 +185,14 @@ def report(result: Result) -> Iterator[Table | str]:
     """For people."""
     for name, timing in zip(("model", "vs"), result.timings[: result.models], strict=False):
         yield f"{name}: {timing.model} on {timing.provider}"
-    shown = Table("", "size", title="milliseconds an image", title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for column in ("median", "25 %", "75 %", "p99", "rounds", "img/s", "peak MiB"):
-        shown.add_column(column, justify="right")
+    shown = table_of(
+        ["", "size"], ["median", "25 %", "75 %", "p99", "rounds", "img/s", "peak\nMiB"], "milliseconds an image"
+    )
     for i, t in enumerate(result.timings):
         shown.add_row(
             ("model", "vs")[i % result.models],
             size_text(t.size),
-            f"{t.median:.1f}",
-            f"{t.low:.1f}",
-            f"{t.high:.1f}",
-            f"{t.p99:.1f}",
+            *(f"{ms:.1f}" if ms < 1000 else f"{ms:.0f}" for ms in (t.median, t.low, t.high, t.p99)),
             str(t.rounds),
             f"{t.images_per_second:.2f}",
             str(t.peak_mib or ""),

@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import re
+import shlex
 import sys
 import threading
 import time
@@ -43,9 +44,10 @@ console = Console(stderr=True)
 
 EXTRAS = {
     **dict.fromkeys(("torch", "safetensors", "lightning_fabric", "tensorboard", "click"), "drsformer-deploy[torch]"),
-    **dict.fromkeys(("onnx", "onnxscript", "polygraphy", "jinja2"), "drsformer-deploy[export]"),
+    **dict.fromkeys(("onnx", "onnxscript", "polygraphy"), "drsformer-deploy[export]"),
     **dict.fromkeys(("matplotlib", "torch_pruning"), "drsformer-deploy[compress]"),
     "tritonclient": "drsformer-deploy[serve]",
+    "jinja2": "derainer[report]" if __package__ == "derainer" else "drsformer-deploy[report]",
 }
 """What to install for a module that is missing."""
 
@@ -81,8 +83,7 @@ def main(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
-        spec = sys.modules["__main__"].__spec__  # None for a script
-        prog = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+        prog, spec = program(), sys.modules["__main__"].__spec__
         if description is not None:  # a script of the distribution has a name of its own, and so has its package
             verb = (spec.name if spec else function.__module__).rpartition(".")[2]
             description = description.replace(f"python -m runtime.{verb}", prog)
@@ -115,6 +116,17 @@ def main(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def program() -> str:
+    """What was typed to start this command, without its arguments."""
+    spec = sys.modules["__main__"].__spec__  # None for a script
+    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+
+
+def typed() -> str:
+    """The command line as it was typed, for reports."""
+    return f"{program()} {shlex.join(sys.argv[1:])}"
 
 
 def _is_want_of_memory(error: Exception) -> bool:

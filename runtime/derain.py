@@ -3,6 +3,7 @@
     python -m runtime.derain rainy.jpg clean.jpg
     python -m runtime.derain photos/ restored/
     python -m runtime.derain photos/ restored/ --model bundle/ --public-key public.pem --provider cuda
+    python -m runtime.derain photos/ restored/ --report restored/report.html
     python -m runtime.derain photos/ restored/ --shard $SLURM_ARRAY_TASK_ID/8
     python -m runtime.derain panorama.tif clean.tif --memory 8GB --max-pixels 1000000000
     python -m runtime.derain rainy.mp4 clean.mp4 --crf 16
@@ -18,6 +19,10 @@ already, and not older than the image, is left out unless --overwrite is given; 
 all, a run that was stopped can simply be started again. Images that cannot be restored are named at the end, and the
 exit status is then 1, as it is for a damaged video, of which all that is left is restored.
 
+--report writes a page to look at, one HTML file with everything inside (extra: report): rainy and restored under a
+slider, and every image with its size, milliseconds, notes and links to its files; images that had been restored before
+are in it too.
+
 --shard 3/8 takes the third eighth of a folder's images, so that eight jobs of 1/8 to 8/8 restore each image once. An
 image's name alone decides where it belongs, also while images come and go; the shares are equal only roughly.
 """
@@ -29,14 +34,15 @@ import hashlib
 import logging
 import os
 import sys
-import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 # First of all, as it says what to install where tyro is missing.
-from .cli import byte_count, hxw, main, progress_shown, share
+from .cli import byte_count, hxw, main, progress_shown, share, typed
 
 # isort: split
 import tyro
@@ -44,13 +50,17 @@ from PIL import Image
 
 from .canary import When
 from .errors import DerainError, InputError, OutOfMemory, expect_between, one_line
+from .files import expect_writable, report_file
 from .images import SUFFIXES, Photo, list_images, load
 from .pipeline import pipeline
 from .pixels import Size
-from .progress import OnProgress, silent
+from .progress import OnProgress, silent, track
 from .session import Derainer, Provider, open_session
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from .gallery import Gallery
+
+logger = logging.getLogger(f"{__package__}.derain")  # also where this file is the command
 
 VIDEOS = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".mxf", ".wmv", ".flv"),
@@ -107,6 +117,7 @@ class DerainOptions:
         max_pixels: Refuse larger images, as a small file can claim to hold billions of pixels; 89 million if not given.
         crf: Quality of a video, from 0, the best, to 51.
         tone_map: Map the tones of a video in HLG, which is HDR as phones film it, to SDR.
+        report: HTML file to write, or folder for a report.html, that shows the images before and after.
     """
 
     model: Path | None = None
@@ -123,6 +134,12 @@ class DerainOptions:
     max_pixels: int | None = None
     crf: int = 18
     tone_map: bool = False
+    report: Path | None = None
+
+    @property
+    def report_file(self) -> Path | None:
+        """Where the report is written."""
+        return self.report and report_file(self.report)
 
 
 def derain(
@@ -130,6 +147,7 @@ def derain(
     output: Path,
     options: DerainOptions = DerainOptions(),
     on_progress: OnProgress = silent,
+    command: str | None = None,
 ) -> Report:
     """Restore an image, the images of a folder, or a video.
 
@@ -138,6 +156,7 @@ def derain(
         output: File to write, or folder to write into.
         options: How.
         on_progress: Is told how far it is.
+        command: The command line that asks for it, which the report shows.
 
     Returns:
         What was done.
@@ -145,8 +164,17 @@ def derain(
     Raises:
         InputError: The options or an input file cannot be used, or `output` would overwrite `input`.
         OSError: `output` cannot be written.
+        ModuleNotFoundError: A report needs Jinja2.
     """
     files = _plan(input, output)
+    is_video = not input.is_dir() and _is_video(*files[0])
+    gallery = None
+    if options.report_file:
+        if is_video:
+            raise InputError(f"`report` is for images, and {input} is a video")
+        from .gallery import Gallery  # needs Jinja2
+
+        gallery = Gallery(options.report_file)
     if options.shard is not None:
         if not input.is_dir():
             raise InputError(f"`shard` is for folders, and {input} is a file")
@@ -165,15 +193,25 @@ def derain(
         options.device,
     )
     derainer = Derainer(session, memory=options.memory, tile=options.tile)
-    _refuse_unwritable(output if input.is_dir() else files[0][1].parent)
-    if not input.is_dir() and _is_video(*files[0]):
+    expect_writable(output if input.is_dir() else files[0][1].parent)
+    if gallery:
+        expect_writable(gallery.file.parent)
+    if is_video:
         from . import video  # needs PyAV
 
         result = video.restore(derainer, *files[0], options.crf, on_progress, options.tone_map)
         return Report([files[0][1]], result.failures, provider=session.provider, frames=result.frames)
-    if input.is_dir():
-        _tell_what_is_left_out(input)
-    report = _restore(derainer, todo, on_progress)
+    with ExitStack() as stack:
+        if gallery:
+            stack.enter_context(gallery.listening())
+        if input.is_dir():
+            _tell_what_is_left_out(input)
+        report = _restore(derainer, todo, on_progress, gallery)
+        if gallery:
+            if former := [file for file in files if file not in todo]:
+                for file in track(former, len(former), "Comparing earlier results", on_progress):
+                    gallery.add_former(*file)
+            gallery.write(session, input, output, command)
     if report.failures and not input.is_dir():
         raise InputError(report.failures[0])
     return replace(report, skipped=len(files) - len(todo), provider=session.provider)
@@ -192,7 +230,7 @@ def command(
         options: How.
     """
     with progress_shown() as on_progress:
-        report = derain(input, output, options, on_progress)
+        report = derain(input, output, options, on_progress, typed())
     for failure in report.failures:
         print(f"error: {one_line(failure)}", file=sys.stderr)
     restored, folder = len(report.restored), input.is_dir()
@@ -203,54 +241,93 @@ def command(
     before = f", {report.skipped} had been before (--overwrite restores them again)" if report.skipped else ""
     tiled = f", {report.tiled} in tiles" if report.tiled else ""
     print(f"{count} restored on {report.provider}{tiled}{before}: {output if folder else report.restored[0]}")
+    if options.report_file:
+        print(f"Report: {options.report_file}")
     return report
 
 
-def _restore(derainer: Derainer, files: list[tuple[Path, Path]], on_progress: OnProgress) -> Report:
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """An image on its way.
+
+    Attributes:
+        photo: As it was read, or why it cannot be restored.
+        restored: What became of it.
+        milliseconds: What that took.
+        tiles: How many it was cut into.
+    """
+
+    source: Path
+    target: Path
+    photo: Photo | DerainError
+    restored: Photo | None = None
+    milliseconds: float = 0.0
+    tiles: int = 1
+
+
+def _restore(
+    derainer: Derainer, files: list[tuple[Path, Path]], on_progress: OnProgress, gallery: Gallery | None = None
+) -> Report:
     """Restore images, the next one being read and the last one written meanwhile. One that fails is reported."""
     report, tiled = Report([], []), 0
 
-    def read() -> Iterator[tuple[Path, Path, Photo | DerainError]]:
+    def read() -> Iterator[_Job]:
         for source, target in files:
             try:
                 photo = load(source)
                 photo.check(target)  # before the network runs, which takes much longer
             except DerainError as error:
-                yield source, target, error
+                yield _Job(source, target, error)
             else:
-                yield source, target, photo
+                yield _Job(source, target, photo)
 
-    def work(item: tuple[Path, Path, Photo | DerainError]) -> tuple[Path, Photo | DerainError]:
-        source, target, photo = item
-        if isinstance(photo, DerainError):
-            return target, photo
+    def work(job: _Job) -> _Job:
+        if isinstance(job.photo, DerainError):
+            return job
+        tiles = 1
+
+        def on_tile(done: int, total: int) -> None:
+            nonlocal tiles
+            tiles = total
+            if total > 1:
+                on_progress("Tiles", done, total)
+
+        started = time.perf_counter()
         try:
-            return target, replace(photo, rgb=derainer(photo.rgb, show_tiles))
+            restored = replace(job.photo, rgb=derainer(job.photo.rgb, on_tile))
         except DerainError as error:
-            return target, type(error)(f"{source}: {error}")
+            return replace(job, photo=type(error)(f"{job.source}: {error}"))
         except MemoryError:
-            return target, OutOfMemory(f"{source}: not enough memory; cut it into tiles by --memory or --tile")
+            told = f"{job.source}: not enough memory; cut it into tiles by --memory or --tile"
+            return replace(job, photo=OutOfMemory(told))
+        milliseconds = 1000 * (time.perf_counter() - started)
+        rainy = job.photo if gallery else restored  # the pixels of a photo that nobody asks for are let go
+        return replace(job, photo=rainy, restored=restored, milliseconds=milliseconds, tiles=tiles)
 
-    def show_tiles(done: int, total: int) -> None:
+    def write(job: _Job) -> None:
         nonlocal tiled
-        tiled += 1 < done == total
-        if total > 1:
-            on_progress("Tiles", done, total)
-
-    def write(item: tuple[Path, Photo | DerainError]) -> None:
-        target, photo = item
         try:
-            if isinstance(photo, DerainError):
-                raise photo
-            photo.save(target)
-            report.restored.append(target)
+            if isinstance(job.photo, DerainError):
+                raise job.photo
+            assert job.restored
+            job.restored.save(job.target)
+            report.restored.append(job.target)
+            tiled += job.tiles > 1
+            if gallery:
+                notes = [f"{job.tiles} tiles"] if job.tiles > 1 else []
+                gallery.add(job.source, job.target, job.photo.rgb, job.restored.rgb, job.milliseconds, *notes)
         except DerainError as error:
-            report.failures.append(str(error))
+            fail(job, str(error))
         except OSError as error:
             if error.errno != errno.ENAMETOOLONG:  # others, such as a full disk, are no fault of this image
                 raise
-            report.failures.append(f"{target}: {error.strerror}")
+            fail(job, f"{job.target}: {error.strerror}")
         on_progress("Restoring images", len(report.restored) + len(report.failures), len(files))
+
+    def fail(job: _Job, reason: str) -> None:
+        report.failures.append(reason)
+        if gallery:
+            gallery.add_failure(job.source, job.target, reason)
 
     on_progress("Restoring images", 0, len(files))
     pipeline(read(), work, write)
@@ -299,15 +376,6 @@ def _is_video(source: Path, target: Path) -> bool:
 
 def _is_done(source: Path, target: Path) -> bool:
     return target.is_file() and target.stat().st_mtime_ns >= source.stat().st_mtime_ns
-
-
-def _refuse_unwritable(folder: Path) -> None:
-    """Raise OSError for a folder that cannot be made or written into, before the network runs."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def _belongs(name: str, part: int, parts: int) -> bool:

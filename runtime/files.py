@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,21 @@ def writing(path: str | os.PathLike[str], mode: int = 0o666) -> Iterator[Path]:
         if unnamed and error.strerror is not None:
             error.filename = str(path)
         raise
+
+
+def expect_writable(folder: Path) -> None:
+    """Make a folder, and raise OSError where that fails or nothing can be written into it: before the work whose result
+    is to go there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
+def report_file(path: Path) -> Path:
+    """The page that an option means: a .html file, or a report.html in a folder."""
+    return path if path.suffix.lower() in (".html", ".htm") else path / "report.html"
 
 
 def read_own(path: Path) -> bytes:

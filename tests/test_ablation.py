@@ -95,6 +95,7 @@ def test_another_recipe_does_not_mix_with_a_table_and_time_that_is_up_leaves_row
     [
         ({"network": "drsformer-xxl"}, "`network`: expected one of .*drsformer-xs"),
         ({"limit": 0}, "`limit`"),
+        ({"seeds": (0, -1)}, "`seeds`"),
         ({"minutes": -1}, "`minutes`"),
         ({"hardware": Hardware(devices="2")}, "`devices`: expected 1, found 2"),
     ],
@@ -102,3 +103,23 @@ def test_another_recipe_does_not_mix_with_a_table_and_time_that_is_up_leaves_row
 def test_mistakes_are_told_in_one_line(options, change, message):
     with pytest.raises(InputError, match=message):
         replace(options, **change)
+
+
+def test_the_noise_between_seeds_stands_beside_their_mean(options):
+    assert ablation.ablation(replace(options, seeds=(3, 5)))["errors"] == []
+    assert len(list(options.run_dir.iterdir())) == 2 * 4
+    (run,) = json.loads((options.output / "ablation-3.json").read_text())["runs"]
+    pairs = find_pairs(options.test[0])
+    found = [
+        evaluate_model(network, pairs).psnr
+        for network in (checkpoint.load(path).model for path in options.run_dir.glob("*/last.safetensors"))
+        if network.config.feed_forward == "gdfn"
+    ]
+    row = {key.split()[-1]: value for key, value in run["rows"]["GDFN"].items() if not key.startswith("paper")}
+    psnr, least, most = row["PSNR"], row["least"], row["most"]
+    assert (least, most) == pytest.approx((min(found), max(found)), abs=2e-3)
+    assert least < psnr == pytest.approx(sum(found) / 2, abs=2e-3)
+
+    alone = replace(options, recipe=replace(options.recipe, seed=5), output=options.output / "alone")
+    ablation.ablation(alone)  # the same networks
+    assert len(list(options.run_dir.iterdir())) == 2 * 4

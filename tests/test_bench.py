@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from rich.console import Console
 
 from runtime import InputError, InvalidModel, OutOfMemory, bench, memory, timing
 from runtime.bench import BenchOptions
@@ -34,6 +35,20 @@ def write_slow_network(path: Path, width: int = 64) -> Path:
     graph = helper.make_graph(nodes, "slow", inputs, outputs, tensors)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
     return path
+
+
+def test_the_table_fits_80_columns_with_large_numbers():
+    ms = dict(median=123456.78, low=123456.78, high=123456.78, p99=123456.78)
+    memory = dict(peak_mib=65432, idle_mib=100)
+    entry = bench.Timing("m", "cpu", (2160, 3840), 1, rounds=11, images_per_second=0.01, **ms, **memory)
+    console = Console(width=80)
+    with console.capture() as capture:
+        for part in bench.report(bench.Result({}, (entry, entry), (bench.Ratio(entry.size, 1.0, 1.0, 1.0),))):
+            console.print(part)
+    lines = capture.get().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    (row,) = (line.split() for line in lines if line.split()[:1] == ["vs"])
+    assert row == ["vs", "2160x3840", *["123457"] * 4, "11", "0.01", "65432"]
 
 
 def test_command_compares_two_networks(tmp_path):

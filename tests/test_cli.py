@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -13,6 +15,8 @@ from rich.console import Console
 from runtime.cli import main, parse_size, table_of
 from runtime.errors import InputError
 from runtime.files import writing
+
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,14 @@ def test_sizes():
     assert parse_size("size", "720x1281") == (720, 1281)
     with pytest.raises(InputError, match="`tile`: expected multiples of 8, to which images are padded, found 720x1281"):
         parse_size("tile", "720x1281", 8)
+
+
+def test_tables_that_are_no_table_of_have_a_test_of_their_own():
+    """In test_info.py and test_validate.py."""
+    packages = ("runtime", "drsformer", "export", "compress", "benchmarks")
+    files = [path for package in packages for path in ROOT.glob(f"{package}/*.py")]
+    found = {f"{path.parent.name}/{path.name}" for path in files if re.search(r"\bTable\(", path.read_text())}
+    assert found == {"runtime/cli.py", "runtime/info.py", "export/validate.py"}
 
 
 @pytest.mark.parametrize("width", [80, 60])

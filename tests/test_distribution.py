@@ -145,6 +145,8 @@ def test_the_wheel_is_whole_and_holds_nothing_else(derainer_wheel):
         assert wheel.read("derainer/drsformer-xs.onnx") == (ROOT / "runtime" / "drsformer-xs.onnx").read_bytes()
         assert wheel.read(f"derainer-{__version__}.dist-info/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     assert {"derainer/py.typed", "derainer/VERSION"} <= names
+    templates = {f"derainer/templates/{path.name}" for path in (ROOT / "runtime" / "templates").iterdir()}
+    assert templates <= names
     assert {name.partition("/")[0] for name in names} == {"derainer", f"derainer-{__version__}.dist-info"}
     required = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", metadata, re.MULTILINE)
     assert sorted(name.lower() for name in required) == sorted(BASE)
@@ -202,6 +204,15 @@ def test_videos_and_signatures_without_their_extras(cli, tmp_path):
     bundle = write_bundle(tmp_path / "bundle", key=make_keys(tmp_path) / "private.pem")
     told = refusal(cli / "derainer-info", bundle, "--public-key", tmp_path / "public.pem", cwd=tmp_path)
     assert "pip install cryptography" in told
+
+
+def test_a_report_with_its_extra_and_without(derainer_wheel, cli, tmp_path):
+    Photo(read_rgb(PHOTOGRAPH)[:61, :90]).save(tmp_path / "a.png")
+    arguments = ("a.png", "b.png", "--provider", "cpu", "--report", "page.html")
+    assert refusal(cli / "derain", *arguments, cwd=tmp_path).endswith(": pip install 'derainer[report]'")
+    reporting = install(tmp_path / "reporting", derainer_wheel, *BASE, *CLI, "Jinja2")
+    assert output(reporting / "derain", *arguments, cwd=tmp_path).endswith("Report: page.html\n")
+    assert "<dd>derain a.png b.png --provider cpu --report page.html</dd>" in (tmp_path / "page.html").read_text()
 
 
 def test_one_name_for_all_commands(whole, tmp_path):

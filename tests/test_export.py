@@ -68,18 +68,23 @@ def test_help_loads_nothing_heavy(command):
 
 
 @pytest.mark.parametrize(
-    ("command", "package", "arguments"),
+    ("command", "package", "extra", "arguments"),
     [
-        ("onnx", "onnxscript", "--weights weights/drsformer-xs.safetensors"),
-        ("tensorrt", "onnx", "--onnx runtime/drsformer-xs.onnx --output {folder}/bundle"),
-        ("validate", "polygraphy", "--reference a.pth --candidate b.onnx --data docs/photographs"),
-        ("validate", "jinja2", "--reference a.pth --candidate b.onnx --data docs/photographs --report {folder}"),
+        ("onnx", "onnxscript", "export", "--weights weights/drsformer-xs.safetensors"),
+        ("tensorrt", "onnx", "export", "--onnx runtime/drsformer-xs.onnx --output {folder}/bundle"),
+        ("validate", "polygraphy", "export", "--reference a.pth --candidate b.onnx --data docs/photographs"),
+        (
+            "validate",
+            "jinja2",
+            "report",
+            "--reference a.pth --candidate b.onnx --data docs --report {folder}",
+        ),
     ],
 )
-def test_a_package_that_is_missing_is_one_line(command, package, arguments, tmp_path):
+def test_a_package_that_is_missing_is_one_line(command, package, extra, arguments, tmp_path):
     words = arguments.format(folder=tmp_path).split()
     refused = python(WITHOUT.format(command=command, package=package, arguments=words))
     assert refused.returncode == 2
-    mend = "pip install 'drsformer-deploy[export]'"
+    mend = f"pip install 'drsformer-deploy[{extra}]'"
     assert refused.stderr == f"error: needs the package {package}, which is not installed: {mend}\n"
     assert list(tmp_path.iterdir()) == []

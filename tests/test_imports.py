@@ -26,7 +26,8 @@ RUNTIME = [
     *("manifest", "bundle"),
     *("ort", "trt", "choice", "canary", "footprint"),
     *("session", "images", "pipeline", "hlg", "video"),  # the roof, and the files that it restores
-    *("timing", "cli", "bench", "derain", "info", "triton"),
+    *("timing", "pictures", "page", "gallery"),
+    *("cli", "bench", "derain", "info", "triton"),
 ]
 """Files of the runtime from the ground up; each imports only files before it."""
 

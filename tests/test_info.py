@@ -9,8 +9,10 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from runtime.bundle import load, save
+from runtime.info import tables
 from runtime.manifest import Drift
 from runtime.session import describe_onnx
 from tests.support.bundles import ENGINES, FILES, add_canary, flip, make_keys, rewrite, write_bundle
@@ -97,6 +99,23 @@ def test_every_file_is_proven_or_not(bundle, monkeypatch, capsys):
     save(describe_onnx(bundle / "model.onnx"), bundle)
     rewrite(bundle, lambda manifest: manifest.update(drift=[drift_of("model.onnx")]))
     assert command(monkeypatch, capsys, bundle, "--require-proof")[0] == 0
+
+
+def test_tables_keep_names_and_numbers_whole_at_80_columns(bundle):
+    manifest = load(bundle).manifest
+    name, data = "model_" * 12, "data_" * 15 + "/test"
+    psnrs = dict(psnr_between=101.9012, input_psnr=26.3512, reference_psnr=36.1234, candidate_psnr=36.1)
+    found = Drift(name, "cpu", 64 * "a", data, "rain200", 1000, max_difference=255, drop_db=-10.0123, **psnrs)
+    file, model = replace(manifest.files[0], name=name, size=123_456_789), replace(manifest.model, file=name)
+    console = Console(width=80)
+    with console.capture() as capture:
+        for table in tables(replace(manifest, files=(file,), model=model, engines=(), drift=(found,))):
+            console.print(table)
+    lines = capture.get().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    words = capture.get().split()
+    assert {"123,456,789", "proven", "26.3512", "36.1234", "36.1000", "-10.0123", "101.9012"} <= set(words)
+    assert name in "".join(line.split()[0] for line in lines[4:] if line.strip())
 
 
 def drift_of(name: str) -> dict:

@@ -11,8 +11,10 @@ import re
 import runpy
 import shutil
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx
@@ -29,11 +31,12 @@ from drsformer.session import TorchSession
 from export.comparison import Comparison, Crop, Validation
 from export.onnx import ExportOptions, export
 from export.report import render
-from export.runners import open_candidate
-from export.validate import ValidateOptions, _crop, table, validate
+from export.runners import Observed, open_candidate, time_in_turn
+from export.validate import ValidateOptions, _picture, table, validate
 from runtime.bundle import load, save
 from runtime.errors import InputError
 from runtime.images import Photo, read_rgb
+from runtime.pictures import Window
 from runtime.session import Derainer, describe_onnx
 from tests.support.bundles import make_keys
 from tests.support.images import random_image
@@ -105,7 +108,7 @@ def test_the_same_network_loses_nothing(folder):
     assert found.totals["psnr_between"] == math.inf
     assert found.selections == LAYERS
     assert not found.uncounted
-    assert list(found.pictures) == [image.name for image in found.images]
+    assert (found.pictures, found.timing) == ({}, None)  # which only a report needs
     summary = json.loads(json.dumps(found.summary(), allow_nan=False))
     assert summary["psnr_between"] is None
     assert "equal on every image" in render(found)
@@ -166,13 +169,13 @@ def test_command_passes_fails_and_refuses(folder, tmp_path, monkeypatch, capsys)
     assert error.count("\n") == 1
 
 
-def test_images_without_ground_truth(folder):
+def test_images_without_ground_truth(folder, tmp_path):
     reference, damaged = folder / "reference.safetensors", folder / "damaged.safetensors"
     found = validate(reference, folder / "model.onnx", folder / "plain", ValidateOptions(min_psnr=45))
     assert found.passed
     assert [image.name for image in found.images] == ["0.png", "1.png", "2.png"]
     assert "drop_db" not in found.summary()
-    found = validate(reference, damaged, folder / "plain", ValidateOptions(min_psnr=45))
+    found = validate(reference, damaged, folder / "plain", ValidateOptions(min_psnr=45, report=tmp_path))
     assert not found.passed
     assert found.totals["psnr_between"] == min(image.psnr_between for image in found.images) < 45
     assert found.worst.psnr_between == found.totals["psnr_between"]
@@ -253,12 +256,12 @@ def test_model_from_elsewhere_has_no_flips(folder, tmp_path):
     assert "flipped" not in found.summary()
 
 
-def test_real_pair(folder, real_data):
+def test_real_pair(folder, real_data, tmp_path):
     found = validate(
         folder / "reference.safetensors",
         folder / "damaged.safetensors",
         real_data / "rain100l/val",
-        ValidateOptions(limit=1),
+        ValidateOptions(limit=1, report=tmp_path),
     )
     assert found.images[0].drop_db is not None
     (picture,) = found.pictures.values()
@@ -455,18 +458,20 @@ def test_crop_is_where_the_outputs_differ(height, width):
     image = random_image(height, width, 0)
     candidate = image.copy()
     candidate[-3:, -4:] ^= 16
-    crop = _crop(image, image, candidate)
+    crop = _picture(image, image, candidate, None).crop
     h, w = min(96, height), min(96, width)
     assert crop.input.shape == (h, w, 3)
-    assert crop.top + h >= height - 2
-    assert crop.left + w >= width - 3
-    np.testing.assert_array_equal(crop.candidate, candidate[crop.top : crop.top + h, crop.left : crop.left + w])
+    top, left, *size = crop.window
+    assert size == [h, w]
+    assert top + h >= height - 2
+    assert left + w >= width - 3
+    np.testing.assert_array_equal(crop.candidate, candidate[top : top + h, left : left + w])
 
 
 @pytest.mark.parametrize(("difference", "factor"), [(0, 128), (1, 128), (2, 64), (3, 64), (100, 2), (127, 2), (255, 1)])
 def test_amplification_does_not_saturate(difference, factor):
     black = np.zeros((2, 2, 3), np.uint8)
-    amplified, found = Crop(0, 0, black, black, black + np.uint8(difference)).amplified()
+    amplified, found = Crop(Window(0, 0, 2, 2), black, black, black + np.uint8(difference)).amplified()
     assert found == factor
     assert (amplified == difference * factor).all()
 
@@ -518,6 +523,10 @@ def test_report_is_one_whole_page(folder, tmp_path, data):
     ):
         assert fact in page.text
     assert found.facts["command"] == "me"
+    assert found.timing
+    assert f"milliseconds for 256x256{found.timing.reference_ms:.1f}{found.timing.candidate_ms:.1f}" in page.text
+    assert f"medians of {found.timing.rounds} runs in turn on one image of 256x256: PyTorch on cpu against" in page.text
+    assert json.loads(json.dumps(found.summary()))["timing"]["ratio"] == found.timing.ratio
     pictures = json.loads(re.findall(r'id="pictures">(.*?)</script>', text, re.DOTALL)[0])
     assert [picture["name"] for picture in pictures] == list(found.pictures)
     for picture, name in zip(pictures, found.pictures, strict=True):
@@ -527,6 +536,29 @@ def test_report_is_one_whole_page(folder, tmp_path, data):
         _, source = picture["crops"][2]
         crop = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))))
         np.testing.assert_array_equal(crop, found.pictures[name].crop.candidate)
+
+
+def test_the_two_are_timed_in_turn_on_a_size_that_the_candidate_takes(monkeypatch):
+    order = []
+
+    class Slow:
+        multiple, limits = 8, (((8, 16), (24, 32)),)
+
+        def __init__(self, name: str) -> None:
+            self.name, self.session, self.description = name, self, f"{name} on cpu, trained"
+
+        def run(self, batch):
+            order.append((self.name, batch.shape[2:]))
+            time.sleep(0.002 if self.name == "a" else 0.008)
+            return batch
+
+    monkeypatch.setattr("export.runners.TIMED_SECONDS", 0.0)
+    found = time_in_turn(cast("Observed", Slow("a")), cast("Observed", Slow("b")))
+    assert order[-4:] == [("b", (24, 32)), ("a", (24, 32)), ("a", (24, 32)), ("b", (24, 32))]
+    assert (found.size, found.rounds) == ((24, 32), 3)
+    assert str(found) == "medians of 3 runs in turn on one image of 24x32: a on cpu against b on cpu"
+    assert found.candidate_ms > found.reference_ms > 2
+    assert found.ratio > 1
 
 
 def test_equal_outputs_and_tiny_gains_are_told_in_words_and_without_a_minus():
