@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 import sys
 import time
@@ -20,7 +21,7 @@ from typing import Any
 from export import tensorrt
 from export.tensorrt import BuildOptions, build
 from runtime import canary, trt
-from runtime.bundle import Bundle, load
+from runtime.bundle import MANIFEST, Bundle, load
 from runtime.cli import parse_size
 from runtime.errors import DerainError
 from runtime.manifest import Flavor
@@ -88,14 +89,14 @@ class Question:
         return self._run(self._engine("here"))
 
     def _build(self, place: str, capabilities: tuple[str, ...]) -> Bundle:
-        size = (self.size,)
-        options = BuildOptions(self.flavor, capabilities, size, size, size)
-        return build(self.onnx, self.folder / f"{self.flavor}-{place}", options).bundle
+        folder, size = self.folder / f"{self.flavor}-{place}", (self.size,)
+        shutil.rmtree(folder, ignore_errors=True)  # what a process left that was stopped
+        return build(self.onnx, folder, BuildOptions(self.flavor, capabilities, size, size, size)).bundle
 
     def _engine(self, place: str) -> Bundle:
         """The one that was built, or one built now."""
         folder = self.folder / f"{self.flavor}-{place}"
-        if folder.exists():
+        if (folder / MANIFEST).exists():
             return load(folder)
         return self._build(place, (trt.gpu(),) if place == "here" and self.flavor == "rtx" else ())
 

@@ -1,7 +1,7 @@
 """The noise that codecs of photographs and videos leave in an image.
 
 It is no rain, but it lies where rain does, in the fine detail, and it is all over the images that people have. So a
-network has to find rain in it, and to leave it alone.
+network is shown it on rainy and clean images alike (`compress`), to find rain in it and to leave it alone.
 
 A video's noise is not a photograph's: most of its frames are predicted from others, and what rain and a moving camera
 change between them is what the codec has to spend its bits on. So a patch becomes a short clip first, with a camera
@@ -22,6 +22,10 @@ from runtime.errors import InputError
 
 JPEG_QUALITY = 40, 95
 """Lowest and highest quality of patches that go through JPEG: from visible blocks to what cameras write."""
+
+CRF = 18, 30
+"""Lowest and highest rate factor of patches that go through H.264: from what nobody sees to small videos, as messengers
+send them."""
 
 FRAMES = 4
 """Frames of a clip: one that stands by itself, one predicted from that, and two predicted from both."""
@@ -103,3 +107,23 @@ def through_video(
         clean_clip.append(background)
         rainy_clip.append((background + np.roll(rain, falls, (0, 1))).clip(0, 255).astype(np.uint8))
     return through_h264(rainy_clip, crf)[kept], through_h264(clean_clip, crf)[kept]
+
+
+def compress(
+    rng: np.random.Generator, rainy: NDArray[np.uint8], clean: NDArray[np.uint8]
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """A rainy image and the same without rain, uint8 (H, W, 3) each, with the noise of one codec at one random quality:
+    equally likely JPEG and H.264.
+
+    Args:
+        rng: Generator that decides.
+        rainy: The rainy image.
+        clean: The clean image.
+
+    Raises:
+        InputError: PyAV is not installed.
+    """
+    if rng.random() < 0.5:
+        quality = int(rng.integers(*JPEG_QUALITY, endpoint=True))
+        return through_jpeg(rainy, quality), through_jpeg(clean, quality)
+    return through_video(rng, rainy, clean, int(rng.integers(*CRF, endpoint=True)))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from drsformer.codecs import JPEG_QUALITY, through_jpeg
+from drsformer.codecs import compress, expect_video_codec
 from drsformer.data import Pair, images_in
 from drsformer.recipe import Recipe
 from drsformer.rendering import (
@@ -25,6 +25,7 @@ from drsformer.rendering import (
     LayerSource,
     add_rain,
     crop,
+    draw_dense_streaks,
     draw_streaks,
     flip,
     make_layer,
@@ -35,9 +36,10 @@ from runtime import images
 from runtime.errors import InputError, expect_between
 from runtime.progress import OnProgress, silent, track
 
-TURNED_FRACTION = 0.25
-"""Fraction of the rendered layers of rain that are turned. In the pairs of the benchmarks rain falls near the vertical,
-and a network that saw nothing else leaves slanted streaks where they are."""
+TURNED_FRACTION = 0.5
+"""Fraction of the rendered layers of rain that are turned and scaled. In the pairs of the benchmarks rain falls near
+the vertical, and a network that saw nothing else leaves slanted streaks where they are. With half of the layers turned,
+the rain of one rendered patch in ten falls at 45 degrees and more; with a quarter, that of one in twenty."""
 
 
 class Patches(Dataset[tuple[Tensor, Tensor]]):
@@ -45,9 +47,9 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
 
     A patch is cut out of a pair of one of the folders, each folder equally likely; or, with probability `rendered`, is
     a clean background (a target, or one of the further `clean` photographs) with rain put on it, equally likely drawn,
-    that of a pair of one of the folders, or from `streaks`; or, with probability `dry`, shows the same clean background
-    twice. With probability `compressed`, whatever it is, both images have been through JPEG at the same quality: noise
-    of a codec is no rain, and is left as it is.
+    drawn densely, that of a pair of one of the folders, or from `streaks`; or, with probability `dry`, shows the same
+    clean background twice. With probability `compressed`, whatever it is, both images have been through JPEG or H.264
+    at the same quality: noise of a codec is no rain, and is left as it is.
 
     Args:
         folders: Pairs of each folder.
@@ -64,7 +66,8 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
         backgrounds: The pairs and photographs whose clean images rain is put on.
 
     Raises:
-        InputError: A fraction is out of range, a folder is not used, or there is nothing to train on.
+        InputError: A fraction is out of range, a folder is not used, there is nothing to train on, or `compressed`
+            needs PyAV and it is not installed.
     """
 
     def __init__(
@@ -81,6 +84,8 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
         expect_between("rendered", rendered, 0, 1)
         expect_between("dry", dry, 0, 1)
         expect_between("compressed", compressed, 0, 1)
+        if compressed:
+            expect_video_codec()
         unpaired = round(rendered + dry, 9)  # floats that are meant to add up to 1 may miss it
         if unpaired > 1:
             raise InputError(f"`rendered` and `dry`: expected at most 1 together, found {unpaired:g}")
@@ -96,7 +101,8 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
         self.compressed = compressed
         self.backgrounds: list[Pair | Path] = [pair for folder in folders for pair in folder]
         self.backgrounds += images_in(clean) if clean else []
-        self.layers: list[LayerSource] = [draw_streaks, *(partial(self._rain_of, folder) for folder in folders)]
+        self.layers: list[LayerSource] = [draw_streaks, draw_dense_streaks]
+        self.layers += [partial(self._rain_of, folder) for folder in folders]
         if streaks:
             self.layers.append(read_streaks(streaks))
         self.cache: dict[Pair | Path, NDArray[np.uint8]] = {}
@@ -138,8 +144,7 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
             folder = self.folders[int(rng.integers(len(self.folders)))]
             rainy, clean = np.split(self._cut(rng, folder, size, size), 2, axis=-1)
         if self.compressed and rng.random() < self.compressed:
-            quality = int(rng.integers(JPEG_QUALITY[0], JPEG_QUALITY[1], endpoint=True))
-            rainy, clean = through_jpeg(rainy, quality), through_jpeg(clean, quality)
+            rainy, clean = compress(rng, rainy, clean)
         return to_tensor(rainy), to_tensor(clean)
 
     def _cut(

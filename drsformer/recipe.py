@@ -241,8 +241,8 @@ class DataOptions:
         streaks: Folder of streak images to put on photographs, besides drawn ones and the rain of the pairs.
         rendered: Fraction of the patches that have rain put on a clean background.
         dry: Fraction of the patches that show no rain at all, from which the network learns to leave dry images alone.
-        compressed: Fraction of the patches that have been through JPEG, rainy and clean alike, from which the network
-            learns to find rain in the noise of a codec and to leave that noise alone.
+        compressed: Fraction of the patches that have been through JPEG or H.264, rainy and clean alike, from which the
+            network learns to find rain in the noise of a codec and to leave that noise alone. Needs PyAV.
 
     Raises:
         InputError: A value is out of range.

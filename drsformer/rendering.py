@@ -35,6 +35,12 @@ BRIGHTEST_LEVEL = 90.0
 TURN_DEGREES = 60
 """Largest angle by which a layer is turned."""
 
+SCALES = 0.7, 1.5
+"""Smallest and largest factor by which a layer that is turned is scaled as well."""
+
+DENSE_LAYERS = 4, 12
+"""Fewest and most layers of drawn streaks that are dense."""
+
 
 def draw_streaks(rng: np.random.Generator, height: int, width: int, slant: float | None = None) -> Layer:
     """A layer of streaks of one random direction, length, thickness, density and brightness; a `LayerSource`.
@@ -62,6 +68,14 @@ def draw_streaks(rng: np.random.Generator, height: int, width: int, slant: float
     segment = np.exp(-0.5 * np.square(across / thickness) - np.square(np.square(2 * along / length)))
     layer = np.fft.irfft2(np.fft.rfft2(points) * np.fft.rfft2(segment), s=(height, width))
     return np.float32(rng.uniform(80, 220)) * layer.clip(0, 1)
+
+
+def draw_dense_streaks(rng: np.random.Generator, height: int, width: int) -> Layer:
+    """Several layers of drawn streaks that fall in nearly one direction, as dense as in Rain200H; a `LayerSource`."""
+    slant = rng.normal(0, 20)
+    count = int(rng.integers(*DENSE_LAYERS, endpoint=True))
+    layers = [draw_streaks(rng, height, width, slant + rng.normal(0, 5)) for _ in range(count)]
+    return np.sum(layers, axis=0)
 
 
 def cut_streaks(layers: list[NDArray[np.uint8]], rng: np.random.Generator, height: int, width: int) -> Layer:
@@ -140,13 +154,18 @@ def make_layer(
 
 
 def turn(rng: np.random.Generator, source: LayerSource, height: int, width: int) -> Layer:
-    """A layer turned by a random angle of up to `TURN_DEGREES`, cut out of one that is large enough for any angle."""
-    extent = math.ceil(math.hypot(height, width)) + 2
-    layer = Image.fromarray(source(rng, extent, extent)).rotate(
-        rng.uniform(-TURN_DEGREES, TURN_DEGREES), Image.Resampling.BILINEAR
+    """A layer turned by a random angle of up to `TURN_DEGREES` and scaled by a random factor of `SCALES`, cut out of
+    one that is large enough for that."""
+    scale = rng.uniform(*SCALES)
+    extent = math.ceil(math.hypot(height, width) / scale) + 2
+    angle = math.radians(rng.uniform(-TURN_DEGREES, TURN_DEGREES))
+    cosine, sine = math.cos(angle) / scale, math.sin(angle) / scale
+    x, y = (extent - cosine * width + sine * height) / 2, (extent - sine * width - cosine * height) / 2
+    affine = cosine, -sine, x, sine, cosine, y  # from a place in the result to one in the source
+    layer = Image.fromarray(source(rng, extent, extent))
+    return np.asarray(
+        layer.transform((width, height), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR), np.float32
     )
-    top, left = (extent - height) // 2, (extent - width) // 2
-    return np.asarray(layer)[top : top + height, left : left + width]
 
 
 def crop(rng: np.random.Generator, image: np.ndarray, height: int, width: int) -> np.ndarray:

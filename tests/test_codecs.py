@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from drsformer.codecs import FRAMES, through_h264, through_jpeg, through_video
+from drsformer import codecs
+from drsformer.codecs import CRF, FRAMES, JPEG_QUALITY, compress, through_h264, through_jpeg, through_video
 from drsformer.metrics import psnr_rgb
 from drsformer.rendering import add_rain, draw_streaks
 from runtime.errors import InputError
@@ -58,6 +59,19 @@ def test_the_same_seed_gives_the_same_noise_and_another_seed_another(scene):
     one, two, three = (through_video(generator(seed), *scene, 26) for seed in (1, 1, 2))
     assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
     assert not np.array_equal(one[0], three[0])
+
+
+def test_one_patch_in_two_goes_through_each_codec_at_every_quality(scene, monkeypatch):
+    used = []
+    monkeypatch.setattr(codecs, "through_jpeg", lambda image, quality: used.append(("jpeg", quality)) or image)
+    monkeypatch.setattr(codecs, "through_video", lambda rng, *images: used.append(("h264", images[-1])) or images[:2])
+    for seed in range(400):
+        compress(generator(seed), *scene)
+    jpeg, h264 = ([quality for codec, quality in used if codec == name] for name in ("jpeg", "h264"))
+    assert jpeg[::2] == jpeg[1::2]  # rainy and clean alike
+    assert (min(jpeg), max(jpeg)) == JPEG_QUALITY
+    assert (min(h264), max(h264)) == CRF
+    assert 150 < len(h264) < 250
 
 
 def test_without_pyav_it_is_one_line(monkeypatch):

@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 
 from drsformer.data import find_pairs
+from drsformer.patches import TURNED_FRACTION
 from drsformer.rendering import (
     BRIGHTEST_LEVEL,
     add_rain,
     cut_streaks,
+    draw_dense_streaks,
     draw_streaks,
     make_layer,
     rain_of_pair,
@@ -47,6 +49,53 @@ def test_drawn_streaks_differ_in_direction_and_amount():
     assert np.std(angles) > 0.1
     assert min(covered) > 0
     assert max(covered) > 3 * min(covered)
+
+
+def slant_of(layer: np.ndarray) -> float:
+    """Degrees from the vertical of the direction in which a layer changes least; smoothed first, since the gradient of
+    streaks that are thinner than a pixel leans towards 45 degrees."""
+    for _ in range(3):
+        layer = (layer[2:] + layer[1:-1] + layer[:-2]) / 3
+        layer = (layer[:, 2:] + layer[:, 1:-1] + layer[:, :-2]) / 3
+    dy, dx = np.gradient(layer)
+    return abs(float(np.degrees(0.5 * np.arctan2(2 * (dx * dy).mean(), (dx**2 - dy**2).mean()))))
+
+
+@pytest.mark.parametrize("slant", [0, 30, 45, 60])
+def test_drawn_streaks_have_the_slant_that_is_asked_for(slant):
+    found = [slant_of(draw_streaks(generator(seed), 128, 128, slant)) for seed in range(5)]
+    assert np.allclose(found, slant, atol=3)
+
+
+def test_a_fair_share_of_the_rendered_layers_falls_steeply():
+    """Of upright streaks, such as those of the pairs, as many as `patches` turns."""
+    bars = partial(cut_streaks, [np.tile(np.uint8([200, 200, 0, 0, 0, 0, 0, 0]), (8, 1))])
+    layers = [make_layer(generator(seed), 48, 48, [bars], 0.0, turned=TURNED_FRACTION) for seed in range(400)]
+    slants = np.array([slant_of(layer) for layer in layers])
+    assert 0.08 < (slants > 45).mean() < 0.2
+    assert 0.4 < (slants < 5).mean() < 0.7
+
+
+def test_turned_layers_are_scaled():
+    """Waves with a period of 8 pixels get one between 0.7 and 1.5 of that."""
+    waves = lambda rng, height, width: np.float32(np.sin(np.arange(width) * np.pi / 4)) * np.ones((height, 1), "f4")  # noqa: E731
+    periods = []
+    for seed in range(60):
+        spectrum = np.abs(np.fft.fft2(turn(generator(seed), waves, 64, 64)))
+        y, x = np.unravel_index(spectrum[:, :33].argmax(), (64, 33))
+        periods.append(64 / np.hypot(min(y, 64 - y), x))
+    assert 5 < min(periods) < 6.5
+    assert 10 < max(periods) < 13.5
+
+
+def test_dense_streaks_are_denser_and_fall_in_one_direction():
+    dense, drawn = (
+        np.mean([source(generator(seed), 96, 96).mean() for seed in range(20)])
+        for source in (draw_dense_streaks, draw_streaks)
+    )
+    assert dense > 4 * drawn
+    layer = draw_dense_streaks(generator(3), 96, 96)
+    assert (layer.shape, layer.dtype) == ((96, 96), np.float32)
 
 
 def test_rain_is_rounded_and_cut_off_at_white():

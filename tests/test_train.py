@@ -104,6 +104,15 @@ def test_compressed_patches_have_the_noise_of_a_codec_on_both_images(data):
     half = Patches([find_pairs(data)], Recipe(patch=16), compressed=0.5)
     plain = Patches([find_pairs(data)], Recipe(patch=16))
     assert 20 < sum(torch.equal(half[i][0], plain[i][0]) for i in range(80)) < 60
+    again = Patches([find_pairs(data)], Recipe(patch=16), compressed=0.5)
+    assert all(torch.equal(a, b) for i in range(20) for a, b in zip(half[i], again[i], strict=True))
+
+
+def test_compressed_patches_need_pyav_before_the_training_starts(data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    Patches([find_pairs(data)], Recipe(patch=16))
+    with pytest.raises(InputError, match="PyAV, which is not installed; run: pip install av"):
+        Patches([find_pairs(data)], Recipe(patch=16), compressed=0.1)
 
 
 def test_fractions_that_add_up_to_one_leave_no_patch_to_pairs(data):
