@@ -19,7 +19,10 @@ class Session(Protocol):
         footprint: `runtime.footprint.Footprint`, or None where it is not known. Where the session lacks it and its
             `provider` is "cpu", as of ONNX Runtime, it is measured when it is needed, which may take seconds.
         graph_io: `runtime.pixels.GraphIO`. Where it says that the graph takes images, the session has a method
-            `run_image`, uint8 (H, W, 3) -> the same, which answers as `run` does without the way through float32.
+            `run_image`, uint8 (H, W, 3) -> the same, which answers as `run` does without the way through float32, and
+            `run_images` for several, uint8 (B, H, W, 3) -> the same.
+        max_batch: Method that says how many images of a (height, width) `run` takes at once at most. A session
+            without it takes one.
         identity: Names and versions of the library, the device and its driver, by which `runtime.canary` knows a
             machine again. What lacks it, or leaves one of them empty, has to answer the canaries every time.
     """
@@ -27,5 +30,6 @@ class Session(Protocol):
     multiple: int
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 (1, 3, H, W) RGB in [0, 1] -> the same shape, not clamped. Safe to call from several threads."""
+        """float32 (B, 3, H, W) RGB in [0, 1] -> the same shape, not clamped; B is 1, or more where `max_batch` says so.
+        Safe to call from several threads."""
         ...

@@ -20,7 +20,7 @@ from .bundle import Bundle
 from .errors import DeviceError, InputError, InvalidImage, InvalidModel, device_error, one_line
 from .machine import nvidia, processor
 from .manifest import Tensor, read_graph_io
-from .pixels import GraphIO, Size
+from .pixels import ANY, GraphIO, Size, filled
 
 EXECUTION_PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -49,10 +49,11 @@ MAX_THREADS = 256
 class OrtSession:
     """A `runtime.session.Session` on ONNX Runtime.
 
-    The graph has one input `input` and one output `output`, either both float32 (1, 3, H, W), or the same in float16
-    (exported with `--io tensor16`), or uint8 (1, H, W, 3) of any size (`--io image`). `run` is the same for all: to a
-    graph of images it hands an image, which loses nothing where the batch came from one, and its answer is then in
-    steps of 1/255.
+    The graph has one input `input` and one output `output`, either both float32 (B, 3, H, W), or the same in float16
+    (exported with `--io tensor16`), or uint8 (B, H, W, 3) of any size (`--io image`); B is 1, another number or any
+    (`--batch`). `run` is the same for all: to a graph of images it hands images, which loses nothing where the batch
+    came from them, and its answer is then in steps of 1/255; to a graph of so many images it hands as many, the last
+    one repeated where there are fewer.
 
     Attributes besides those of `Session`: `path`, of the file; `metadata`, the strings that export wrote into it;
     `input`, `output` and `graph_io`, what it takes and gives; `provider`, the one that runs; `threads`; and `identity`,
@@ -136,16 +137,26 @@ class OrtSession:
         self._engine = None
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 (1, 3, H, W) RGB in [0, 1], H and W multiples of `multiple` -> the same shape, not clamped.
+        """float32 (B, 3, H, W) RGB in [0, 1], H and W multiples of `multiple`, B at most `max_batch` -> the same shape,
+        not clamped.
 
-        Safe to call from several threads. Raises InvalidImage where the graph was exported for another size,
-        InvalidModel for an answer of another shape, OutOfMemory, and DeviceError where ONNX Runtime fails.
+        Safe to call from several threads. Raises InvalidImage where the graph was exported for another size or for
+        fewer images, InvalidModel for an answer of another shape, OutOfMemory, and DeviceError where ONNX Runtime
+        fails.
         """
-        return self.graph_io.answer(self._call(self.graph_io.feed(batch)))
+        return self.graph_io.answer(self._call(self.graph_io.feed(batch))[: len(batch)])
 
     def run_image(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """uint8 (H, W, 3) -> the same, of a graph of images; for the rest see `run`."""
-        return self._call(np.ascontiguousarray(image[None]))[0]
+        return self.run_images(image[None])[0]
+
+    def run_images(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """uint8 (B, H, W, 3) -> the same, of a graph of images; for the rest see `run`."""
+        return self._call(filled(np.ascontiguousarray(images), self.graph_io.batch))[: len(images)]
+
+    def max_batch(self, size: Size) -> int:
+        """How many images `run` takes at once at most, whatever the size."""
+        return sys.maxsize if self.graph_io.batch == ANY else self.graph_io.batch
 
     def _call(self, array: np.ndarray) -> np.ndarray:
         (H, W), (height, width) = self.graph_io.size(array.shape), self.graph_io.size(self.input.shape)
@@ -153,6 +164,10 @@ class OrtSession:
             raise InvalidImage(
                 f"{self.path} takes only images of {width}x{height} pixels, found {W}x{H} after padding "
                 f"to a multiple of {self.multiple}; export it without --height and --width"
+            )
+        if self.graph_io.batch not in (ANY, len(array)):
+            raise InvalidImage(
+                f"{self.path} takes {self.graph_io.batch} images at once, found {len(array)}; export it with --batch"
             )
         if self._engine is None:
             raise RuntimeError("the session is closed")

@@ -8,9 +8,9 @@ from PyPI; both have the same Python API, and where they differ is said once, in
 
 What the libraries demand shapes this module. They may crash where there is no driver, so CUDA is asked first. An engine
 is native code, so only bytes that `Bundle.read` has verified are deserialised. A CUDA graph is spoilt when the context
-that it was captured from changes, so every image size has a context of its own; they share one block of memory for
-what lies between the layers, as large as the largest of them needs. Written against the vendor's API and tested against
-stand-ins; it has not run on a GPU yet.
+that it was captured from changes, so every image size, and every number of images at once, has a context of its own;
+they share one block of memory for what lies between the layers, as large as the largest of them needs. Written against
+the vendor's API and tested against stand-ins; it has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .bundle import Bundle
 from .errors import DeviceError, InvalidImage, InvalidModel, device_error, one_line
 from .files import read_own, writing
 from .manifest import FLAVOR_TITLES, Engine, Flavor
-from .pixels import size_text
+from .pixels import Size, filled
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,8 @@ class TrtSession:
     Args:
         bundle: From `runtime.bundle.load`.
         engine: One of its engines, for the GPU and the library that are here, see `runtime.choice`.
-        sizes: For how many image sizes the context, and with it the CUDA graph, is kept; the longest unused goes first.
+        sizes: For how many image sizes (and numbers of images) the context, and with it the CUDA graph, is kept; the
+            longest unused goes first.
         cuda_graphs: Replay the launches of a size from its second run on.
 
     Raises:
@@ -169,7 +170,7 @@ class TrtSession:
         self._cuda = load_cuda()
         self._on_device = functools.partial(_on_device, self._cuda, _check(self._cuda.cudaGetDevice()))
         self._log = new_log(trt)
-        pixels = max(height * width for _, (height, width) in self.limits)
+        pixels = max(profile.batch[2] * profile.max[0] * profile.max[1] for profile in self.engine.profiles)
         size = pixels * 3 * self.graph_io.dtype.itemsize
         resources = contextlib.ExitStack()
         self.close = weakref.finalize(self, _close, resources, self._on_device)
@@ -184,23 +185,34 @@ class TrtSession:
         resources.callback(self._contexts.close)
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 (1, 3, H, W) RGB in [0, 1], H and W multiples of `multiple` -> the same shape, not clamped.
+        """float32 (B, 3, H, W) RGB in [0, 1], H and W multiples of `multiple`, B at most `max_batch` -> the same shape,
+        not clamped. Where the engine takes no fewer, the last image is repeated.
 
-        Safe to call from several threads, which take turns. Raises InvalidImage for a size that is in no profile of
-        the engine, OutOfMemory where memory on the GPU does not suffice, and DeviceError where it fails.
+        Safe to call from several threads, which take turns. Raises InvalidImage for a size, or so many images of it,
+        that is in no profile of the engine, OutOfMemory where memory on the GPU does not suffice, and DeviceError where
+        it fails.
         """
-        return self.graph_io.answer(self._call(self.graph_io.feed(batch)))
+        return self.graph_io.answer(self._call(self.graph_io.feed(batch))[: len(batch)])
 
     def run_image(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """uint8 (H, W, 3) -> the same, of a graph of images; for the rest see `run`."""
-        return self._call(image[None])[0]
+        return self.run_images(image[None])[0]
+
+    def run_images(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """uint8 (B, H, W, 3) -> the same, of a graph of images; for the rest see `run`."""
+        return self._call(images)[: len(images)]
+
+    def max_batch(self, size: Size) -> int:
+        """How many images of a (height, width) `run` takes at once at most."""
+        return self.engine.max_batch(*size)
 
     def _call(self, feed: np.ndarray) -> np.ndarray:
         if not self.close.alive:
             raise RuntimeError("the session is closed")
-        H, W = self.graph_io.size(feed.shape)
+        profile = self._profile(len(feed), *self.graph_io.size(feed.shape))
+        feed = filled(feed, self.engine.profiles[profile].batch[0])
         with self._lock, self._on_device():
-            context = self._contexts.get((H, W)) or self._prepare(H, W, feed.shape)
+            context = self._contexts.get(feed.shape) or self._prepare(profile, feed.shape)
             self._input.upload(feed, self._stream)
             self._launch(context)
             return self._output.download(feed.shape, feed.dtype, self._stream)
@@ -244,14 +256,19 @@ class TrtSession:
         resources.callback(_save_cache, cache, path, known)
         return config
 
-    def _prepare(self, H: int, W: int, shape: tuple[int, ...]) -> _Context:
-        profile = self.engine.profile_for(H, W)
+    def _profile(self, images: int, H: int, W: int) -> int:
+        """Index of the profile for so many images of this size."""
+        profile = self.engine.profile_for(H, W, images)
         if profile is None:
-            ranges = " or ".join(f"{size_text(p.min)} to {size_text(p.max)}" for p in self.engine.profiles)
+            ranges = " or ".join(map(str, self.engine.profiles))
+            several = f"{images} of " if images > 1 else ""
             raise InvalidImage(
-                f"{self.path} takes images of height x width {ranges}, found {H}x{W} after padding to a "
-                f"multiple of {self.multiple}; build it with another --min and --max"
+                f"{self.path} takes images of height x width {ranges}, found {several}{H}x{W} after padding to a "
+                f"multiple of {self.multiple}; build it with another --min and --max, or --batch"
             )
+        return profile
+
+    def _prepare(self, profile: int, shape: tuple[int, ...]) -> _Context:
         context = self._cuda_engine.create_execution_context(self._config)
         if (
             context is None
@@ -261,8 +278,8 @@ class TrtSession:
             or not context.set_tensor_address("output", self._output.device)
             or not (needed := context.update_device_memory_size_for_shapes())  # 0 for an error
         ):
-            raise self._failed(H, W)
-        return self._contexts.add((H, W), context, needed)
+            raise self._failed(shape)
+        return self._contexts.add(shape, context, needed)
 
     def _launch(self, context: _Context) -> None:
         """Run a context on the stream. Graphs are captured in the second run: the first one completes the set-up, which
@@ -274,7 +291,7 @@ class TrtSession:
         elif context.execution.execute_async_v3(self._stream):
             context.warm = True
         else:
-            raise self._failed(*context.size)
+            raise self._failed(context.shape)
 
     def _capture(self, context: _Context) -> Any:
         cuda = self._cuda
@@ -294,7 +311,8 @@ class TrtSession:
             if captured is not None:  # as it is where CUDA refused a launch
                 cuda.cudaGraphDestroy(captured)
 
-    def _failed(self, H: int, W: int) -> DeviceError:
+    def _failed(self, shape: tuple[int, ...]) -> DeviceError:
+        H, W = self.graph_io.size(shape)
         return device_error(f"{self.path} failed on {W}x{H} pixels", self._log.reason())
 
 
@@ -324,30 +342,30 @@ class _Buffer:
 
 @dataclass
 class _Context:
-    """What is set up for one image size. `warm` once it has run, `graph` once it is captured."""
+    """What is set up for one shape of the input. `warm` once it has run, `graph` once it is captured."""
 
-    size: tuple[int, int]
+    shape: tuple[int, ...]
     execution: Any
     warm: bool = False
     graph: Any = None
 
 
 class _Contexts:
-    """The contexts by image size, and the memory in which they all work, one at a time. Where one needs more than there
-    is, the others go, because its address is in their graphs."""
+    """The contexts by the shape of the input, and the memory in which they all work, one at a time. Where one needs
+    more than there is, the others go, because its address is in their graphs."""
 
     def __init__(self, cuda: Any, limit: int) -> None:
         self._cuda = cuda
         self._limit = limit
-        self._contexts: OrderedDict[tuple[int, int], _Context] = OrderedDict()
+        self._contexts: OrderedDict[tuple[int, ...], _Context] = OrderedDict()
         self._memory, self._bytes = 0, 0
 
-    def get(self, size: tuple[int, int]) -> _Context | None:
-        if size in self._contexts:
-            self._contexts.move_to_end(size)
-        return self._contexts.get(size)
+    def get(self, shape: tuple[int, ...]) -> _Context | None:
+        if shape in self._contexts:
+            self._contexts.move_to_end(shape)
+        return self._contexts.get(shape)
 
-    def add(self, size: tuple[int, int], execution: Any, needed: int) -> _Context:
+    def add(self, shape: tuple[int, ...], execution: Any, needed: int) -> _Context:
         """`needed`: bytes of memory that it works in."""
         if needed > self._bytes:
             self.close()
@@ -355,19 +373,19 @@ class _Contexts:
         execution.set_device_memory(int(self._memory), self._bytes)
         if len(self._contexts) == self._limit:
             self._drop(next(iter(self._contexts)))
-        self._contexts[size] = _Context(size, execution)
-        return self._contexts[size]
+        self._contexts[shape] = _Context(shape, execution)
+        return self._contexts[shape]
 
     def close(self) -> None:
         """Free everything; it can be filled again."""
-        for size in list(self._contexts):
-            self._drop(size)
+        for shape in list(self._contexts):
+            self._drop(shape)
         if self._bytes:
             _check(self._cuda.cudaFree(self._memory))
         self._memory, self._bytes = 0, 0
 
-    def _drop(self, size: tuple[int, int]) -> None:
-        context = self._contexts.pop(size)
+    def _drop(self, shape: tuple[int, ...]) -> None:
+        context = self._contexts.pop(shape)
         if context.graph is not None:
             _check(self._cuda.cudaGraphExecDestroy(context.graph))
 
