@@ -24,6 +24,7 @@ image's name alone decides where it belongs, also while images come and go; the 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import logging
@@ -45,7 +46,7 @@ from PIL import Image
 from .canary import When
 from .errors import DerainError, InputError, OutOfMemory, expect_between, one_line
 from .images import SUFFIXES, Photo, list_images, load
-from .pipeline import pipeline
+from .pipeline import grouped, pipeline
 from .pixels import Size
 from .progress import OnProgress, silent
 from .session import Derainer, Provider, open_session
@@ -106,6 +107,8 @@ class DerainOptions:
         max_pixels: Refuse larger images, as a small file can claim to hold billions of pixels; 89 million if not given.
         crf: Quality of a video, from 0, the best, to 51.
         tone_map: Map the tones of a video in HLG, which is HDR as phones film it, to SDR.
+        batch: Frames, or images of a folder that are equally large, to restore at once, if the network takes so many
+            (export.onnx --batch); as many as it takes and memory holds if not given, 8 where it takes any number.
     """
 
     model: Path | None = None
@@ -121,6 +124,7 @@ class DerainOptions:
     max_pixels: int | None = None
     crf: int = 18
     tone_map: bool = False
+    batch: int | None = None
 
 
 def derain(
@@ -156,7 +160,7 @@ def derain(
     session = open_session(
         options.model, options.provider, options.threads, options.public_key, options.canary, options.require_proof
     )
-    derainer = Derainer(session, memory=options.memory, tile=options.tile)
+    derainer = Derainer(session, memory=options.memory, tile=options.tile, batch=options.batch)
     _refuse_unwritable(output if input.is_dir() else files[0][1].parent)
     if not input.is_dir() and _is_video(*files[0]):
         from . import video  # needs PyAV
@@ -212,16 +216,30 @@ def _restore(derainer: Derainer, files: list[tuple[Path, Path]], on_progress: On
             else:
                 yield source, target, photo
 
-    def work(item: tuple[Path, Path, Photo | DerainError]) -> tuple[Path, Photo | DerainError]:
-        source, target, photo = item
+    def size_of(item: tuple[Path, Path, Photo | DerainError]) -> Size | None:
+        photo = item[2]
+        return None if isinstance(photo, DerainError) else photo.rgb.shape[:2]
+
+    def work(items: list[tuple[Path, Path, Photo | DerainError]]) -> list[tuple[Path, Photo | DerainError]]:
+        images = [photo.rgb for _, _, photo in items if not isinstance(photo, DerainError)]
+        if len(images) > 1:
+            with contextlib.suppress(DerainError, MemoryError):  # one by one then, to tell of which
+                restored = iter(derainer.run_batch(images))
+                return [
+                    (target, photo if isinstance(photo, DerainError) else replace(photo, rgb=next(restored)))
+                    for _, target, photo in items
+                ]
+        return [(target, restore(source, photo)) for source, target, photo in items]
+
+    def restore(source: Path, photo: Photo | DerainError) -> Photo | DerainError:
         if isinstance(photo, DerainError):
-            return target, photo
+            return photo
         try:
-            return target, replace(photo, rgb=derainer(photo.rgb, show_tiles))
+            return replace(photo, rgb=derainer(photo.rgb, show_tiles))
         except DerainError as error:
-            return target, type(error)(f"{source}: {error}")
+            return type(error)(f"{source}: {error}")
         except MemoryError:
-            return target, OutOfMemory(f"{source}: not enough memory; cut it into tiles by --memory or --tile")
+            return OutOfMemory(f"{source}: not enough memory; cut it into tiles by --memory or --tile")
 
     def show_tiles(done: int, total: int) -> None:
         nonlocal tiled
@@ -229,23 +247,23 @@ def _restore(derainer: Derainer, files: list[tuple[Path, Path]], on_progress: On
         if total > 1:
             on_progress("Tiles", done, total)
 
-    def write(item: tuple[Path, Photo | DerainError]) -> None:
-        target, photo = item
-        try:
-            if isinstance(photo, DerainError):
-                raise photo
-            photo.save(target)
-            report.restored.append(target)
-        except DerainError as error:
-            report.failures.append(str(error))
-        except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:  # others, such as a full disk, are no fault of this image
-                raise
-            report.failures.append(f"{target}: {error.strerror}")
-        on_progress("Restoring images", len(report.restored) + len(report.failures), len(files))
+    def write(items: list[tuple[Path, Photo | DerainError]]) -> None:
+        for target, photo in items:
+            try:
+                if isinstance(photo, DerainError):
+                    raise photo
+                photo.save(target)
+                report.restored.append(target)
+            except DerainError as error:
+                report.failures.append(str(error))
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:  # others, such as a full disk, are no fault of this image
+                    raise
+                report.failures.append(f"{target}: {error.strerror}")
+            on_progress("Restoring images", len(report.restored) + len(report.failures), len(files))
 
     on_progress("Restoring images", 0, len(files))
-    pipeline(read(), work, write)
+    pipeline(grouped(read(), size_of, lambda size: derainer.batch_size(*size)), work, write)
     return replace(report, tiled=tiled)
 
 
