@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from drsformer.config import SIZE_MULTIPLE
 from export.topk import masks, scores_of
-from runtime.pixels import ANY, IO, Size
+from runtime.pixels import ANY, FINITE, IO, Size
 
 PACKAGES = ("torch", "onnx", "onnxscript", "drsformer-deploy")
 """Packages whose versions shape a graph."""
@@ -33,21 +33,23 @@ PACKAGES = ("torch", "onnx", "onnxscript", "drsformer-deploy")
 class ImageGraph(nn.Module):
     """The image contract of `runtime.session.Derainer` around a network, in tensor operations.
 
-    uint8 (B, H, W, 3), any H, W >= 1 -> the same. The first and the last operation are casts, since TensorRT for RTX
-    accepts uint8 nowhere else. Padding gathers rows and columns by computed indices, because ONNX's Pad cannot
-    reflect an axis that is not longer than its padding.
+    uint8 (B, H, W, 3), any H, W >= 1 -> the same, and `runtime.pixels.FINITE`. The first and the last operation are
+    casts, since TensorRT for RTX accepts uint8 nowhere else. Padding gathers rows and columns by computed indices,
+    because ONNX's Pad cannot reflect an axis that is not longer than its padding.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         x = image.float().permute(0, 3, 1, 2) / 255  # B, 3, H, W
         H, W = x.shape[2:]
         x = x.index_select(2, _padded_indices(H)).index_select(3, _padded_indices(W))
         x = self.network(x)[:, :, :H, :W]
-        return (x.clamp(0, 1) * 255).round().permute(0, 2, 3, 1).to(torch.uint8)
+        # NaN and infinity survive a sum. Scaled down, finite numbers cannot add up to infinity, however large they are.
+        finite = (x * 2.0**-64).sum((1, 2, 3))
+        return (x.clamp(0, 1) * 255).round().permute(0, 2, 3, 1).to(torch.uint8), finite
 
 
 class Tensor16Graph(nn.Module):
@@ -73,7 +75,8 @@ def _padded_indices(length: int) -> Tensor:
 
 
 class _WithScores(nn.Module):
-    """A network that also returns the scores of every attention layer, in the order of `masks(network)`."""
+    """A network that also returns the scores of every attention layer, in the order of `masks(network)`, behind what
+    it returns itself."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -82,13 +85,14 @@ class _WithScores(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         with scores_of(self.network) as scores:
             output = self.network(x)
-        return output, *(scores[layer] for layer in masks(self.network))
+        outputs = output if isinstance(output, tuple) else (output,)
+        return *outputs, *(scores[layer] for layer in masks(self.network))
 
 
 def to_onnx(
     network: nn.Module, io: IO = "tensor", size: Size | None = None, opset: int = 20, batch: int = 1
 ) -> onnx.ModelProto:
-    """Export a network as a graph from `input` to `output`.
+    """Export a network as a graph from `input` to `output`, and where it takes images `runtime.pixels.FINITE`.
 
     Args:
         network: float32 (B, 3, H, W) -> the same; its masks may be those of `export.topk`.
@@ -102,6 +106,7 @@ def to_onnx(
         that holds the scores of each attention layer.
     """
     scores = {layer: f"{layer}.scores" for layer in masks(network)}
+    outputs = ["output", FINITE] if io == "image" else ["output"]
     images = 2 if batch == ANY else batch  # of 1 the exporter would make a constant
     height, width = size or (8 * SIZE_MULTIPLE, 9 * SIZE_MULTIPLE)
     h, w = torch.export.Dim("h", min=1), torch.export.Dim("w", min=1)
@@ -122,7 +127,7 @@ def to_onnx(
             verbose=False,
             opset_version=opset,
             input_names=["input"],
-            output_names=["output", *scores.values()],
+            output_names=[*outputs, *scores.values()],
             dynamic_shapes=(dynamic,) if dynamic else None,
             custom_translation_table={torch.ops.aten.pixel_unshuffle.default: _pixel_unshuffle},
         )
@@ -130,8 +135,8 @@ def to_onnx(
     model = program.model_proto
     model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)  # older runtimes refuse a later one
     _remove_sources(model)
-    model.graph.value_info.extend(model.graph.output[1:])
-    del model.graph.output[1:]  # the scores stay, as inner tensors
+    model.graph.value_info.extend(model.graph.output[len(outputs) :])
+    del model.graph.output[len(outputs) :]  # the scores stay, as inner tensors
     add_metadata(model, io=io, size_multiple=1 if io == "image" else SIZE_MULTIPLE, scores=scores)
     return model
 

@@ -8,11 +8,11 @@
     python -m export.onnx --weights W --output filter.onnx --precision fp16 --io tensor16
 
 The file takes and returns `input` and `output`: float32 (1, 3, H, W) RGB in [0, 1], H and W any multiples of 8, with
---io tensor16 the same in float16, or with --io image uint8 (1, H, W, 3) of any size. --batch puts another number of
-images in place of the 1; what a network makes of each does not depend on the others. Only standard operators, no
-control flow (export/graph.py). It is written once it has passed ONNX's checker and given PyTorch's output in ONNX
-Runtime to 1e-4 at several sizes, after the same top-k selections: those that flip through rounding are counted and
-shown (export/verification.py).
+--io tensor16 the same in float16, or with --io image uint8 (1, H, W, 3) of any size, then with `finite`, which says
+whether the answer was (`runtime.pixels.FINITE`). --batch puts another number of images in place of the 1; what a
+network makes of each does not depend on the others. Only standard operators, no control flow (export/graph.py). It is
+written once it has passed ONNX's checker and given PyTorch's output in ONNX Runtime to 1e-4 at several sizes, after the
+same top-k selections: those that flip through rounding are counted and shown (export/verification.py).
 """
 
 from __future__ import annotations

@@ -356,7 +356,7 @@ def _describe(path: Path, content: bytes) -> Manifest:
     file = File(MODEL_FILE, hashlib.sha256(content).hexdigest(), len(content), "onnx")
     try:
         read_graph_io(tensors, metadata)  # however many tensors there are
-        source, answer = tensors
+        source, answer, *_ = tensors
         return describe(file, source, answer, metadata)
     except InputError as error:
         raise InputError(f"`onnx`: {path}: {error}") from error

@@ -11,7 +11,8 @@ With the python backend a model takes `input` and returns `output`, both uint8 (
 client has nothing to get wrong. It needs the distribution `derainer` in the server's Python (pip install ./runtime),
 and runs whatever the bundle has, an engine of TensorRT for RTX as well. The other two are the server's own; with them a
 model takes what its graph takes: uint8 (1, H, W, 3) of any size after `export.onnx --io image`, else float32
-or, after `--io tensor16`, float16 (1, 3, H, W) in [0, 1] and padded.
+or, after `--io tensor16`, float16 (1, 3, H, W) in [0, 1] and padded. A graph of images also has an output `finite`,
+float32 (1,): where that is NaN or infinite, so was the network's answer, and the image is none.
 
 A request is one image, of any size: `max_batch_size` is 0, and what Triton calls dynamic batching only limits the
 queue. With --batch, for a model that takes several images at once (export.onnx --batch any), the server puts waiting
@@ -37,9 +38,9 @@ import tyro
 
 from runtime.bundle import Bundle, load
 from runtime.cli import hxw, main
-from runtime.errors import InputError, expect_between
+from runtime.errors import InputError, InvalidModel, expect_between
 from runtime.manifest import MANIFEST, SIGNATURE, Engine, Model
-from runtime.pixels import ANY, Size, expect_multiples, size_text
+from runtime.pixels import ANY, FINITE, Size, expect_multiples, size_text
 from runtime.session import Provider
 
 Backend = Literal["tensorrt_plan", "onnxruntime", "python"]
@@ -149,6 +150,9 @@ def export(
     if options.batch > 1:
         _expect_batches(opened, options, engines)
     lines = [*_interface(options, model, engines), *_execution(options, model, engines)]
+    if options.backend != "python" and FINITE in _outputs(opened):
+        dims = "[1] reshape { shape: [] }" if options.batch > 1 else f"[{model.graph_io.batch}]"
+        lines.append(f'output {{ name: "{FINITE}" data_type: {DATA_TYPES["float32"]} dims: {dims} }}')
 
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{options.name}.", dir=output) as temporary:
@@ -205,6 +209,18 @@ def _expect_batches(bundle: Bundle, options: ServeOptions, engines: Sequence[Eng
 def _profiles(engine: Engine, batch: int) -> list[int]:
     """Which profiles of an engine take so many images at once."""
     return [i for i, profile in enumerate(engine.profiles) if profile.batch[2] >= batch]
+
+
+def _outputs(bundle: Bundle) -> list[str]:
+    """Names of what the graph of a bundle returns. Raises InvalidModel where it is none."""
+    from google.protobuf.message import DecodeError
+    from onnx import load_from_string
+
+    name = bundle.manifest.model.file
+    try:
+        return [value.name for value in load_from_string(bundle.read(name)).graph.output]
+    except DecodeError as error:
+        raise InvalidModel(f"{bundle.folder / name}: expected an ONNX model, found another file") from error
 
 
 def _interface(options: ServeOptions, model: Model, engines: Sequence[Engine]) -> list[str]:

@@ -20,7 +20,8 @@ class Session(Protocol):
             `provider` is "cpu", as of ONNX Runtime, it is measured when it is needed, which may take seconds.
         graph_io: `runtime.pixels.GraphIO`. Where it says that the graph takes images, the session has a method
             `run_image`, uint8 (H, W, 3) -> the same, which answers as `run` does without the way through float32, and
-            `run_images` for several, uint8 (B, H, W, 3) -> the same.
+            raises InvalidModel where the graph says that the network answered with NaN or infinity; and `run_images`
+            for several, uint8 (B, H, W, 3) -> the same.
         max_batch: Method that says how many images of a (height, width) `run` takes at once at most. A session
             without it takes one.
         identity: Names and versions of the library, the device and its driver, by which `runtime.canary` knows a

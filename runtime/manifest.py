@@ -389,12 +389,17 @@ def read_graph_io(tensors: Sequence[Tensor], metadata: dict[str, str]) -> GraphI
                     f"found {text!r:.100}"
                 )
             return GraphIO("tensor" if dtype == "float32" else "tensor16", int(text), batch)
-        case [Tensor("input", "uint8", (batch, _, _, 3)), Tensor("output", "uint8", _)] if _is_batch(batch):
+        case [Tensor("input", "uint8", (batch, _, _, 3)), Tensor("output", "uint8", _)] | [
+            Tensor("input", "uint8", (batch, _, _, 3)),
+            Tensor("output", "uint8", _),
+            Tensor("finite", "float32", (_,)),
+        ] if _is_batch(batch):
             return GraphIO("image", 1, batch)
     found = "; ".join(f"{t.name} {t.dtype} {t.shape}" for t in tensors)
     raise InvalidModel(
         "another kind of network: expected one input named input and one output named output, both "
-        f"float32 or both float16 (B, 3, H, W), or both uint8 (B, H, W, 3), found {found}"
+        f"float32 or both float16 (B, 3, H, W), or both uint8 (B, H, W, 3) and beside them at most one named finite, "
+        f"float32 (B,), found {found}"
     )
 
 

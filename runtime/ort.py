@@ -50,10 +50,10 @@ class OrtSession:
     """A `runtime.session.Session` on ONNX Runtime.
 
     The graph has one input `input` and one output `output`, either both float32 (B, 3, H, W), or the same in float16
-    (exported with `--io tensor16`), or uint8 (B, H, W, 3) of any size (`--io image`); B is 1, another number or any
-    (`--batch`). `run` is the same for all: to a graph of images it hands images, which loses nothing where the batch
-    came from them, and its answer is then in steps of 1/255; to a graph of so many images it hands as many, the last
-    one repeated where there are fewer.
+    (exported with `--io tensor16`), or uint8 (B, H, W, 3) of any size (`--io image`), then with an output `finite`
+    besides (see `runtime.pixels.FINITE`); B is 1, another number or any (`--batch`). `run` is the same for all: to a
+    graph of images it hands images, which loses nothing where the batch came from them, and its answer is then in steps
+    of 1/255; to a graph of so many images it hands as many, the last one repeated where there are fewer.
 
     Attributes besides those of `Session`: `path`, of the file; `metadata`, the strings that export wrote into it;
     `input`, `output` and `graph_io`, what it takes and gives; `provider`, the one that runs; `threads`; and `identity`,
@@ -126,7 +126,8 @@ class OrtSession:
             self.graph_io = read_graph_io(tensors, self.metadata)
         except InvalidModel as error:
             raise InvalidModel(f"{self.path}: {error}") from error
-        self.input, self.output = tensors
+        self.input, self.output, *_ = tensors
+        self._outputs = [tensor.name for tensor in tensors[1:]]
         self.multiple, self.threads = self.graph_io.multiple, threads
         sides = [(1, sys.maxsize) if side == -1 else (side, side) for side in self.graph_io.size(self.input.shape)]
         least, most = zip(*sides, strict=True)
@@ -144,21 +145,25 @@ class OrtSession:
         fewer images, InvalidModel for an answer of another shape, OutOfMemory, and DeviceError where ONNX Runtime
         fails.
         """
-        return self.graph_io.answer(self._call(self.graph_io.feed(batch))[: len(batch)])
+        outputs = self._call(self.graph_io.feed(batch))
+        return self.graph_io.answer(*(output[: len(batch)] for output in outputs))
 
     def run_image(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """uint8 (H, W, 3) -> the same, of a graph of images; for the rest see `run`."""
+        """uint8 (H, W, 3) -> the same, of a graph of images; raises InvalidModel where that says that its answer was
+        not finite, for the rest see `run`."""
         return self.run_images(image[None])[0]
 
     def run_images(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """uint8 (B, H, W, 3) -> the same, of a graph of images; for the rest see `run`."""
-        return self._call(filled(np.ascontiguousarray(images), self.graph_io.batch))[: len(images)]
+        """uint8 (B, H, W, 3) -> the same, as `run_image` does each."""
+        outputs = self._call(filled(np.ascontiguousarray(images), self.graph_io.batch))
+        return self.graph_io.images(*(output[: len(images)] for output in outputs))
 
     def max_batch(self, size: Size) -> int:
         """How many images `run` takes at once at most, whatever the size."""
         return sys.maxsize if self.graph_io.batch == ANY else self.graph_io.batch
 
-    def _call(self, array: np.ndarray) -> np.ndarray:
+    def _call(self, array: np.ndarray) -> list[np.ndarray]:
+        """The graph's outputs."""
         (H, W), (height, width) = self.graph_io.size(array.shape), self.graph_io.size(self.input.shape)
         if height not in (-1, H) or width not in (-1, W):
             raise InvalidImage(
@@ -172,12 +177,12 @@ class OrtSession:
         if self._engine is None:
             raise RuntimeError("the session is closed")
         try:
-            answer = np.asarray(self._engine.run(["output"], {"input": array})[0])
+            answers = [np.asarray(answer) for answer in self._engine.run(self._outputs, {"input": array})]
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
             raise device_error(f"{self.path} failed on {W}x{H} pixels", error) from error
-        if answer.shape != array.shape:
-            raise InvalidModel(f"{self.path}: expected an output of shape {array.shape}, found {answer.shape}")
-        return answer
+        if answers[0].shape != array.shape:
+            raise InvalidModel(f"{self.path}: expected an output of shape {array.shape}, found {answers[0].shape}")
+        return answers
 
 
 def installed() -> list[str]:

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InputError
+from .errors import InputError, InvalidModel
 
 Size = tuple[int, int]
 """Height and width."""
@@ -24,6 +24,9 @@ DTYPES: dict[IO, np.dtype] = {
 }
 """Of input and output alike."""
 
+FINITE = "finite"
+"""Second output of a graph of images, whose clamp hides NaN: float32 (B,), finite exactly where every number of the
+answer to an image was before it was clamped. Graphs that were exported before there was such have only `output`."""
 
 ANY = -1
 """Stands in shapes for a length that is not fixed."""
@@ -75,6 +78,15 @@ def to_images(batch: NDArray[np.float32]) -> list[NDArray[np.uint8]]:
     return [to_image(batch[i : i + 1]) for i in range(len(batch))]
 
 
+def expect_finite(numbers: NDArray[np.float32]) -> None:
+    """Raise InvalidModel for NaN or infinity in what a network answers."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = numbers.sum()
+    # One pass tells of nearly all answers: a sum of finite numbers is finite, unless they are huge.
+    if not np.isfinite(total) and not np.isfinite(numbers).all():
+        raise InvalidModel("the network answered with NaN or infinity; if it runs in float16, export it in float32")
+
+
 def psnr(first: np.ndarray, second: np.ndarray) -> float:
     """Peak signal-to-noise ratio of two arrays of levels, 0 to 255, of one shape; in dB, inf where they are equal."""
     error = float(np.mean((first.astype(np.float64) - second) ** 2))
@@ -115,9 +127,21 @@ class GraphIO:
         feed = np.stack(to_images(batch)) if self.io == "image" else np.ascontiguousarray(batch, dtype=self.dtype)
         return filled(feed, self.batch)
 
-    def answer(self, output: np.ndarray) -> NDArray[np.float32]:
-        """The graph's output -> float32 (B, 3, H, W); of images in steps of 1/255."""
-        return to_batch(*output) if self.io == "image" else output.astype(np.float32, copy=False)
+    def answer(self, output: np.ndarray, finite: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """The graph's outputs -> float32 (B, 3, H, W); of images in steps of 1/255, or NaN throughout where `finite`
+        (see `FINITE`) is not."""
+        if self.io != "image":
+            return output.astype(np.float32, copy=False)
+        batch = to_batch(*output)
+        if finite is not None:
+            batch[~np.isfinite(finite)] = np.nan
+        return batch
+
+    def images(self, output: NDArray[np.uint8], finite: NDArray[np.float32] | None = None) -> NDArray[np.uint8]:
+        """The outputs of a graph of images -> uint8 (B, H, W, 3). Raises InvalidModel where `finite` is not."""
+        if finite is not None:
+            expect_finite(finite)
+        return output
 
 
 def filled(feed: np.ndarray, least: int) -> np.ndarray:

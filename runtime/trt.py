@@ -34,7 +34,7 @@ from .bundle import Bundle
 from .errors import DeviceError, InvalidImage, InvalidModel, device_error, one_line
 from .files import read_own, writing
 from .manifest import FLAVOR_TITLES, Engine, Flavor
-from .pixels import Size, filled
+from .pixels import FINITE, Size, filled
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,9 @@ class TrtSession:
             self._stream = _check(self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking))
             resources.callback(self._cuda.cudaStreamDestroy, self._stream)
             self._input, self._output = (_Buffer(self._cuda, size, resources) for _ in range(2))
+            names = [self._cuda_engine.get_tensor_name(i) for i in range(self._cuda_engine.num_io_tensors)]
+            most = max(profile.batch[2] for profile in self.engine.profiles)
+            self._finite = _Buffer(self._cuda, 4 * most, resources) if FINITE in names else None
         self.identity = {"library": f"{self._library.title} {trt.__version__}", **_device(self._cuda)}
         self._contexts = _Contexts(self._cuda, sizes)
         resources.callback(self._contexts.close)
@@ -192,21 +195,24 @@ class TrtSession:
         that is in no profile of the engine, OutOfMemory where memory on the GPU does not suffice, and DeviceError where
         it fails.
         """
-        return self.graph_io.answer(self._call(self.graph_io.feed(batch))[: len(batch)])
+        outputs = self._call(self.graph_io.feed(batch))
+        return self.graph_io.answer(*(output[: len(batch)] for output in outputs))
 
     def run_image(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """uint8 (H, W, 3) -> the same, of a graph of images; for the rest see `run`."""
+        """uint8 (H, W, 3) -> the same, of a graph of images; raises InvalidModel where that says that its answer was
+        not finite, for the rest see `run`."""
         return self.run_images(image[None])[0]
 
     def run_images(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """uint8 (B, H, W, 3) -> the same, of a graph of images; for the rest see `run`."""
-        return self._call(images)[: len(images)]
+        """uint8 (B, H, W, 3) -> the same, as `run_image` does each."""
+        return self.graph_io.images(*(output[: len(images)] for output in self._call(images)))
 
     def max_batch(self, size: Size) -> int:
         """How many images of a (height, width) `run` takes at once at most."""
         return self.engine.max_batch(*size)
 
-    def _call(self, feed: np.ndarray) -> np.ndarray:
+    def _call(self, feed: np.ndarray) -> list[np.ndarray]:
+        """The graph's outputs."""
         if not self.close.alive:
             raise RuntimeError("the session is closed")
         profile = self._profile(len(feed), *self.graph_io.size(feed.shape))
@@ -215,7 +221,10 @@ class TrtSession:
             context = self._contexts.get(feed.shape) or self._prepare(profile, feed.shape)
             self._input.upload(feed, self._stream)
             self._launch(context)
-            return self._output.download(feed.shape, feed.dtype, self._stream)
+            answers = [self._output.download(feed.shape, feed.dtype, self._stream)]
+            if self._finite:
+                answers.append(self._finite.download(feed.shape[:1], np.dtype(np.float32), self._stream))
+            return answers
 
     def _deserialize(self, trt: Any, bundle: Bundle) -> Any:
         self._runtime = trt.Runtime(self._log)
@@ -276,6 +285,7 @@ class TrtSession:
             or not context.set_input_shape("input", shape)
             or not context.set_tensor_address("input", self._input.device)
             or not context.set_tensor_address("output", self._output.device)
+            or (self._finite and not context.set_tensor_address(FINITE, self._finite.device))
             or not (needed := context.update_device_memory_size_for_shapes())  # 0 for an error
         ):
             raise self._failed(shape)

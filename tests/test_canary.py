@@ -19,7 +19,7 @@ from runtime.manifest import Drift
 from runtime.ort import OrtSession
 from runtime.session import describe_onnx
 from tests.support.bundles import add_canary, flip, rewrite, write_bundle
-from tests.support.onnx_files import write_network
+from tests.support.onnx_files import UINT8, write_network
 from tests.support.refusals import refusal
 
 SIZES = ((16, 24), (64, 96))
@@ -102,6 +102,18 @@ def test_a_wrong_engine_restores_nothing(bundle, engine, tmp_path, fault):
         derain(tmp_path / "a.png", tmp_path / "b.png", DerainOptions(model=bundle, provider="tensorrt"))
     assert not (tmp_path / "b.png").exists()
     assert not list(tmp_path.glob("*.canary"))
+
+
+def test_nan_that_a_graph_of_images_clamps_is_found(tmp_path):
+    """Its canaries' answers may look right all the same."""
+    hides = OrtSession(write_network(tmp_path / "hides.onnx", np.nan, UINT8), "cpu")
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    model = write_network(folder / "model.onnx", np.nan, UINT8, finite=True)
+    save(describe_onnx(model), folder)
+    add_canary(folder, hides.run_image)
+    with pytest.raises(CanaryError, match="found NaN or infinity in it"):
+        open_session(folder, "cpu")
 
 
 @pytest.mark.parametrize("fault", FAULTS)

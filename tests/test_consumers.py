@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
+from torch import nn
 
 from drsformer.config import MEFCConfig
 from drsformer.model import DRSformer
@@ -15,7 +17,7 @@ from export.folding import fold
 from export.graph import to_onnx
 from export.topk import with_pattern
 from export.verification import TOLERANCE
-from runtime.pixels import to_batch
+from runtime.pixels import FINITE, to_batch
 from tests.support.images import random_image
 from tests.support.networks import fill, small
 
@@ -45,35 +47,63 @@ def exported(request, tmp_path_factory) -> tuple[str, Path]:
     return request.param, path
 
 
-def in_onnx_runtime(model: onnx.ModelProto, fed: np.ndarray) -> np.ndarray:
+class Spoilt(nn.Module):
+    """A network that answers a black pixel with infinity or NaN, and grey ones with numbers whose sum is infinite."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.log() * 1e37 if self.kind == "infinity" else (x - 0.1).sqrt() * 3e38
+
+
+def in_onnx_runtime(model: onnx.ModelProto, fed: np.ndarray, name: str = "output") -> np.ndarray:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors, as in OrtSession
     engine = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return np.asarray(engine.run(["output"], {"input": fed})[0])
+    return np.asarray(engine.run([name], {"input": fed})[0])
 
 
-def in_openvino(path: Path, fed: np.ndarray, fixed: bool) -> np.ndarray:
+def in_openvino(path: Path, fed: np.ndarray, fixed: bool, name: str = "output") -> np.ndarray:
     openvino = pytest.importorskip("openvino")
     core = openvino.Core()
     model = core.read_model(path)
     if fixed:
         model.reshape(list(fed.shape))
-    return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([fed])["output"]  # not bfloat16
+    return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([fed])[name]  # not bfloat16
 
 
-def after_onnxsim(path: Path, fed: np.ndarray, fixed: bool) -> np.ndarray:
+def after_onnxsim(path: Path, fed: np.ndarray, fixed: bool, name: str = "output") -> np.ndarray:
     onnxsim = pytest.importorskip("onnxsim")
     simplified, valid = onnxsim.simplify(
         str(path), overwrite_input_shapes={"input": list(fed.shape)} if fixed else None
     )
     assert valid
-    return in_onnx_runtime(simplified, fed)
+    return in_onnx_runtime(simplified, fed, name)
 
 
-def after_onnxslim(path: Path, fed: np.ndarray, fixed: bool) -> np.ndarray:
+def after_onnxslim(path: Path, fed: np.ndarray, fixed: bool, name: str = "output") -> np.ndarray:
     onnxslim = pytest.importorskip("onnxslim")
     shapes = [f"input:{','.join(map(str, fed.shape))}"] if fixed else None
-    return in_onnx_runtime(onnxslim.slim(str(path), input_shapes=shapes), fed)
+    return in_onnx_runtime(onnxslim.slim(str(path), input_shapes=shapes), fed, name)
+
+
+def as_it_is(path: Path, fed: np.ndarray, fixed: bool, name: str = "output") -> np.ndarray:
+    return in_onnx_runtime(onnx.load(path), fed, name)
+
+
+@pytest.mark.parametrize("consume", [as_it_is, in_openvino, after_onnxsim, after_onnxslim])
+@pytest.mark.parametrize("kind", ["infinity", "NaN"])
+def test_a_graph_of_images_says_everywhere_whether_its_answer_was_finite(tmp_path, kind, consume):
+    path = tmp_path / "model.onnx"
+    onnx.save(to_onnx(Spoilt(kind), "image"), path)
+    image = np.full((1, 61, 93, 3), 40, np.uint8)
+    good = consume(path, image, False, FINITE)
+    assert good.shape == (1,)
+    assert np.isfinite(good).all()
+    image[0, 60, 92, 1] = 0
+    assert not np.isfinite(consume(path, image, False, FINITE)).all()
 
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["any size", "one size"])

@@ -477,9 +477,12 @@ def test_a_graph_of_one_size_takes_tiles(installed, tmp_path):
 
 def test_refusals_on_the_cpu_have_their_codes(installed, shipped, tmp_path):
     image = random_image(16, 24)
-    nan = bundle_of(tmp_path / "nan", lambda path: write_network(path, float("nan")))
-    status, said, _ = in_c(installed, image, nan, tmp_path)
-    assert (status, "NaN or infinity" in said) == (INVALID_BUNDLE, True)
+    for name, options in (("tensor", {}), ("image", {"kind": UINT8, "finite": True})):
+        nan = bundle_of(tmp_path / name, lambda path, options=options: write_network(path, float("nan"), **options))
+        status, said, _ = in_c(installed, image, nan, tmp_path)
+        assert (status, "NaN or infinity" in said) == (INVALID_BUNDLE, True)
+    good = bundle_of(tmp_path / "good", lambda path: write_network(path, kind=UINT8, finite=True))
+    np.testing.assert_array_equal(in_c(installed, image, good, tmp_path)[2], image // 2)
     status, said, _ = in_c(installed, image, shipped, tmp_path, "tensorrt")
     assert (status, "expected a bundle with an engine" in said) == (INVALID_BUNDLE, True)
     status, said, _ = in_c(installed, image, write_bundle(tmp_path / "engines"), tmp_path, "tensorrt")

@@ -304,8 +304,9 @@ def test_graph_of_images_begins_and_ends_with_a_cast(photographic):
     assert set(readers) <= {"Cast", "Shape"}
     assert "Cast" in readers
     assert writer == "Cast"
-    uint8 = onnx.TensorProto.UINT8
-    assert [v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)] == [uint8, uint8]
+    uint8, float32 = onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT
+    assert [v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)] == [uint8, uint8, float32]
+    assert [value.name for value in graph.output] == ["output", "finite"]
     assert metadata(photographic[1].output)["size_multiple"] == "1"
 
 

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 from runtime import Derainer, DerainError, DeviceError, InputError, InvalidImage, InvalidModel
 from runtime.manifest import Tensor, read_graph_io
 from runtime.ort import SHIPPED, OrtSession
-from runtime.pixels import GraphIO
+from runtime.pixels import ANY, GraphIO
 from tests.support.onnx_files import FLOAT, FLOAT16, UINT8, write_network
 
 
@@ -53,6 +53,41 @@ def test_graph_of_images_runs_behind_the_same_contract(tmp_path):
     assert restored.shape == (1, 3, 7, 9)
     assert restored.dtype == np.float32
     np.testing.assert_allclose(restored * 255, np.rint(restored * 255), atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_graph_of_images_that_answers_with_nan_says_so(tmp_path, value):
+    """Its clamp hides it. Graphs that do not tell, as they once were, go on working."""
+    image = np.full((9, 16, 3), 100, np.uint8)
+    told = OrtSession(write_network(tmp_path / "told.onnx", value, UINT8, finite=True))
+    for tile in (None, (8, 8)):
+        with pytest.raises(InvalidModel, match="NaN or infinity"):
+            Derainer(told, tile=tile)(image)
+    assert np.isnan(told.run(random_batch(9, 16))).all()  # as a graph of tensors would, for canaries
+    good = Derainer(OrtSession(write_network(tmp_path / "good.onnx", 0.5, UINT8, finite=True)))
+    np.testing.assert_array_equal(good(image), image // 2)
+    old = Derainer(OrtSession(write_network(tmp_path / "old.onnx", value, UINT8)))
+    assert old(image).shape == image.shape
+
+
+def test_every_image_of_a_batch_has_its_own_finite():
+    output, graph_io = np.full((3, 8, 8, 3), 51, np.uint8), GraphIO("image", 1, ANY)
+    answer = graph_io.answer(output, np.array([1, np.nan, -1], np.float32))
+    assert np.isnan(answer[1]).all()
+    np.testing.assert_array_equal(answer[[0, 2]], np.float32(51) / np.float32(255))
+    with pytest.raises(InvalidModel, match="NaN or infinity"):
+        graph_io.images(output, np.array([1, 2, np.inf], np.float32))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [Tensor("score", "float32", (1,)), Tensor("finite", "uint8", (1,)), Tensor("finite", "float32", (1, 1))],
+)
+def test_other_outputs_are_refused(more):
+    image = [Tensor("input", "uint8", (1, -1, -1, 3)), Tensor("output", "uint8", (1, -1, -1, 3))]
+    assert read_graph_io([*image, Tensor("finite", "float32", (1,))], {}) == GraphIO("image", 1)
+    with pytest.raises(InputError, match="beside them at most one named finite"):
+        read_graph_io([*image, more], {})
 
 
 def test_graph_of_float16_runs_behind_the_same_contract(tmp_path):

@@ -141,6 +141,12 @@ def test_graph_of_images(tmp_path, backend, dims, warm_up):
     found = config(export(folder, tmp_path, ServeOptions(backend=backend)).folder)
     assert (found.input[0].data_type, list(found.input[0].dims)) == (triton.TYPE_UINT8, dims)
     assert warm_ups(found) == [warm_up]
+    assert [output.name for output in found.output] == ["output"]
+    folder = only_model(tmp_path / "finite", kind=onnx.TensorProto.UINT8, finite=True)
+    found = config(export(folder, tmp_path, ServeOptions("told", backend=backend)).folder)
+    outputs = [(output.name, output.data_type, list(output.dims)) for output in found.output]
+    finite = [("finite", triton.TYPE_FP32, [1])] if backend == "onnxruntime" else []
+    assert outputs == [("output", triton.TYPE_UINT8, dims), *finite]
 
 
 @pytest.mark.parametrize(
@@ -201,6 +207,15 @@ def test_batches(tmp_path, backend, dims, warm_up):
     assert alone.max_batch_size == 0
     assert list(alone.input[0].dims) == (dims if backend == "python" else [-1, 3, -1, -1])
     assert warm_ups(alone) == [warm_up if backend == "python" else [1, 3, 64, 64]]
+
+
+def test_every_image_of_a_batch_says_whether_it_was_finite(tmp_path):
+    folder = only_model(tmp_path / "b", kind=onnx.TensorProto.UINT8, shape=("B", "H", "W", 3), finite=True)
+    for batch, dims in ((1, [-1]), (4, [1])):
+        output = config(export(folder, tmp_path, ServeOptions(f"m{batch}", "onnxruntime", batch=batch)).folder).output[
+            1
+        ]
+        assert (output.name, list(output.dims), output.HasField("reshape")) == ("finite", dims, batch > 1)
 
 
 def test_batches_of_a_tensorrt_plan(bundle, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 
 from runtime import trt
 from runtime.bundle import Bundle
-from runtime.errors import DerainError, DeviceError, InputError, InvalidImage, OutOfMemory
+from runtime.errors import DerainError, DeviceError, InputError, InvalidImage, InvalidModel, OutOfMemory
 from runtime.manifest import Profile
 from runtime.pixels import ANY, to_batch
 from runtime.session import Derainer, open_engine
@@ -170,7 +170,7 @@ def test_images_of_a_size_go_through_the_profile_that_takes_so_many(tmp_path, in
 
 @pytest.mark.parametrize("io", ["tensor", "image"])
 def test_a_profile_of_more_images_is_filled_up(tmp_path, install, io):
-    _, library = install(dtype="uint8" if io == "image" else "float32")
+    _, library = install(dtype="uint8" if io == "image" else "float32", finite=0.5 if io == "image" else None)
     profiles = {"profiles": (Profile((8, 8), (16, 16), (16, 16), batch=(4, 4, 4)),)}
     derain = Derainer(open_engine(make_bundle(tmp_path / "bundle", profiles, io=io, batch=4)))
     images = [np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8) for i in range(6)]
@@ -188,6 +188,25 @@ def test_images_go_in_and_come_out(tmp_path, install):
     np.testing.assert_array_equal(derain(image), 255 - image)
     tall = np.random.default_rng(1).integers(0, 256, (90, 7, 3), dtype=np.uint8)
     np.testing.assert_array_equal(derain(tall), 255 - tall)  # in tiles
+
+
+@pytest.mark.parametrize("finite", [0.5, np.nan, np.inf])
+def test_an_engine_of_images_says_whether_its_answer_was_finite(tmp_path, install, finite):
+    cuda, library = install(dtype="uint8", finite=finite)
+    bundle = make_bundle(tmp_path / "bundle", {"profiles": (Profile((1, 1), (8, 8), (40, 40)),)}, io="image")
+    derain = Derainer(open_engine(bundle))
+    for size in ((13, 7), (90, 7)):  # the second in tiles
+        image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+        for _ in range(2):  # the second by a CUDA graph
+            if finite == 0.5:
+                np.testing.assert_array_equal(derain(image), 255 - image)
+            else:
+                with pytest.raises(InvalidModel, match="NaN or infinity"):
+                    derain(image)
+    assert "malloc 4" in cuda.calls
+    library.contexts.clear()
+    derain.close()
+    assert cuda.blocks == {}
 
 
 def test_float16_goes_in_and_comes_out(tmp_path, install):

@@ -109,9 +109,9 @@ public:
         restore(*opened_.session, tasks);
     }
 
-    void enqueue(const void* input, void* output, Size size, cudaStream_t stream) {
+    void enqueue(const void* input, void* output, Size size, cudaStream_t stream, float* finite) {
         const std::lock_guard<std::mutex> lock(mutex_);
-        opened_.session->enqueue(input, output, size, stream);
+        opened_.session->enqueue(input, output, size, stream, finite);
     }
 
 private:
@@ -146,8 +146,9 @@ void Derainer::run(const std::vector<Image>& images) {
     within_memory([&] { implementation_->run(images); });
 }
 
-void Derainer::enqueue(const void* input, void* output, std::int64_t height, std::int64_t width, cudaStream_t stream) {
-    implementation_->enqueue(input, output, {height, width}, stream);
+void Derainer::enqueue(const void* input, void* output, std::int64_t height, std::int64_t width, cudaStream_t stream,
+                       float* finite) {
+    implementation_->enqueue(input, output, {height, width}, stream, finite);
 }
 
 GraphIo Derainer::graph_io() const { return implementation_->graph_io(); }

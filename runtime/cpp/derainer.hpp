@@ -109,9 +109,12 @@ public:
 
     /// Let `stream` restore what is on the GPU, and come back at once; `cudaStreamSynchronize(stream)` waits for it.
     /// In the network's own format, see `graph_io`: of a size that a profile takes, in multiples. The output is neither
-    /// clamped nor rounded. The Derainer has to outlive the work. A size that is new waits for the GPU, so `stream`
-    /// must not be in capture. Throws InputError for another size, and on the CPU.
-    void enqueue(const void* input, void* output, std::int64_t height, std::int64_t width, cudaStream_t stream);
+    /// clamped nor rounded by a graph of tensors. A graph of images clamps, which hides NaN; `finite`, on the GPU too,
+    /// becomes NaN or infinite where the answer was. The Derainer has to outlive the work. A size that is new waits for
+    /// the GPU, so `stream` must not be in capture. Throws InputError for another size, on the CPU, and for `finite` of
+    /// a graph that does not tell: one of tensors, or an older one.
+    void enqueue(const void* input, void* output, std::int64_t height, std::int64_t width, cudaStream_t stream,
+                 float* finite = nullptr);
 
     /// What `enqueue` takes and gives: format, shape and bytes.
     GraphIo graph_io() const;

@@ -63,11 +63,12 @@ public:
         }
         const auto model = in_openvino<InvalidModel>(path_ + " is not an ONNX model that OpenVINO can load",
                                                      [&] { return core_.read_model(content, ov::Tensor()); });
-        DERAINER_CHECK(MismatchError, model->inputs().size() == 1 && model->outputs().size() == 1,
-                       path_ + ": expected one input and one output, found " + std::to_string(model->inputs().size()) +
-                           " and " + std::to_string(model->outputs().size()));
+        has_finite_ = graph_io_.io == Io::image && model->outputs().size() == 2 && is_finite(model->output(1));
+        DERAINER_CHECK(MismatchError, model->inputs().size() == 1 && model->outputs().size() == (has_finite_ ? 2 : 1),
+                       path_ + ": expected one input and one output, and of images besides at most finite, found " +
+                           std::to_string(model->inputs().size()) + " and " + std::to_string(model->outputs().size()));
         limits_ = {limits(model->input())};
-        limits(model->output());  // checked alike
+        limits(model->output(0));  // checked alike
         identity_ = one_line(core_.get_property("CPU", ov::device::full_name) + ", OpenVINO " +
                              ov::get_openvino_version().buildNumber);
         const ov::AnyMap properties{ov::hint::inference_precision(ov::element::f32),
@@ -93,15 +94,21 @@ public:
 
     void start(std::size_t, Size size) override {
         in_openvino<DeviceError>(failed_on(size), [&] { request_.infer(); });
-        const ov::Shape found = request_.get_output_tensor().get_shape();
+        const ov::Shape found = request_.get_output_tensor(0).get_shape();
         DERAINER_CHECK(
             InvalidModel, found == shape(size),
             path_ + ": expected an output of the input's size, found " + ov::PartialShape(found).to_string());
     }
 
-    const void* finish(std::size_t) override { return request_.get_output_tensor().data(); }
+    const void* finish(std::size_t) override { return request_.get_output_tensor(0).data(); }
+    float finite(std::size_t) override { return has_finite_ ? *request_.get_output_tensor(1).data<float>() : 0; }
 
 private:
+    static bool is_finite(const ov::Output<ov::Node>& port) {
+        return port.get_names().count(kFinite) == 1 && port.get_element_type() == ov::element::f32 &&
+               port.get_partial_shape().compatible({1});
+    }
+
     std::string failed_on(Size size) const { return path_ + " failed on " + to_string(size) + " pixels"; }
 
     ov::Shape shape(Size size) const {
@@ -134,6 +141,7 @@ private:
     const std::string file_;
     const std::string path_;
     const GraphIo graph_io_;
+    bool has_finite_ = false;
     std::vector<Limits> limits_;
     ov::Core core_;
     std::string identity_;

@@ -41,6 +41,10 @@ struct Image {
 /// What a graph takes and gives: float32 or float16 (1, 3, H, W) RGB in [0, 1], or uint8 (1, H, W, 3) RGB.
 enum class Io { tensor, tensor16, image };
 
+/// Name of the second output of a graph of images, whose clamp hides NaN: float32 (1), finite exactly where every
+/// number of the answer was before it was clamped. Graphs that were exported before there was such have only `output`.
+inline constexpr const char* kFinite = "finite";
+
 /// The bits of a float16.
 using Half = std::uint16_t;
 

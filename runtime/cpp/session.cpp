@@ -15,9 +15,13 @@ std::size_t index(std::int64_t value) { return static_cast<std::size_t>(value); 
 
 float level_to_float(std::uint8_t level) { return static_cast<float>(level) / 255.0F; }
 
-std::uint8_t to_level(float value) {
+void expect_finite(float value) {
     DERAINER_CHECK(InvalidModel, std::isfinite(value),
                    "the network answered with NaN or infinity; if it runs in float16, export it in float32");
+}
+
+std::uint8_t to_level(float value) {
+    expect_finite(value);
     return static_cast<std::uint8_t>(std::nearbyint(std::min(std::max(value, 0.0F), 1.0F) * 255.0F));
 }
 
@@ -141,7 +145,9 @@ struct Job {
 
 }  // namespace
 
-void Session::enqueue(const void*, void*, Size, CUstream_st*) {
+float Session::finite(std::size_t) { return 0; }
+
+void Session::enqueue(const void*, void*, Size, CUstream_st*, float*) {
     throw InputError("expected a network on a GPU to work on a CUDA stream, found one on the CPU; use run", "enqueue");
 }
 
@@ -161,7 +167,9 @@ void restore(Session& session, const std::vector<Task>& tasks) {
     std::deque<Job> pending;
     const auto finish_first = [&] {
         const Job& job = pending.front();
-        job.restoration->take(job.tile, session.finish(job.lane));
+        const void* output = session.finish(job.lane);
+        expect_finite(session.finite(job.lane));
+        job.restoration->take(job.tile, output);
         pending.pop_front();
     };
     std::size_t lane = 0;

@@ -37,10 +37,13 @@ public:
     virtual void start(std::size_t lane, Size size) = 0;
     /// Wait for the answer, which stays until the next `start`.
     virtual const void* finish(std::size_t lane) = 0;
+    /// What the graph says of that answer, see `kFinite`; 0 of a graph that does not tell.
+    virtual float finite(std::size_t lane);
 
     /// Let the caller's CUDA stream work from the caller's input to the caller's output, both on the GPU, and come back
-    /// at once. Throws InputError where the network does not run on a GPU.
-    virtual void enqueue(const void* input, void* output, Size size, CUstream_st* stream);
+    /// at once. What the graph says of its answer goes to `finite`, also there, unless that is null. Throws InputError
+    /// where the network does not run on a GPU, or its graph does not tell.
+    virtual void enqueue(const void* input, void* output, Size size, CUstream_st* stream, float* finite);
 };
 
 /// An image, to which size it is padded, and the tiles in which it is run.

@@ -58,6 +58,15 @@ std::string identify() {
            std::to_string(driver) + ", " + Library::flavor + " " + library_version();
 }
 
+bool has_tensor(const nvinfer1::ICudaEngine& engine, const std::string& name) {
+    for (int i = 0; i < engine.getNbIOTensors(); ++i) {
+        if (engine.getIOTensorName(i) == name) {
+            return true;
+        }
+    }
+    return false;
+}
+
 bool same(const nvinfer1::Dims& a, const nvinfer1::Dims& b) {
     return a.nbDims == b.nbDims && std::equal(a.d, a.d + a.nbDims, b.d);
 }
@@ -112,6 +121,7 @@ TrtSession::TrtSession(const Bundle& bundle, const Engine& engine, std::size_t s
       cuda_graphs_(cuda_graphs),
       runtime_(nvinfer1::createInferRuntime(log_)),
       cuda_engine_(deserialize(bundle)),
+      has_finite_(has_tensor(*cuda_engine_, kFinite)),
       library_(*cuda_engine_, bundle.beside(engine.file, "cache"), cuda_graphs),  // the same file as in Python
       identity_(identify()) {
     DERAINER_CHECK(InputError, sizes > 0, "expected to keep at least one size, found 0");
@@ -139,6 +149,13 @@ TrtSession::TrtSession(const Bundle& bundle, const Engine& engine, std::size_t s
         lane.output = allocate(largest);
         lane.host_input = allocate_pinned(largest);
         lane.host_output = allocate_pinned(largest);
+        if (has_finite_) {
+            lane.finite = allocate(sizeof(float));
+            lane.host_finite = allocate_pinned(sizeof(float));
+        }
+    }
+    if (has_finite_) {
+        unread_finite_ = allocate(sizeof(float));
     }
     cudaEvent_t event = nullptr;
     CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
@@ -162,6 +179,10 @@ void TrtSession::start(std::size_t i, Size size) {
     CUDA_CHECK(cudaMemcpyAsync(lane.input.get(), lane.host_input.get(), bytes, cudaMemcpyHostToDevice, stream));
     launch(context, stream);
     CUDA_CHECK(cudaMemcpyAsync(lane.host_output.get(), lane.output.get(), bytes, cudaMemcpyDeviceToHost, stream));
+    if (has_finite_) {
+        CUDA_CHECK(
+            cudaMemcpyAsync(lane.host_finite.get(), lane.finite.get(), sizeof(float), cudaMemcpyDeviceToHost, stream));
+    }
 }
 
 const void* TrtSession::finish(std::size_t lane) {
@@ -169,12 +190,20 @@ const void* TrtSession::finish(std::size_t lane) {
     return lanes_[lane].host_output.get();
 }
 
-void TrtSession::enqueue(const void* input, void* output, Size size, cudaStream_t stream) {
+float TrtSession::finite(std::size_t lane) {
+    return has_finite_ ? *static_cast<const float*>(lanes_[lane].host_finite.get()) : 0;
+}
+
+void TrtSession::enqueue(const void* input, void* output, Size size, cudaStream_t stream, float* finite) {
+    DERAINER_CHECK(InputError, finite == nullptr || has_finite_,
+                   path_ +
+                       ": expected a graph that says whether its answer is finite, found one without `finite`; "
+                       "export it again with --io image, or look at the output");
     DERAINER_CHECK(InputError, is_multiple(size, graph_io_.multiple),
                    "expected height and width in multiples of " + std::to_string(graph_io_.multiple) + ", found " +
                        to_string(size));
     Context& context = prepare(size, kCallers);
-    set_addresses(context, input, output);
+    set_addresses(context, input, output, finite == nullptr ? unread_finite_.get() : finite);
     launch(context, stream);
 }
 
@@ -209,7 +238,7 @@ TrtSession::Context& TrtSession::prepare(Size size, std::size_t lane) {
     TENSORRT_CHECK(context.execution->setInputShape(kInput, dims(size)));
     TENSORRT_CHECK(same(context.execution->getTensorShape(kOutput), dims(size)));
     if (lane != kCallers) {
-        set_addresses(context, lanes_[lane].input.get(), lanes_[lane].output.get());
+        set_addresses(context, lanes_[lane].input.get(), lanes_[lane].output.get(), lanes_[lane].finite.get());
     }
     const std::size_t needed = context.execution->updateDeviceMemorySizeForShapes();
     TENSORRT_CHECK(needed > 0);
@@ -231,9 +260,10 @@ TrtSession::Context& TrtSession::prepare(Size size, std::size_t lane) {
     return contexts_.front();
 }
 
-void TrtSession::set_addresses(Context& context, const void* input, void* output) {
+void TrtSession::set_addresses(Context& context, const void* input, void* output, void* finite) {
     TENSORRT_CHECK(context.execution->setInputTensorAddress(kInput, input));
     TENSORRT_CHECK(context.execution->setTensorAddress(kOutput, output));
+    TENSORRT_CHECK(!has_finite_ || context.execution->setTensorAddress(kFinite, finite));
 }
 
 /// Let a stream run a context. Graphs are captured in the second run: the first one completes the set-up, which must
@@ -313,9 +343,11 @@ public:
         return session_->finish(lane);
     }
 
-    void enqueue(const void* input, void* output, Size size, cudaStream_t stream) override {
+    float finite(std::size_t lane) override { return session_->finite(lane); }
+
+    void enqueue(const void* input, void* output, Size size, cudaStream_t stream, float* finite) override {
         const OnDevice on_device(device_);
-        session_->enqueue(input, output, size, stream);
+        session_->enqueue(input, output, size, stream, finite);
     }
 
 private:

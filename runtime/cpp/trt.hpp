@@ -110,9 +110,10 @@ public:
     void* input(std::size_t lane, Size size) override;
     void start(std::size_t lane, Size size) override;
     const void* finish(std::size_t lane) override;
+    float finite(std::size_t lane) override;
 
     const std::vector<Limits>& limits() const override { return limits_; }
-    void enqueue(const void* input, void* output, Size size, cudaStream_t stream) override;
+    void enqueue(const void* input, void* output, Size size, cudaStream_t stream, float* finite) override;
 
 private:
     /// What a tile needs on its way through the GPU, for the largest size.
@@ -122,6 +123,8 @@ private:
         DeviceMemory output;
         PinnedMemory host_input;
         PinnedMemory host_output;
+        DeviceMemory finite;  // for one number, where the engine tells it
+        PinnedMemory host_finite;
     };
 
     /// What is set up for one size in one lane. `warm` once it has run.
@@ -138,7 +141,7 @@ private:
 
     std::unique_ptr<nvinfer1::ICudaEngine> deserialize(const Bundle& bundle);
     Context& prepare(Size size, std::size_t lane);
-    void set_addresses(Context& context, const void* input, void* output);
+    void set_addresses(Context& context, const void* input, void* output, void* finite);
     void launch(Context& context, cudaStream_t stream);
     GraphExec capture(Context& context, cudaStream_t stream);
     void wait() const;
@@ -154,10 +157,12 @@ private:
     Log log_;
     std::unique_ptr<nvinfer1::IRuntime> runtime_;
     std::unique_ptr<nvinfer1::ICudaEngine> cuda_engine_;
+    const bool has_finite_;
     Library library_;
     const std::string identity_;
     std::array<Lane, kLanes> lanes_;
     Event done_;
+    DeviceMemory unread_finite_;  // of callers who do not ask
     DeviceMemory memory_;
     std::size_t memory_bytes_ = 0;
     std::list<Context> contexts_;  // the last used first

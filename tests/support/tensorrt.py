@@ -206,6 +206,8 @@ class Context:
         source, target = (self.cuda.blocks[self.addresses[name]] for name in ("input", "output"))
         size = int(np.prod(self.shape)) * np.dtype(dtype).itemsize
         target[:size].view(dtype)[:] = (255 if dtype == "uint8" else 1) - source[:size].view(dtype)
+        if self.library.finite is not None:
+            self.cuda.blocks[self.addresses["finite"]].view(np.float32)[:] = self.library.finite
 
 
 class Config:
@@ -236,7 +238,8 @@ class Config:
 
 
 class Library(ModuleType):
-    """A TensorRT whose engines are the bytes `plan`. From 10.11 on they have a runtime config."""
+    """A TensorRT whose engines are the bytes `plan`. From 10.11 on they have a runtime config. They answer with
+    `finite` too, unless it is None."""
 
     class ILogger:
         Severity = enum.IntEnum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO"], start=0)
@@ -244,9 +247,11 @@ class Library(ModuleType):
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="ours")
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole", DISABLED="disabled")
 
-    def __init__(self, cuda: Cuda, version: str = "11.4.0", dtype: str = "float32") -> None:
+    def __init__(
+        self, cuda: Cuda, version: str = "11.4.0", dtype: str = "float32", finite: float | None = None
+    ) -> None:
         super().__init__("tensorrt")
-        self.__version__, self.cuda, self.dtype = version, cuda, dtype
+        self.__version__, self.cuda, self.dtype, self.finite = version, cuda, dtype, finite
         self.activations, self.failing, self.unmeasured, self.synchronizes = 4, False, False, False
         self.contexts: list[Context] = []
         self.runtimes: list = []
@@ -270,6 +275,13 @@ class Library(ModuleType):
     def _create_runtime_config(self):
         self.configs.append(Config(self))
         return self.configs[-1]
+
+    @property
+    def num_io_tensors(self):
+        return 2 if self.finite is None else 3
+
+    def get_tensor_name(self, index):
+        return ("input", "output", "finite")[: self.num_io_tensors][index]
 
     def create_execution_context(self, strategy):
         """Or from a config."""

@@ -262,7 +262,7 @@ TEST_CASE("what goes wrong has its type") {
     const Plan whole{{1, 1}, {1, 1}, 0};
     CHECK_THROWS_AS(restore(session, {{{pixel, 0, 1, 3, pixel}, whole}}), InvalidImage);
     CHECK_THROWS_AS(restore(session, {{{pixel, 1, 1, 3, pixel}, whole}}), InvalidModel);
-    CHECK_THROWS_AS(session.enqueue(pixel, pixel, {1, 1}, nullptr), InputError);
+    CHECK_THROWS_AS(session.enqueue(pixel, pixel, {1, 1}, nullptr, nullptr), InputError);
     CHECK_THROWS_AS(parse("{}"), InvalidModel);
     CHECK_THROWS_AS(choose_engine(bundle_of({}), "8.6", "rtx", "1"), DeviceError);
     CHECK_THROWS_AS(plan({8, 8}, 8, limits, Size{8, 8}), InputError);

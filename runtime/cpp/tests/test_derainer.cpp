@@ -2,6 +2,7 @@
 /// source.
 #include <filesystem>
 #include <iterator>
+#include <limits>
 #include <thread>
 
 #include "bundle_folder.hpp"
@@ -152,6 +153,42 @@ TEST_CASE("images of a graph that takes images") {
             REQUIRE(int{restored[i]} == 255 - image[i]);
         }
     }
+}
+
+TEST_CASE("a graph of images says whether its answer was finite") {
+    const TestBundle bundle("image");
+    const std::size_t before = fake.memory;
+    cudaStream_t stream = nullptr;
+    cudaStreamCreateWithFlags(&stream, 0);
+    Pixels image(3 * 9 * 11);
+    float finite = 1;
+    {
+        Derainer silent(bundle.folder);
+        CHECK(contains(refusal([&] { silent.enqueue(image.data(), image.data(), 9, 11, stream, &finite); }),
+                       "without `finite`"));
+    }
+    fake.has_finite = true;
+    {
+        Derainer derain(bundle.folder);
+        for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+            for (const auto& [height, width] : std::vector<std::pair<std::size_t, std::size_t>>{{9, 11}, {70, 50}}) {
+                fake.finite = bad;
+                const std::string said = refusal([&] { run(derain, height, width); });
+                CHECK(contains(said, "the network answered with NaN or infinity"));
+                CHECK_THROWS_AS(run(derain, height, width), InvalidModel);
+                fake.finite = 0.5F;
+                const Pixels restored = run(derain, height, width);
+                CHECK(int{restored[0]} == 255 - golden_image(height, width, 3 * width)[0]);
+            }
+        }
+        derain.enqueue(image.data(), image.data(), 9, 11, stream);
+        derain.enqueue(image.data(), image.data(), 9, 11, stream, &finite);
+        CHECK(finite == 1.0F);  // nobody has waited for it
+        cudaStreamSynchronize(stream);
+        CHECK(finite == 0.5F);
+    }
+    cudaStreamDestroy(stream);
+    CHECK(fake.memory == before);
 }
 
 TEST_CASE("images of a graph that takes float16, whole and in tiles") {

@@ -72,6 +72,7 @@ private:
     int profile_ = -1;
     const void* input_ = nullptr;
     void* output_ = nullptr;
+    void* finite_ = nullptr;
     void* memory_ = nullptr;
     std::int64_t memory_bytes_ = 0;
     int runs_ = 0;
@@ -82,6 +83,8 @@ public:
     IExecutionContext* createExecutionContext(ExecutionContextAllocationStrategy strategy) noexcept;
     IExecutionContext* createExecutionContext(IRuntimeConfig* config) noexcept;
     IRuntimeConfig* createRuntimeConfig() noexcept { return new IRuntimeConfig; }
+    std::int32_t getNbIOTensors() const noexcept;
+    const char* getIOTensorName(std::int32_t index) const noexcept;
     DataType getTensorDataType(const char*) const noexcept { return type; }
     std::int32_t getNbOptimizationProfiles() const noexcept { return 2; }
     DataType type;

@@ -280,8 +280,8 @@ bool IExecutionContext::setInputTensorAddress(const char* name, const void* addr
 }
 
 bool IExecutionContext::setTensorAddress(const char* name, void* address) noexcept {
-    output_ = address;
-    return std::string(name) == "output";
+    (std::string(name) == "output" ? output_ : finite_) = address;
+    return std::string(name) == "output" || (fake.has_finite && std::string(name) == "finite");
 }
 
 std::size_t IExecutionContext::updateDeviceMemorySizeForShapes() noexcept {
@@ -300,11 +300,14 @@ bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
     const bool fails = fake.failing || last_error != cudaSuccess ||
                        memory_bytes_ < static_cast<std::int64_t>(updateDeviceMemorySizeForShapes());
     const auto work = [fails, type = type_, dims = dims_, input = input_, output = output_, memory = memory_,
-                       bytes = memory_bytes_, wrong_channel = fake.wrong_channel,
+                       bytes = memory_bytes_, wrong_channel = fake.wrong_channel, finite = finite_,
                        wrong_replay = fake.wrong_replay && runs_ > 0] {
         std::memset(memory, 0, static_cast<std::size_t>(bytes));
         if (fails) {
             return;
+        }
+        if (fake.has_finite) {
+            *static_cast<float*>(finite) = fake.finite;
         }
         if (type == DataType::kFLOAT) {
             const auto height = static_cast<std::size_t>(dims.d[2]);
@@ -329,6 +332,13 @@ bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
     call("enqueue");
     ++runs_;
     return true;
+}
+
+std::int32_t ICudaEngine::getNbIOTensors() const noexcept { return fake.has_finite ? 3 : 2; }
+
+const char* ICudaEngine::getIOTensorName(std::int32_t index) const noexcept {
+    constexpr const char* names[] = {"input", "output", "finite"};
+    return names[index];
 }
 
 IExecutionContext* ICudaEngine::createExecutionContext(ExecutionContextAllocationStrategy strategy) noexcept {

@@ -12,6 +12,8 @@ struct Fake {
     bool failing = false;                       // enqueueV3 does, halfway
     bool wrong_channel = false;                 // what runs answers with another green
     bool wrong_replay = false;                  // what runs a second time answers with another red
+    bool has_finite = false;                    // whether engines say whether their answer was finite
+    float finite = 0;                           // what they say then
     int driver = 13000;
     std::string kernels;  // what the cache of TensorRT for RTX was given, and gives
 
