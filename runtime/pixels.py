@@ -73,11 +73,6 @@ def to_image(batch: NDArray[np.float32]) -> NDArray[np.uint8]:
     return image
 
 
-def to_images(batch: NDArray[np.float32]) -> list[NDArray[np.uint8]]:
-    """float32 (B, 3, H, W) -> an image of each, as `to_image` makes it."""
-    return [to_image(batch[i : i + 1]) for i in range(len(batch))]
-
-
 def expect_finite(numbers: NDArray[np.float32]) -> None:
     """Raise InvalidModel for NaN or infinity in what a network answers."""
     with np.errstate(over="ignore", invalid="ignore"):
@@ -124,7 +119,10 @@ class GraphIO:
     def feed(self, batch: NDArray[np.float32]) -> np.ndarray:
         """float32 (B, 3, H, W) -> the graph's input, `filled`. What came from uint8 images loses nothing, or in
         float16 less than a tenth of a level."""
-        feed = np.stack(to_images(batch)) if self.io == "image" else np.ascontiguousarray(batch, dtype=self.dtype)
+        if self.io == "image":
+            feed = np.stack([to_image(image[None]) for image in batch])
+        else:
+            feed = np.ascontiguousarray(batch, dtype=self.dtype)
         return filled(feed, self.batch)
 
     def answer(self, output: np.ndarray, finite: NDArray[np.float32] | None = None) -> NDArray[np.float32]:

@@ -29,7 +29,7 @@ from .contract import Session
 from .errors import DeviceError, InputError, InvalidImage, OutOfMemory, UnprovenError, expect_between
 from .manifest import Manifest, describe
 from .memory import available
-from .pixels import GraphIO, expect_finite, to_batch, to_image, to_images
+from .pixels import GraphIO, expect_finite, to_batch, to_image
 
 if TYPE_CHECKING:  # they load what they drive, which takes its time
     from .footprint import Footprint
@@ -186,12 +186,14 @@ class Derainer:
             return [self(images[0])]
         padded = [_pad(image, size) for image in images]
         if self._graph_io.io == "image":
-            answers = list(cast("OrtSession | TrtSession", self.session).run_images(np.stack(padded)))
-        else:
-            batch = self.session.run(to_batch(*padded))
-            expect_finite(batch)
-            answers = to_images(batch)
-        return [np.ascontiguousarray(a[: i.shape[0], : i.shape[1]]) for a, i in zip(answers, images, strict=True)]
+            answers = cast("OrtSession | TrtSession", self.session).run_images(np.stack(padded))
+            return [np.ascontiguousarray(a[: i.shape[0], : i.shape[1]]) for a, i in zip(answers, images, strict=True)]
+        restored = []
+        for answer, image in zip(self.session.run(to_batch(*padded)), images, strict=True):
+            cropped = answer[None, :, : image.shape[0], : image.shape[1]]
+            expect_finite(cropped)
+            restored.append(to_image(cropped))
+        return restored
 
     def batch_size(self, height: int, width: int) -> int:
         """How many images of this size `run_batch` hands to the network at once: as many as the graph, the engine's
