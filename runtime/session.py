@@ -50,7 +50,6 @@ AMPLE_BYTES = 32_000
 """Bytes for each pixel with which no network has to be measured: `runtime.footprint.MARGIN` times the most that the
 full one took in ONNX Runtime."""
 
-
 BATCH = 8
 """Images at once, of a graph that takes any number, where nothing else is asked for."""
 
@@ -159,8 +158,9 @@ class Derainer:
         """Restore images of any sizes, uint8 (H, W, 3) each, as a call does each.
 
         Those that are equally large once they are padded go through the network together, `batch_size` at once; those
-        that need tiles go one by one. Where a graph takes one at a time, so do all. In ONNX Runtime on the CPU the
-        answers are those of calls to the byte; other engines may take other kernels for a batch, which round otherwise.
+        that need tiles go one by one, and so do those whose batch exhausts the memory. Where a graph takes one at a
+        time, all go one by one. In ONNX Runtime on the CPU the answers are those of calls to the byte; other engines
+        may take other kernels for a batch, which round otherwise.
 
         Raises:
             InvalidImage: For any other array, before one is restored.
@@ -176,7 +176,12 @@ class Derainer:
             step = self.batch_size(*size)
             for first in range(0, len(members), step):
                 together = members[first : first + step]
-                answers = self._run_together([images[i] for i in together], size)
+                try:
+                    answers = self._run_together([images[i] for i in together], size)
+                except OutOfMemory:
+                    if len(together) == 1:
+                        raise
+                    answers = [self(images[i]) for i in together]
                 restored.update(zip(together, answers, strict=True))
         return [restored[i] for i in range(len(images))]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from runtime import Derainer, InputError, InvalidImage
-from runtime.errors import InvalidModel
+from runtime.errors import InvalidModel, OutOfMemory
 from runtime.footprint import Footprint
 from runtime.pixels import ROWS, to_batch, to_image
 from runtime.session import BATCH, IMAGE_BYTES
@@ -268,6 +268,28 @@ def test_memory_bounds_how_many_go_together():
     session.shapes.clear()
     derain.run_batch(images)
     assert [shape[0] for shape in session.shapes] == [3, 1]
+
+
+def test_where_a_batch_exhausts_the_memory_its_images_go_alone():
+    session = Several(3)
+    run = session.run
+
+    def small(batch):
+        if len(batch) > 1:
+            raise OutOfMemory("full")
+        return run(batch)
+
+    session.run = small
+    images = [random_image(8, 8, seed) for seed in range(4)]
+    for found, image in zip(Derainer(session).run_batch(images), images, strict=True):
+        np.testing.assert_array_equal(found, reference(Network(8), image))
+
+    def full(batch):
+        raise OutOfMemory("full")
+
+    session.run = full
+    with pytest.raises(OutOfMemory):
+        Derainer(session).run_batch(images)
 
 
 def test_what_needs_tiles_goes_alone():
