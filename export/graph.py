@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from drsformer.config import SIZE_MULTIPLE
 from export.topk import masks, scores_of
-from runtime.pixels import FINITE, IO, Size
+from runtime.pixels import ANY, FINITE, IO, Size
 
 PACKAGES = ("torch", "onnx", "onnxscript", "drsformer-deploy")
 """Packages whose versions shape a graph."""
@@ -33,7 +33,7 @@ PACKAGES = ("torch", "onnx", "onnxscript", "drsformer-deploy")
 class ImageGraph(nn.Module):
     """The image contract of `runtime.session.Derainer` around a network, in tensor operations.
 
-    uint8 (1, H, W, 3), any H, W >= 1 -> the same, and `runtime.pixels.FINITE`. The first and the last operation are
+    uint8 (B, H, W, 3), any H, W >= 1 -> the same, and `runtime.pixels.FINITE`. The first and the last operation are
     casts, since TensorRT for RTX accepts uint8 nowhere else. Padding gathers rows and columns by computed indices,
     because ONNX's Pad cannot reflect an axis that is not longer than its padding.
     """
@@ -43,7 +43,7 @@ class ImageGraph(nn.Module):
         self.network = network
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        x = image.float().permute(0, 3, 1, 2) / 255  # 1, 3, H, W
+        x = image.float().permute(0, 3, 1, 2) / 255  # B, 3, H, W
         H, W = x.shape[2:]
         x = x.index_select(2, _padded_indices(H)).index_select(3, _padded_indices(W))
         x = self.network(x)[:, :, :H, :W]
@@ -53,7 +53,7 @@ class ImageGraph(nn.Module):
 
 
 class Tensor16Graph(nn.Module):
-    """A network with float16 in and out, (1, 3, H, W), as filters of videos have it on a GPU; inside it computes as it
+    """A network with float16 in and out, (B, 3, H, W), as filters of videos have it on a GPU; inside it computes as it
     is."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -89,14 +89,17 @@ class _WithScores(nn.Module):
         return *outputs, *(scores[layer] for layer in masks(self.network))
 
 
-def to_onnx(network: nn.Module, io: IO = "tensor", size: Size | None = None, opset: int = 20) -> onnx.ModelProto:
+def to_onnx(
+    network: nn.Module, io: IO = "tensor", size: Size | None = None, opset: int = 20, batch: int = 1
+) -> onnx.ModelProto:
     """Export a network as a graph from `input` to `output`, and where it takes images `runtime.pixels.FINITE`.
 
     Args:
-        network: float32 (1, 3, H, W) -> the same; its masks may be those of `export.topk`.
+        network: float32 (B, 3, H, W) -> the same; its masks may be those of `export.topk`.
         io: What the graph takes and gives.
         size: Height and width of its input, multiples of 8 where it takes tensors; None for any.
         opset: Version of ONNX's operators.
+        batch: Number of images that it takes at once; `ANY` for any.
 
     Returns:
         The graph. Its metadata have its `io`, its `size_multiple` and, under `scores`, the name of the inner tensor
@@ -104,16 +107,18 @@ def to_onnx(network: nn.Module, io: IO = "tensor", size: Size | None = None, ops
     """
     scores = {layer: f"{layer}.scores" for layer in masks(network)}
     outputs = ["output", FINITE] if io == "image" else ["output"]
+    images = 2 if batch == ANY else batch  # of 1 the exporter would make a constant
     height, width = size or (8 * SIZE_MULTIPLE, 9 * SIZE_MULTIPLE)
     h, w = torch.export.Dim("h", min=1), torch.export.Dim("w", min=1)
     if io == "image":
         network = ImageGraph(network)
-        example, shape = torch.zeros(1, height, width, 3, dtype=torch.uint8), {1: h, 2: w}
+        example, sides = torch.zeros(images, height, width, 3, dtype=torch.uint8), {1: h, 2: w}
     else:
-        example = torch.rand(1, 3, height, width)
+        example = torch.rand(images, 3, height, width)
         if io == "tensor16":
             network, example = Tensor16Graph(network), example.half()
-        shape = {2: SIZE_MULTIPLE * h, 3: SIZE_MULTIPLE * w}
+        sides = {2: SIZE_MULTIPLE * h, 3: SIZE_MULTIPLE * w}
+    dynamic = {**({0: torch.export.Dim("batch", min=1)} if batch == ANY else {}), **({} if size else sides)}
     with _quiet():
         program = torch.onnx.export(
             _WithScores(network).eval(),
@@ -123,7 +128,7 @@ def to_onnx(network: nn.Module, io: IO = "tensor", size: Size | None = None, ops
             opset_version=opset,
             input_names=["input"],
             output_names=[*outputs, *scores.values()],
-            dynamic_shapes=None if size else (shape,),
+            dynamic_shapes=(dynamic,) if dynamic else None,
             custom_translation_table={torch.ops.aten.pixel_unshuffle.default: _pixel_unshuffle},
         )
     assert program is not None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from export.canaries import canary_sizes, scene
 from export.verification import upcast
 from runtime.errors import InvalidModel, device_error
 from runtime.ort import EXECUTION_PROVIDERS
-from runtime.pixels import GraphIO, to_batch
+from runtime.pixels import to_batch
 from runtime.session import describe_onnx
 
 LIMITS = {"fp32": 1e-3}
@@ -89,7 +89,7 @@ def locate(path: Path, provider: str = "cpu") -> Located:
     if not layers:
         raise InvalidModel(f"{path}: expected weights named {PREFIX}*, as export.onnx names them, found none")
     batch = to_batch(scene(*canary_sizes(described)[0]))
-    wide = GraphIO("tensor" if graph_io.io != "image" else "image", graph_io.multiple)
+    wide = replace(graph_io, io="image" if graph_io.io == "image" else "tensor")
     expected = _run(upcast(model), list(layers), wide.feed(batch), "cpu", optimized=False)
     found = _run(model, list(layers), graph_io.feed(batch), provider, optimized=True)
     errors = (_error(a, b) for a, b in zip(found, expected, strict=True))

@@ -3,12 +3,14 @@
     python -m export.onnx --weights weights/drsformer-xs.safetensors --output model.onnx
     python -m export.onnx --weights deraining_rain200H.pth --output rain200h.onnx --topk rank
     python -m export.onnx --weights W --output camera.onnx --io image --height 480 --width 640
+    python -m export.onnx --weights W --output batches.onnx --batch any
     python -m export.onnx --weights W --output half.onnx --precision fp16
     python -m export.onnx --weights W --output filter.onnx --precision fp16 --io tensor16
 
 The file takes and returns `input` and `output`: float32 (1, 3, H, W) RGB in [0, 1], H and W any multiples of 8, with
 --io tensor16 the same in float16, or with --io image uint8 (1, H, W, 3) of any size, then with `finite`, which says
-whether the answer was (`runtime.pixels.FINITE`). Only standard operators, no control flow (export/graph.py). It is
+whether the answer was (`runtime.pixels.FINITE`). --batch puts another number of images in place of the 1; what a
+network makes of each does not depend on the others. Only standard operators, no control flow (export/graph.py). It is
 written once it has passed ONNX's checker and given PyTorch's output in ONNX Runtime to 1e-4 at several sizes, after the
 same top-k selections: those that flip through rounding are counted and shown (export/verification.py).
 """
@@ -21,7 +23,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -32,7 +34,8 @@ from export.options import Pattern, Precision
 from runtime.cli import main, progress_shown, table_of
 from runtime.errors import GateError, InputError, expect_between
 from runtime.files import writing
-from runtime.pixels import IO, Size, size_text
+from runtime.manifest import MAX_BATCH
+from runtime.pixels import ANY, IO, Size, size_text
 from runtime.progress import OnProgress, silent, track
 
 if TYPE_CHECKING:  # it loads PyTorch, which takes its time
@@ -59,6 +62,8 @@ class ExportOptions:
         fold: Export the folded network, which is exactly equal and faster; otherwise the readable one.
         height: Height of the input in pixels, fixed together with its width; if not given, any.
         width: Width of the input in pixels, fixed together with its height; if not given, any.
+        batch: Number of images at once, or any. With a number the graph takes neither more nor less, and works as long
+            on one image as on all.
         opset: Version of ONNX's operators, 18 to 23; if not given 20, or for bf16 22.
         weights_key: Key of the weights to take from a checkpoint that holds several, such as params_ema.
     """
@@ -69,6 +74,7 @@ class ExportOptions:
     fold: bool = True
     height: int | None = None
     width: int | None = None
+    batch: int | Literal["any"] = 1
     opset: int | None = None
     weights_key: str | None = None
 
@@ -129,7 +135,7 @@ def export(
     output = output or weights.parent / f"{weights.stem or 'model'}.onnx"
     if output.suffix != ".onnx":
         raise InputError(f"`output`: expected a name ending in .onnx, found {output}")
-    opset, size = _opset(options), _size(options)
+    opset, size, batch = _opset(options), _size(options), _batch(options)
     if options.precision != "fp32" and not options.fold:
         raise InputError(f"`fold`: expected on, since it places the casts of {options.precision}, found off")
 
@@ -146,7 +152,7 @@ def export(
     on_progress("Exporting", 0, 0)
     network = with_pattern(trained.model.requires_grad_(False), options.topk)
     exported = folding.fold(network, options.precision) if options.fold else network
-    model = to_onnx(exported, options.io, size, opset)
+    model = to_onnx(exported, options.io, size, opset, batch)
     add_metadata(
         model,
         topk=options.topk,
@@ -209,6 +215,14 @@ def _size(options: ExportOptions) -> Size | None:
         if options.io != "image" and length % SIZE_MULTIPLE:
             raise InputError(f"`{name}`: expected a multiple of {SIZE_MULTIPLE}, found {length}; or give `io` image")
     return options.height, options.width
+
+
+def _batch(options: ExportOptions) -> int:
+    """Number of images at once, or `ANY`."""
+    if options.batch == "any":
+        return ANY
+    expect_between("batch", options.batch, 1, MAX_BATCH)
+    return options.batch
 
 
 def table(exported: Exported) -> Table:

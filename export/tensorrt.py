@@ -3,6 +3,7 @@
     python -m export.tensorrt --onnx model.onnx --output bundle                     # for RTX cards; needs no GPU
     python -m export.tensorrt --onnx model.onnx --output bundle --compute-capability 8.9 --max 2176x3840
     python -m export.tensorrt --onnx model.onnx --output bundle --max 1088x1920 1920x1088 --opt 720x1280 1280x720
+    python -m export.tensorrt --onnx batches.onnx --output bundle --max 1088x1920 512x512 --batch 1 8
     python -m export.tensorrt --onnx model.onnx --output bundle --flavor tensorrt   # for the GPU in this machine
 
 The bundle is a folder: the model, an engine for each call, and at last the manifest, which makes it a bundle. Another
@@ -35,11 +36,23 @@ from rich.table import Table
 
 from runtime.bundle import Bundle, describe_file, load_to_change, private_key, save
 from runtime.cli import hxw, main, progress_shown, table_of
-from runtime.errors import InputError
+from runtime.errors import InputError, expect_between
 from runtime.files import writing
-from runtime.manifest import MANIFEST, Engine, File, Flavor, Manifest, Model, Profile, Tensor, describe, read_graph_io
+from runtime.manifest import (
+    MANIFEST,
+    MAX_BATCH,
+    Engine,
+    File,
+    Flavor,
+    Manifest,
+    Model,
+    Profile,
+    Tensor,
+    describe,
+    read_graph_io,
+)
 from runtime.memory import peak
-from runtime.pixels import Size, expect_multiples, size_text
+from runtime.pixels import ANY, Size, expect_multiples, size_text
 from runtime.progress import OnProgress, silent
 from runtime.trt import LIBRARIES, Library, gpu, new_log
 
@@ -64,6 +77,8 @@ class BuildOptions:
         min: Least height x width, 64x64 if not given. As --opt and --max, one for all profiles or one for each.
         opt: Height x width to be fastest at, 720x1280 if not given.
         max: Largest height x width, 1088x1920 if not given.
+        batch: Most images at once, which it is also fastest at; 1 if not given. One for all profiles or one for each,
+            as memory has to hold so many of the largest size. For a model of any number of images.
         version_compatible: Serve later versions of the library as well; slower (tensorrt).
         hardware_compatible: Serve all GPUs from Ampere on; slower (tensorrt).
         strip_weights: Leave the weights out; they are put in from the model when it is loaded. Needs a GPU.
@@ -77,6 +92,7 @@ class BuildOptions:
     min: tuple[Annotated[Size, hxw("min")], ...] = ()
     opt: tuple[Annotated[Size, hxw("opt")], ...] = ()
     max: tuple[Annotated[Size, hxw("max")], ...] = ()
+    batch: tuple[int, ...] = ()
     version_compatible: bool = False
     hardware_compatible: bool = False
     strip_weights: bool = False
@@ -171,9 +187,8 @@ def build(
         compiler.target(capabilities)
     if -1 in described.model.input.shape:
         for profile in profiles:
-            compiler.add_profile(
-                *(described.model.graph_io.shape(size) for size in (profile.min, profile.opt, profile.max))
-            )
+            sizes = zip((profile.min, profile.opt, profile.max), profile.batch, strict=True)
+            compiler.add_profile(*(described.model.graph_io.shape(size, images) for size, images in sizes))
     compiler.set_flags(flags)
     compiling = time.monotonic()
     plan = compiler.run(options.timing_cache, on_progress)
@@ -382,25 +397,37 @@ def _known_capabilities(trt: Any) -> dict[str, Any]:
 def _profiles(model: Model, options: BuildOptions) -> tuple[Profile, ...]:
     """The profiles for what is given as min, opt and max."""
     given = {name: getattr(options, name) for name in DEFAULT_SIZES}
-    fixed = model.graph_io.size(model.input.shape)
-    if -1 not in fixed:
-        if any(given.values()):
-            raise InputError(
-                f"the model takes only images of {size_text(fixed)}: leave out `min`, `opt` and `max`, or export it "
-                "by python -m export.onnx without --height and --width"
-            )
-        return (Profile(fixed, fixed, fixed),)
-    count = max(1, *(len(sizes) for sizes in given.values()))
+    fixed, images = model.graph_io.size(model.input.shape), model.graph_io.batch
+    if images != ANY and options.batch:
+        raise InputError(
+            f"`batch`: the model takes {images} images at once, neither more nor less: leave it out, or export it by "
+            "python -m export.onnx with --batch any"
+        )
+    if -1 not in fixed and any(given.values()):
+        raise InputError(
+            f"the model takes only images of {size_text(fixed)}: leave out `min`, `opt` and `max`, or export it by "
+            "python -m export.onnx without --height and --width"
+        )
+    count = max(1, len(options.batch), *(len(sizes) for sizes in given.values()))
+    for name, values in {**given, "batch": options.batch}.items():
+        if len(values) not in (0, 1, count):
+            raise InputError(f"`{name}`: expected one, or {count} as for the other options, found {len(values)}")
     for name, sizes in given.items():
-        if len(sizes) not in (0, 1, count):
-            raise InputError(f"`{name}`: expected one size, or {count} as for the other options, found {len(sizes)}")
         for size in sizes:
             expect_multiples(name, size, model.size_multiple)
-    return tuple(_profile({name: v[i % len(v)] for name, v in given.items() if v}) for i in range(count))
+    for most in options.batch:
+        expect_between("batch", most, 1, MAX_BATCH)
+    if -1 not in fixed:
+        given = dict.fromkeys(DEFAULT_SIZES, (fixed,))
+    batches = [(images, images, images)] if images != ANY else [(1, most, most) for most in options.batch or (1,)]
+    return tuple(
+        _profile({name: v[i % len(v)] for name, v in given.items() if v}, batches[i % len(batches)])
+        for i in range(count)
+    )
 
 
-def _profile(given: dict[str, Size]) -> Profile:
-    """What is not given is the default, moved to fit what is."""
+def _profile(given: dict[str, Size], batch: tuple[int, int, int]) -> Profile:
+    """For so many images. What size is not given is the default, moved to fit what is."""
     low, opt, high = (np.array(given.get(name, default)) for name, default in DEFAULT_SIZES.items())
     for name, value in (("min", low), ("max", high)):
         if name not in given:
@@ -414,7 +441,7 @@ def _profile(given: dict[str, Size]) -> Profile:
             f"expected `min` <= `opt` <= `max` in height and in width, found {size_text(low)}, {size_text(opt)} and "
             f"{size_text(high)}"
         )
-    return Profile(low, opt, high)
+    return Profile(low, opt, high, batch)
 
 
 def table(built: Built) -> Table:
@@ -424,12 +451,11 @@ def table(built: Built) -> Table:
     manifest = built.bundle.manifest
     bytes_of = {file.name: file.size for file in manifest.files}
     for engine in manifest.engines:
-        ranges = (" to ".join(dict.fromkeys((size_text(p.min), size_text(p.max)))) for p in engine.profiles)
         engines.add_row(
             engine.file,
             f"{engine.flavor} {engine.version}",
             ", ".join(engine.compute_capabilities),
-            "\n".join(ranges),
+            "\n".join(map(str, engine.profiles)),
             f"{bytes_of[engine.file] / 1e6:.1f}",
             f"{engine.build_seconds} s",
         )

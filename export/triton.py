@@ -2,6 +2,7 @@
 
     python -m export.triton --bundle bundle --output repository                  # images in, images out, on our runtime
     python -m export.triton --bundle bundle --output repository --instances 4 --threads 2    # for a CPU with 8 cores
+    python -m export.triton --bundle bundle --output repository --batch 8
     python -m export.triton --bundle bundle --output repository --name onnx --backend onnxruntime
     python -m export.triton --bundle bundle --output repository --name plan --backend tensorrt_plan
     tritonserver --model-repository repository
@@ -13,9 +14,11 @@ model takes what its graph takes: uint8 (1, H, W, 3) of any size after `export.o
 or, after `--io tensor16`, float16 (1, 3, H, W) in [0, 1] and padded. A graph of images also has an output `finite`,
 float32 (1,): where that is NaN or infinite, so was the network's answer, and the image is none.
 
-A request is one image. Images differ in size and the graph takes one at a time, so that there is nothing to batch:
-`max_batch_size` is 0, and what Triton calls dynamic batching only limits the queue. Requests run side by side in
-instances, each with a network of its own, which has run once before the server calls the model ready.
+A request is one image, of any size: `max_batch_size` is 0, and what Triton calls dynamic batching only limits the
+queue. With --batch, for a model that takes several images at once (export.onnx --batch any), the server puts waiting
+requests of equal size together, and every shape begins with the number of images: clients send uint8 (1, H, W, 3).
+Requests run side by side in instances, each with a network of its own, which has run once before the server calls the
+model ready.
 
 The bundle is verified before any of it is copied, and with the python backend again when it is loaded. A signature is
 verified here only: who can write to a model repository can run code in the server anyway.
@@ -37,7 +40,7 @@ from runtime.bundle import Bundle, load
 from runtime.cli import hxw, main
 from runtime.errors import InputError, InvalidModel, expect_between
 from runtime.manifest import MANIFEST, SIGNATURE, Engine, Model
-from runtime.pixels import FINITE, Size, expect_multiples, size_text
+from runtime.pixels import ANY, FINITE, Size, expect_multiples, size_text
 from runtime.session import Provider
 
 Backend = Literal["tensorrt_plan", "onnxruntime", "python"]
@@ -74,6 +77,8 @@ class ServeOptions:
         provider: Provider that it runs on, as in runtime.derain (python).
         tile: Height x width, such as 1088x1088, of the tiles into which larger images are cut. If not given, as the
             memory demands that is free when an instance starts, and each takes it all for its own (python).
+        batch: Most images of equal size that the server puts together from requests that wait; clients then send
+            images with one more axis in front. For a model that takes several at once; 1 is for any.
         queue: Number of requests that may wait; those above are refused at once, as unavailable. 0 is no limit.
         public_key: Refuse the bundle unless this key's owner signed it; see runtime/bundle.py.
     """
@@ -84,6 +89,7 @@ class ServeOptions:
     threads: int = 0
     provider: Provider = "auto"
     tile: Annotated[Size, hxw("tile")] | None = None
+    batch: int = 1
     queue: int = 64
     public_key: Path | None = None
 
@@ -127,7 +133,7 @@ def export(
     """
     if not re.fullmatch(r"\w[\w.-]*", options.name, re.ASCII):
         raise InputError(f"`name`: expected letters, digits and _.-, found {options.name!r}")
-    for name, least in (("instances", 1), ("threads", 0), ("queue", 0)):
+    for name, least in (("instances", 1), ("threads", 0), ("queue", 0), ("batch", 1)):
         expect_between(name, getattr(options, name), least)
     for name, default in (("threads", 0), ("provider", "auto"), ("tile", None)):
         if getattr(options, name) != default and name not in BACKEND_OPTIONS[options.backend]:
@@ -141,9 +147,12 @@ def export(
     if options.tile:
         expect_multiples("tile", options.tile, model.size_multiple)
     engines = _engines(opened, options)
+    if options.batch > 1:
+        _expect_batches(opened, options, engines)
     lines = [*_interface(options, model, engines), *_execution(options, model, engines)]
     if options.backend != "python" and FINITE in _outputs(opened):
-        lines.append(f'output {{ name: "{FINITE}" data_type: {DATA_TYPES["float32"]} dims: [1] }}')
+        dims = "[1] reshape { shape: [] }" if options.batch > 1 else f"[{model.graph_io.batch}]"
+        lines.append(f'output {{ name: "{FINITE}" data_type: {DATA_TYPES["float32"]} dims: {dims} }}')
 
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{options.name}.", dir=output) as temporary:
@@ -181,6 +190,27 @@ def _engines(bundle: Bundle, options: ServeOptions) -> tuple[Engine, ...]:
     return plans
 
 
+def _expect_batches(bundle: Bundle, options: ServeOptions, engines: Sequence[Engine]) -> None:
+    """Raise InputError unless the backend can run so many images of the model at once."""
+    found = bundle.manifest.model.graph_io.batch
+    if found != ANY and (found == 1 or options.backend != "python"):
+        raise InputError(
+            f"`batch`: expected a model of any number of images at once, found one of {found} in {bundle.folder}; "
+            "export it by python -m export.onnx with --batch any"
+        )
+    for engine in engines if options.backend == "tensorrt_plan" else ():
+        if not _profiles(engine, options.batch):
+            raise InputError(
+                f"`batch`: expected a profile of {options.batch} images at once in {bundle.folder / engine.file}, "
+                f"found {' or '.join(map(str, engine.profiles))}; build it by python -m export.tensorrt with --batch"
+            )
+
+
+def _profiles(engine: Engine, batch: int) -> list[int]:
+    """Which profiles of an engine take so many images at once."""
+    return [i for i, profile in enumerate(engine.profiles) if profile.batch[2] >= batch]
+
+
 def _outputs(bundle: Bundle) -> list[str]:
     """Names of what the graph of a bundle returns. Raises InvalidModel where it is none."""
     from google.protobuf.message import DecodeError
@@ -195,28 +225,42 @@ def _outputs(bundle: Bundle) -> list[str]:
 
 def _interface(options: ServeOptions, model: Model, engines: Sequence[Engine]) -> list[str]:
     """What Triton's ModelConfig says of the model to everybody, and the images that it runs once before it is ready:
-    the only size that the graph takes, or those that the engines are fastest at, or a small one."""
-    images = options.backend == "python"
+    the only size that the graph takes, or those that the engines are fastest at, or a small one; with batches alone and
+    as many as there may be."""
+    images, batched = options.backend == "python", options.batch > 1
 
-    def shape(size: Size) -> str:
-        dims = (*size, 3) if images else model.graph_io.shape(size)
+    def shape(size: Size, at_once: int | None = None) -> str:
+        """Without the number of images where that is Triton's to say."""
+        dims = model.graph_io.shape(size, at_once)
+        if images:
+            dims = (*size, 3)
+        elif batched:
+            dims = dims[1:]
         return f"dims: [{', '.join(map(str, dims))}]"
 
     height, width = model.graph_io.size(model.input.shape)
     kind = "data_type: " + DATA_TYPES["uint8" if images else model.input.dtype]
     small = WARM_UP_PIXELS + -WARM_UP_PIXELS % model.size_multiple
-    opts = [profile.opt for engine in engines for profile in engine.profiles]
-    sizes = [(height, width)] if -1 not in (height, width) else dict.fromkeys(opts or [(small, small)])
+    fixed = (height, width) if -1 not in (height, width) else None
+    fastest = [(profile.opt, profile.batch[2]) for engine in engines for profile in engine.profiles]
+    samples = {
+        (fixed or size, at_once): None
+        for size, most in fastest or [((small, small), options.batch)]
+        for at_once in (1, options.batch)
+        if at_once <= most and (options.backend != "tensorrt_plan" or options.batch <= most)
+    }
     tensor = f"{kind} {shape((-1, -1) if images else (height, width))}"
     lines = [
         f'name: "{options.name}"',
-        "max_batch_size: 0",
+        f"max_batch_size: {options.batch if batched else 0}",
         f'input {{ name: "input" {tensor} }}',
         f'output {{ name: "output" {tensor} }}',
     ]
-    for size in sizes:
-        value = f"{kind} {shape(size)} zero_data: true"
-        lines.append(f'model_warmup {{ name: "{size_text(size)}" inputs {{ key: "input" value {{ {value} }} }} }}')
+    for size, at_once in samples:
+        name = size_text(size) if at_once == 1 else f"{at_once} of {size_text(size)}"
+        value = f"{kind} {shape(size, max(1, model.graph_io.batch))} zero_data: true"
+        count = f"batch_size: {at_once} " if batched else ""
+        lines.append(f'model_warmup {{ name: "{name}" {count}inputs {{ key: "input" value {{ {value} }} }} }}')
     return lines
 
 
@@ -239,7 +283,8 @@ def _execution(options: ServeOptions, model: Model, engines: Sequence[Engine]) -
                 _parameter("intra_op_thread_count", options.threads),
             ]
         case "tensorrt_plan":  # of its profiles, Triton takes the nearest to a request
-            profiles = [f'"{i}"' for i in range(min(len(engine.profiles) for engine in engines))]
+            common = set.intersection(*(set(_profiles(engine, options.batch)) for engine in engines))
+            profiles = [f'"{i}"' for i in sorted(common)]
             lines = [
                 'platform: "tensorrt_plan"',
                 f'default_model_filename: "{engines[0].file}"',
@@ -250,8 +295,9 @@ def _execution(options: ServeOptions, model: Model, engines: Sequence[Engine]) -
                 ),
                 f"instance_group {{ count: {options.instances} profile: [{', '.join(profiles)}] }}",
             ]
-    if options.queue:
-        lines.append(f"dynamic_batching {{ default_queue_policy {{ max_queue_size: {options.queue} }} }}")
+    if options.queue or options.batch > 1:
+        limit = f"default_queue_policy {{ max_queue_size: {options.queue} }} " if options.queue else ""
+        lines.append(f"dynamic_batching {{ {limit}}}")
     return lines
 
 

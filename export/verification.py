@@ -29,11 +29,14 @@ from drsformer.config import DRSformerConfig
 from drsformer.session import TorchSession
 from export.topk import count_flips, masks, scores_of
 from runtime.ort import EXECUTION_PROVIDERS, OrtSession
-from runtime.pixels import DTYPES, GraphIO, Size, to_batch
+from runtime.pixels import ANY, DTYPES, GraphIO, Size, to_batch
 from runtime.session import Derainer, Session
 
 TOLERANCE = 1e-4
 """How far PyTorch and ONNX Runtime may differ, of a range of 1, once they have made the same selections."""
+
+SOME = 3
+"""Images at once at which a model of any number is compared: neither one nor the two that it was exported with."""
 
 SIZES: tuple[Size, ...] = ((64, 64), (96, 160), (200, 136))
 """Heights and widths in pixels at which a model of any size is compared."""
@@ -88,8 +91,10 @@ class ScoreProbe:
             widths = {name: value.type.tensor_type.shape.dim[-1].dim_value for name, value in values.items()}
             self.ks = {layer: config.kept(widths[tensor]) for layer, tensor in tensors.items()}
         self._tensors = list(tensors.values())
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(model.graph.input[0].type.tensor_type.elem_type)
-        self._graph_io = GraphIO(next(io for io in DTYPES if DTYPES[io] == dtype), multiple=1)
+        kind = model.graph.input[0].type.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+        batch = kind.shape.dim[0].dim_value or ANY
+        self._graph_io = GraphIO(next(io for io in DTYPES if DTYPES[io] == dtype), multiple=1, batch=batch)
         model.graph.output.extend(values.values())
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors, as in OrtSession
@@ -97,11 +102,11 @@ class ScoreProbe:
         self._engine = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
 
     def __call__(self, batch: NDArray[np.float32]) -> Scores:
-        """The scores for what `runtime.ort.OrtSession.run` takes, float32 (1, 3, H, W)."""
+        """The scores for what `runtime.ort.OrtSession.run` takes, float32 (B, 3, H, W)."""
         if not self.ks:
             return {}
         scores = self._engine.run(self._tensors, {"input": self._graph_io.feed(batch)})
-        return {layer: torch.from_numpy(array) for layer, array in zip(self.ks, scores, strict=True)}
+        return {layer: torch.from_numpy(each)[: len(batch)] for layer, each in zip(self.ks, scores, strict=True)}
 
 
 class _Unrounded(Session):
@@ -119,10 +124,11 @@ class _Unrounded(Session):
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a model in ONNX Runtime agrees with PyTorch on one image of noise, in [0, 1].
+    """How a model in ONNX Runtime agrees with PyTorch on images of noise, in [0, 1]: one, or as many as it takes at
+    once, each of which PyTorch sees alone.
 
     Attributes:
-        size: Height and width of the image in pixels.
+        size: Height and width of the images in pixels.
         difference: Largest difference after the same top-k selections. For a model of images, what rounding to uint8
             cannot explain.
         flips: Selections that PyTorch, left alone, makes otherwise.
@@ -153,14 +159,28 @@ def verify(path: Path, network: nn.Module, sizes: Iterable[Size]) -> Iterator[Ag
     def distance(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
         return float(np.maximum(np.abs(found - expected) - rounding, 0).max())
 
-    for size in sizes:
-        image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-        found, demanded = session.run(to_batch(image)), probe(to_batch(image))
+    def compare(found: NDArray[np.float32], demanded: Scores, image: NDArray[np.uint8]) -> Agreement:
         same, own = answer(image, demanded)
         flips = sum(count_flips(demanded[layer], own[layer], ks[layer]) for layer in ks)
         free, _ = answer(image, None) if flips else (same, own)
         selections = sum(own[layer][..., 0].numel() * sum(ks[layer]) for layer in ks)
-        yield Agreement(size, distance(found, same), flips, selections, distance(found, free))
+        return Agreement(image.shape[:2], distance(found, same), flips, selections, distance(found, free))
+
+    batch = SOME if session.graph_io.batch == ANY else session.graph_io.batch
+    for size in sizes:
+        images = np.random.default_rng(0).integers(0, 256, (batch, *size, 3), dtype=np.uint8)
+        outputs, scores = session.run(to_batch(*images)), probe(to_batch(*images))
+        compared = [
+            compare(outputs[i : i + 1], {layer: scores[layer][i : i + 1] for layer in ks}, images[i])
+            for i in range(batch)
+        ]
+        yield Agreement(
+            size,
+            difference=float(np.max([a.difference for a in compared])),  # NaN where there is one
+            flips=sum(a.flips for a in compared),
+            selections=sum(a.selections for a in compared),
+            free_difference=float(np.max([a.free_difference for a in compared])),
+        )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .errors import InputError, InvalidImage, one_line
-from .pixels import FINITE, GraphIO
+from .pixels import ANY, FINITE, GraphIO
 
 HOST, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
 """Kinds of memory in DLPack: the last two are pinned memory of the host, and what both can reach."""
@@ -90,7 +90,7 @@ def arrays_of(
         stream: CUDA stream on which it runs. Libraries with DLPack order their work on an array before it.
         input: Array as the graph has it.
         output: Another one of the same shape and type.
-        finite: float32 (1,), or None.
+        finite: float32, one for each image, or None.
 
     Raises:
         InvalidImage: One of them is no such array, or is elsewhere.
@@ -102,9 +102,11 @@ def arrays_of(
             "the output, or export the graph again with --io image"
         )
     source = read("input", input, stream)
-    size = graph_io.size(source.shape) if len(source.shape) == 4 else (0, 0)
-    fits = source.shape == graph_io.shape(size) and all(side > 0 and side % graph_io.multiple == 0 for side in size)
-    shape = "(1, H, W, 3)" if graph_io.io == "image" else "(1, 3, H, W)"
+    images, size = (source.shape[0], graph_io.size(source.shape)) if len(source.shape) == 4 else (0, (0, 0))
+    fits = source.shape == graph_io.shape(size, images) and graph_io.batch in (ANY, images) and images > 0
+    fits = fits and all(side > 0 and side % graph_io.multiple == 0 for side in size)
+    count = "B" if graph_io.batch == ANY else graph_io.batch
+    shape = f"({count}, H, W, 3)" if graph_io.io == "image" else f"({count}, 3, H, W)"
     sizes = f"{shape}, H and W multiples of {graph_io.multiple}," if graph_io.multiple > 1 else shape
     _expect("input", source, fits, graph_io.dtype, sizes, device)
     target = read("output", output, stream)
@@ -112,7 +114,7 @@ def arrays_of(
     if finite is None:
         return {"input": source, "output": target}
     told = read(FINITE, finite, stream)
-    _expect(FINITE, told, told.shape == (1,) and told.writable, np.dtype(np.float32), (1,), device)
+    _expect(FINITE, told, told.shape == (images,) and told.writable, np.dtype(np.float32), (images,), device)
     return {"input": source, "output": target, FINITE: told}
 
 

@@ -20,7 +20,10 @@ class Session(Protocol):
             `provider` is "cpu", as of ONNX Runtime, it is measured when it is needed, which may take seconds.
         graph_io: `runtime.pixels.GraphIO`. Where it says that the graph takes images, the session has a method
             `run_image`, uint8 (H, W, 3) -> the same, which answers as `run` does without the way through float32, and
-            raises InvalidModel where the graph says that the network answered with NaN or infinity.
+            raises InvalidModel where the graph says that the network answered with NaN or infinity; and `run_images`
+            for several, uint8 (B, H, W, 3) -> the same.
+        max_batch: Method that says how many images of a (height, width) `run` takes at once at most. A session
+            without it takes one.
         enqueue: Method `enqueue(input, output, stream=0, finite=None)`, for what is on a GPU already. It runs the
             network from one array to another, both as the graph has them (`graph_io`), where the session runs (on the
             host for the CPU), of any library that has DLPack or `__cuda_array_interface__`. In the order of `stream`,
@@ -36,5 +39,6 @@ class Session(Protocol):
     multiple: int
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 (1, 3, H, W) RGB in [0, 1] -> the same shape, not clamped. Safe to call from several threads."""
+        """float32 (B, 3, H, W) RGB in [0, 1] -> the same shape, not clamped; B is 1, or more where `max_batch` says so.
+        Safe to call from several threads."""
         ...

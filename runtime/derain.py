@@ -29,6 +29,7 @@ image's name alone decides where it belongs, also while images come and go; the 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import logging
@@ -45,14 +46,16 @@ from typing import TYPE_CHECKING, Annotated
 from .cli import byte_count, hxw, main, progress_shown, share, typed
 
 # isort: split
+import numpy as np
 import tyro
+from numpy.typing import NDArray
 from PIL import Image
 
 from .canary import When
 from .errors import DerainError, InputError, OutOfMemory, expect_between, one_line
 from .files import expect_writable, report_file
 from .images import SUFFIXES, Photo, list_images, load
-from .pipeline import pipeline
+from .pipeline import grouped, pipeline
 from .pixels import Size
 from .progress import OnProgress, silent, track
 from .session import Derainer, Provider, open_session
@@ -118,6 +121,8 @@ class DerainOptions:
         crf: Quality of a video, from 0, the best, to 51.
         tone_map: Map the tones of a video in HLG, which is HDR as phones film it, to SDR.
         report: HTML file to write, or folder for a report.html, that shows the images before and after.
+        batch: Frames, or images of a folder that are equally large, to restore at once, if the network takes so many
+            (export.onnx --batch); as many as it takes and memory holds if not given, 8 where it takes any number.
     """
 
     model: Path | None = None
@@ -135,6 +140,7 @@ class DerainOptions:
     crf: int = 18
     tone_map: bool = False
     report: Path | None = None
+    batch: int | None = None
 
     @property
     def report_file(self) -> Path | None:
@@ -192,7 +198,7 @@ def derain(
         options.require_proof,
         options.device,
     )
-    derainer = Derainer(session, memory=options.memory, tile=options.tile)
+    derainer = Derainer(session, memory=options.memory, tile=options.tile, batch=options.batch)
     expect_writable(output if input.is_dir() else files[0][1].parent)
     if gallery:
         expect_writable(gallery.file.parent)
@@ -264,6 +270,10 @@ class _Job:
     milliseconds: float = 0.0
     tiles: int = 1
 
+    def done(self, rgb: NDArray[np.uint8], milliseconds: float, tiles: int = 1) -> _Job:
+        assert isinstance(self.photo, Photo)
+        return replace(self, restored=replace(self.photo, rgb=rgb), milliseconds=milliseconds, tiles=tiles)
+
 
 def _restore(
     derainer: Derainer, files: list[tuple[Path, Path]], on_progress: OnProgress, gallery: Gallery | None = None
@@ -281,7 +291,23 @@ def _restore(
             else:
                 yield _Job(source, target, photo)
 
-    def work(job: _Job) -> _Job:
+    def size_of(job: _Job) -> Size | None:
+        return None if isinstance(job.photo, DerainError) else job.photo.rgb.shape[:2]
+
+    def work(jobs: list[_Job]) -> list[_Job]:
+        images = [job.photo.rgb for job in jobs if not isinstance(job.photo, DerainError)]
+        if len(images) > 1:
+            started = time.perf_counter()
+            with contextlib.suppress(DerainError, MemoryError):  # one by one then, to tell of which
+                restored = iter(derainer.run_batch(images))
+                milliseconds = 1000 * (time.perf_counter() - started) / len(images)
+                return [
+                    job if isinstance(job.photo, DerainError) else job.done(next(restored), milliseconds)
+                    for job in jobs
+                ]
+        return [restore(job) for job in jobs]
+
+    def restore(job: _Job) -> _Job:
         if isinstance(job.photo, DerainError):
             return job
         tiles = 1
@@ -294,35 +320,34 @@ def _restore(
 
         started = time.perf_counter()
         try:
-            restored = replace(job.photo, rgb=derainer(job.photo.rgb, on_tile))
+            restored = derainer(job.photo.rgb, on_tile)
         except DerainError as error:
             return replace(job, photo=type(error)(f"{job.source}: {error}"))
         except MemoryError:
             told = f"{job.source}: not enough memory; cut it into tiles by --memory or --tile"
             return replace(job, photo=OutOfMemory(told))
-        milliseconds = 1000 * (time.perf_counter() - started)
-        rainy = job.photo if gallery else restored  # the pixels of a photo that nobody asks for are let go
-        return replace(job, photo=rainy, restored=restored, milliseconds=milliseconds, tiles=tiles)
+        return job.done(restored, 1000 * (time.perf_counter() - started), tiles)
 
-    def write(job: _Job) -> None:
+    def write(jobs: list[_Job]) -> None:
         nonlocal tiled
-        try:
-            if isinstance(job.photo, DerainError):
-                raise job.photo
-            assert job.restored
-            job.restored.save(job.target)
-            report.restored.append(job.target)
-            tiled += job.tiles > 1
-            if gallery:
-                notes = [f"{job.tiles} tiles"] if job.tiles > 1 else []
-                gallery.add(job.source, job.target, job.photo.rgb, job.restored.rgb, job.milliseconds, *notes)
-        except DerainError as error:
-            fail(job, str(error))
-        except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:  # others, such as a full disk, are no fault of this image
-                raise
-            fail(job, f"{job.target}: {error.strerror}")
-        on_progress("Restoring images", len(report.restored) + len(report.failures), len(files))
+        for job in jobs:
+            try:
+                if isinstance(job.photo, DerainError):
+                    raise job.photo
+                assert job.restored
+                job.restored.save(job.target)
+                report.restored.append(job.target)
+                tiled += job.tiles > 1
+                if gallery:
+                    notes = [f"{job.tiles} tiles"] if job.tiles > 1 else []
+                    gallery.add(job.source, job.target, job.photo.rgb, job.restored.rgb, job.milliseconds, *notes)
+            except DerainError as error:
+                fail(job, str(error))
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:  # others, such as a full disk, are no fault of this image
+                    raise
+                fail(job, f"{job.target}: {error.strerror}")
+            on_progress("Restoring images", len(report.restored) + len(report.failures), len(files))
 
     def fail(job: _Job, reason: str) -> None:
         report.failures.append(reason)
@@ -330,7 +355,7 @@ def _restore(
             gallery.add_failure(job.source, job.target, reason)
 
     on_progress("Restoring images", 0, len(files))
-    pipeline(read(), work, write)
+    pipeline(grouped(read(), size_of, lambda size: derainer.batch_size(*size)), work, write)
     return replace(report, tiled=tiled)
 
 

@@ -39,7 +39,7 @@ from .bundle import Bundle, load
 from .canary import Answer, ask
 from .contract import Session
 from .errors import DerainError, MismatchError
-from .manifest import SIGNATURE, Manifest, Proof
+from .manifest import SIGNATURE, Manifest, Profile, Proof
 from .ort import OrtSession, installed
 from .pixels import size_text
 from .progress import OnProgress, silent, track
@@ -173,7 +173,7 @@ def tables(manifest: Manifest) -> list[Table]:
                 e.file,
                 f"{e.flavor} {e.version}",
                 " ".join(e.compute_capabilities),
-                "\n".join(" / ".join(f"{h}x{w}" for h, w in (p.min, p.opt, p.max)) for p in e.profiles),
+                "\n".join(map(_profile_text, e.profiles)),
                 "\n".join(f"{name}: {value}" for name, value in e.flags.items()),
             ]
             for e in manifest.engines
@@ -195,6 +195,11 @@ def tables(manifest: Manifest) -> list[Table]:
         titles = ["file\nfull model", "images", "PSNR\ninput", "PSNR\nfull", "PSNR\nthis", "drop\ndB", "between\ndB"]
         result.append(_table("drift from the full model", titles, rows))
     return result
+
+
+def _profile_text(profile: Profile) -> str:
+    sizes = " / ".join(map(size_text, (profile.min, profile.opt, profile.max)))
+    return sizes if profile.batch == (1, 1, 1) else f"{sizes}, {' / '.join(map(str, profile.batch))} images"
 
 
 def canary_table(asked: Iterable[Asked]) -> Table:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import InvalidModel
-from .pixels import IO, GraphIO, Size, size_text
+from .pixels import ANY, IO, GraphIO, Size, size_text
 from .version import __version__
 
 SCHEMA = 1
@@ -38,6 +38,9 @@ MAX_CANARY = 16384
 
 MAX_MULTIPLE = 1024
 """A larger one would have a small image padded to one that no memory holds."""
+
+MAX_BATCH = 1024
+"""Images that a graph or an engine may take at once."""
 
 Role = Literal["onnx", "engine", "report", "canary"]
 Flavor = Literal["rtx", "tensorrt"]
@@ -81,7 +84,8 @@ class Model:
 
     Attributes:
         file: Name of the ONNX file.
-        io: "tensor" for float32 and "tensor16" for float16 (1, 3, H, W) in [0, 1], "image" for uint8 (1, H, W, 3).
+        io: "tensor" for float32 and "tensor16" for float16 (B, 3, H, W) in [0, 1], "image" for uint8 (B, H, W, 3).
+        input, output: B, the number of images at once, is the first length of their shapes: 1 mostly, or -1 for any.
         size_multiple: Number that height and width have to be multiples of; 1 for any size.
         precision: What it computes in, such as "fp16".
         topk: The pattern by which the attention keeps its k largest scores.
@@ -104,9 +108,14 @@ class Model:
     @property
     def graph_io(self) -> GraphIO:
         """What its graph eats."""
-        return GraphIO(self.io, self.size_multiple)
+        return GraphIO(self.io, self.size_multiple, self.input.shape[0])
 
     def __post_init__(self) -> None:
+        if len(self.input.shape) != 4 or not _is_batch(self.input.shape[0]):
+            raise InvalidModel(
+                f"{self.file}: expected an input of 1 to {MAX_BATCH} images, or -1 for any number, and three more "
+                f"lengths, found the shape {list(self.input.shape)}"
+            )
         if not 1 <= self.size_multiple <= MAX_MULTIPLE:
             raise InvalidModel(
                 f"{self.file}: expected a size multiple from 1 to {MAX_MULTIPLE}, found {self.size_multiple}"
@@ -115,22 +124,32 @@ class Model:
 
 @dataclass(frozen=True)
 class Profile:
-    """Heights and widths that an engine takes, and those it is fastest at: (height, width) each."""
+    """Heights and widths that an engine takes, and those it is fastest at: (height, width) each; and how many images
+    at once in `batch`, from the least to the most, with what it is fastest at between them."""
 
     min: tuple[int, int]
     opt: tuple[int, int]
     max: tuple[int, int]
+    batch: tuple[int, int, int] = field(default=(1, 1, 1), metadata=LATER)
 
     def __post_init__(self) -> None:
+        least, fastest, most = self.batch
+        if not 1 <= least <= fastest <= most <= MAX_BATCH:
+            raise InvalidModel(f"expected a profile of 1 to {MAX_BATCH} images, in ascending order, found {self.batch}")
         for low, opt, high in zip(self.min, self.opt, self.max, strict=True):
             if not 1 <= low <= opt <= high:
                 raise InvalidModel(
                     f"expected a profile with 1 <= min <= opt <= max, found {self.min}, {self.opt}, {self.max}"
                 )
 
-    def takes(self, height: int, width: int) -> bool:
-        """Whether an image of this size, already padded, fits."""
-        return self.min[0] <= height <= self.max[0] and self.min[1] <= width <= self.max[1]
+    def __str__(self) -> str:
+        most = f", up to {self.batch[2]} at once" if self.batch[2] > 1 else ""
+        return " to ".join(dict.fromkeys((size_text(self.min), size_text(self.max)))) + most
+
+    def takes(self, height: int, width: int, images: int = 1) -> bool:
+        """Whether so many images of this size, already padded, fit at once; fewer than the least can be filled up."""
+        fits = self.min[0] <= height <= self.max[0] and self.min[1] <= width <= self.max[1]
+        return fits and images <= self.batch[2]
 
 
 @dataclass(frozen=True)
@@ -164,9 +183,13 @@ class Engine:
         if not self.profiles:
             raise InvalidModel(f"{self.file}: expected at least one profile, found none")
 
-    def profile_for(self, height: int, width: int) -> int | None:
-        """Index of the first profile that takes an image of this size, already padded; None where none does."""
-        return next((i for i, profile in enumerate(self.profiles) if profile.takes(height, width)), None)
+    def profile_for(self, height: int, width: int, images: int = 1) -> int | None:
+        """Index of the first profile that takes so many images of this size, already padded; None where none does."""
+        return next((i for i, profile in enumerate(self.profiles) if profile.takes(height, width, images)), None)
+
+    def max_batch(self, height: int, width: int) -> int:
+        """How many images of this size, already padded, it takes at once at most; 0 where it takes none."""
+        return max((profile.batch[2] for profile in self.profiles if profile.takes(height, width)), default=0)
 
 
 @dataclass(frozen=True)
@@ -325,7 +348,7 @@ def parse(content: bytes) -> Manifest:
 
 def dump(manifest: Manifest) -> bytes:
     """The inverse of `parse`."""
-    return (json.dumps(asdict(manifest), indent=2) + "\n").encode()
+    return (json.dumps(asdict(manifest, dict_factory=_without_ones), indent=2) + "\n").encode()
 
 
 def describe(file: File, input: Tensor, output: Tensor, metadata: dict[str, str]) -> Manifest:
@@ -356,8 +379,8 @@ def describe(file: File, input: Tensor, output: Tensor, metadata: dict[str, str]
 def read_graph_io(tensors: Sequence[Tensor], metadata: dict[str, str]) -> GraphIO:
     """What a graph with these inputs and outputs eats. Raises InvalidModel where that is neither tensors nor images."""
     match tensors:
-        case [Tensor("input", "float32" | "float16" as dtype, (_, 3, _, _)), Tensor("output", answered, _)] if (
-            answered == dtype
+        case [Tensor("input", "float32" | "float16" as dtype, (batch, 3, _, _)), Tensor("output", answered, _)] if (
+            answered == dtype and _is_batch(batch)
         ):
             text = metadata.get("size_multiple", str(DEFAULT_MULTIPLE))
             if not re.fullmatch(r"\d{1,4}", text) or not 1 <= int(text) <= MAX_MULTIPLE:
@@ -365,19 +388,30 @@ def read_graph_io(tensors: Sequence[Tensor], metadata: dict[str, str]) -> GraphI
                     f"expected a whole number from 1 to {MAX_MULTIPLE} as size_multiple in its metadata, "
                     f"found {text!r:.100}"
                 )
-            return GraphIO("tensor" if dtype == "float32" else "tensor16", int(text))
-        case [Tensor("input", "uint8", (_, _, _, 3)), Tensor("output", "uint8", _)] | [
-            Tensor("input", "uint8", (_, _, _, 3)),
+            return GraphIO("tensor" if dtype == "float32" else "tensor16", int(text), batch)
+        case [Tensor("input", "uint8", (batch, _, _, 3)), Tensor("output", "uint8", _)] | [
+            Tensor("input", "uint8", (batch, _, _, 3)),
             Tensor("output", "uint8", _),
             Tensor("finite", "float32", (_,)),
-        ]:
-            return GraphIO("image", 1)
+        ] if _is_batch(batch):
+            return GraphIO("image", 1, batch)
     found = "; ".join(f"{t.name} {t.dtype} {t.shape}" for t in tensors)
     raise InvalidModel(
         "another kind of network: expected one input named input and one output named output, both "
-        f"float32 or both float16 (1, 3, H, W), or both uint8 (1, H, W, 3) and beside them at most one named finite, "
-        f"float32 (1,), found {found}"
+        f"float32 or both float16 (B, 3, H, W), or both uint8 (B, H, W, 3) and beside them at most one named finite, "
+        f"float32 (B,), found {found}"
     )
+
+
+def _is_batch(length: int) -> bool:
+    """Whether a graph may take so many images at once."""
+    return length == ANY or 1 <= length <= MAX_BATCH
+
+
+def _without_ones(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of an object, without the batch of a profile that takes one image: readers from before there were
+    others take it then."""
+    return {name: value for name, value in entries if (name, value) != ("batch", (1, 1, 1))}
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:

@@ -21,7 +21,7 @@ from .bundle import Bundle
 from .errors import DeviceError, InputError, InvalidImage, InvalidModel, device_error, expect_between, one_line
 from .machine import cuda_device, nvidia, processor, wait_for_stream
 from .manifest import Tensor, read_graph_io
-from .pixels import FINITE, GraphIO, Size
+from .pixels import ANY, FINITE, GraphIO, Size, filled
 
 EXECUTION_PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -50,10 +50,11 @@ MAX_THREADS = 256
 class OrtSession:
     """A `runtime.session.Session` on ONNX Runtime.
 
-    The graph has one input `input` and one output `output`, either both float32 (1, 3, H, W), or the same in float16
-    (exported with `--io tensor16`), or uint8 (1, H, W, 3) of any size (`--io image`), then with an output `finite`
-    besides (see `runtime.pixels.FINITE`). `run` is the same for all: to a graph of images it hands an image, which
-    loses nothing where the batch came from one, and its answer is then in steps of 1/255.
+    The graph has one input `input` and one output `output`, either both float32 (B, 3, H, W), or the same in float16
+    (exported with `--io tensor16`), or uint8 (B, H, W, 3) of any size (`--io image`), then with an output `finite`
+    besides (see `runtime.pixels.FINITE`); B is 1, another number or any (`--batch`). `run` is the same for all: to a
+    graph of images it hands images, which loses nothing where the batch came from them, and its answer is then in steps
+    of 1/255; to a graph of so many images it hands as many, the last one repeated where there are fewer.
 
     Attributes besides those of `Session`: `path`, of the file; `metadata`, the strings that export wrote into it;
     `input`, `output` and `graph_io`, what it takes and gives; `provider`, the one that runs; `threads`; and `identity`,
@@ -150,17 +151,29 @@ class OrtSession:
         self._engine = None
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 (1, 3, H, W) RGB in [0, 1], H and W multiples of `multiple` -> the same shape, not clamped.
+        """float32 (B, 3, H, W) RGB in [0, 1], H and W multiples of `multiple`, B at most `max_batch` -> the same shape,
+        not clamped.
 
-        Safe to call from several threads. Raises InvalidImage where the graph was exported for another size,
-        InvalidModel for an answer of another shape, OutOfMemory, and DeviceError where ONNX Runtime fails.
+        Safe to call from several threads. Raises InvalidImage where the graph was exported for another size or for
+        fewer images, InvalidModel for an answer of another shape, OutOfMemory, and DeviceError where ONNX Runtime
+        fails.
         """
-        return self.graph_io.answer(*self._call(self.graph_io.feed(batch)))
+        outputs = self._call(self.graph_io.feed(batch))
+        return self.graph_io.answer(*(output[: len(batch)] for output in outputs))
 
     def run_image(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """uint8 (H, W, 3) -> the same, of a graph of images; raises InvalidModel where that says that its answer was
         not finite, for the rest see `run`."""
-        return self.graph_io.image(*self._call(np.ascontiguousarray(image[None])))
+        return self.run_images(image[None])[0]
+
+    def run_images(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """uint8 (B, H, W, 3) -> the same, as `run_image` does each."""
+        outputs = self._call(filled(np.ascontiguousarray(images), self.graph_io.batch))
+        return self.graph_io.images(*(output[: len(images)] for output in outputs))
+
+    def max_batch(self, size: Size) -> int:
+        """How many images `run` takes at once at most, whatever the size."""
+        return sys.maxsize if self.graph_io.batch == ANY else self.graph_io.batch
 
     def enqueue(self, input: object, output: object, stream: int = 0, finite: object | None = None) -> None:
         """See `runtime.contract.Session`. ONNX Runtime has streams of its own: this waits for the caller's first, and
@@ -199,6 +212,10 @@ class OrtSession:
             raise InvalidImage(
                 f"{self.path} takes only images of {width}x{height} pixels, found {W}x{H} after padding "
                 f"to a multiple of {self.multiple}; export it without --height and --width"
+            )
+        if self.graph_io.batch not in (ANY, shape[0]):
+            raise InvalidImage(
+                f"{self.path} takes {self.graph_io.batch} images at once, found {shape[0]}; export it with --batch"
             )
         if self._engine is None:
             raise RuntimeError("the session is closed")

@@ -15,7 +15,7 @@ Size = tuple[int, int]
 """Height and width."""
 
 IO = Literal["tensor", "tensor16", "image"]
-"""What a graph takes and gives: float32 or float16 (1, 3, H, W) RGB in [0, 1], or uint8 (1, H, W, 3) RGB."""
+"""What a graph takes and gives: float32 or float16 (B, 3, H, W) RGB in [0, 1], or uint8 (B, H, W, 3) RGB."""
 
 DTYPES: dict[IO, np.dtype] = {
     "tensor": np.dtype(np.float32),
@@ -25,9 +25,11 @@ DTYPES: dict[IO, np.dtype] = {
 """Of input and output alike."""
 
 FINITE = "finite"
-"""Second output of a graph of images, whose clamp hides NaN: float32 (1,), finite exactly where every number of the
-answer was before it was clamped. Graphs that were exported before there was such have only `output`."""
+"""Second output of a graph of images, whose clamp hides NaN: float32 (B,), finite exactly where every number of the
+answer to an image was before it was clamped. Graphs that were exported before there was such have only `output`."""
 
+ANY = -1
+"""Stands in shapes for a length that is not fixed."""
 
 ROWS = 64
 """So many rows of an image at a time stay in the processor's caches while they are converted."""
@@ -46,9 +48,14 @@ def expect_multiples(parameter: str, size: Size, multiple: int) -> None:
         )
 
 
-def to_batch(image: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """uint8 (H, W, 3) -> float32 (1, 3, H, W) in [0, 1]."""
-    return np.ascontiguousarray(image.transpose(2, 0, 1)[None], dtype=np.float32) / np.float32(255)
+def to_batch(*images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """uint8 (H, W, 3) each, of one size -> float32 (B, 3, H, W) in [0, 1]."""
+    H, W, _ = images[0].shape
+    batch = np.empty((len(images), 3, H, W), np.float32)
+    for planes, image in zip(batch, images, strict=True):
+        planes[:] = image.transpose(2, 0, 1)
+    batch /= 255
+    return batch
 
 
 def to_image(batch: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -88,40 +95,54 @@ class GraphIO:
     Attributes:
         io: Tensors, of which precision, or images.
         multiple: Height and width have to be multiples of this; 1 where any size will do.
+        batch: Number of images that it takes at once, neither more nor less, or `ANY`.
     """
 
     io: IO
     multiple: int
+    batch: int = 1
 
     @property
     def dtype(self) -> np.dtype:
         return DTYPES[self.io]
 
-    def shape(self, size: Size) -> tuple[int, int, int, int]:
-        """The shape of input and output for this height and width; -1 stands for any."""
-        return (1, *size, 3) if self.io == "image" else (1, 3, *size)
+    def shape(self, size: Size, images: int | None = None) -> tuple[int, int, int, int]:
+        """The shape of input and output for this height and width, and for so many images, or as many as the graph
+        takes; `ANY` stands for any."""
+        images = self.batch if images is None else images
+        return (images, *size, 3) if self.io == "image" else (images, 3, *size)
 
     def size(self, shape: tuple[int, ...]) -> Size:
         """Height and width of such a shape."""
         return (shape[1], shape[2]) if self.io == "image" else (shape[2], shape[3])
 
     def feed(self, batch: NDArray[np.float32]) -> np.ndarray:
-        """float32 (1, 3, H, W) -> the graph's input. What came from a uint8 image loses nothing, or in float16 less
-        than a tenth of a level."""
+        """float32 (B, 3, H, W) -> the graph's input, `filled`. What came from uint8 images loses nothing, or in
+        float16 less than a tenth of a level."""
         if self.io == "image":
-            return to_image(batch)[None]
-        return np.ascontiguousarray(batch, dtype=self.dtype)
+            feed = np.stack([to_image(image[None]) for image in batch])
+        else:
+            feed = np.ascontiguousarray(batch, dtype=self.dtype)
+        return filled(feed, self.batch)
 
     def answer(self, output: np.ndarray, finite: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """The graph's outputs -> float32 (1, 3, H, W); of an image in steps of 1/255, or NaN throughout where
-        `finite` (see `FINITE`) is not."""
+        """The graph's outputs -> float32 (B, 3, H, W); of images in steps of 1/255, or NaN throughout where `finite`
+        (see `FINITE`) is not."""
         if self.io != "image":
             return output.astype(np.float32, copy=False)
-        batch = to_batch(output[0])
-        return batch if finite is None or np.isfinite(finite).all() else np.full_like(batch, np.nan)
+        batch = to_batch(*output)
+        if finite is not None:
+            batch[~np.isfinite(finite)] = np.nan
+        return batch
 
-    def image(self, output: NDArray[np.uint8], finite: NDArray[np.float32] | None = None) -> NDArray[np.uint8]:
-        """The outputs of a graph of images -> uint8 (H, W, 3). Raises InvalidModel where `finite` is not."""
+    def images(self, output: NDArray[np.uint8], finite: NDArray[np.float32] | None = None) -> NDArray[np.uint8]:
+        """The outputs of a graph of images -> uint8 (B, H, W, 3). Raises InvalidModel where `finite` is not."""
         if finite is not None:
             expect_finite(finite)
-        return output[0]
+        return output
+
+
+def filled(feed: np.ndarray, least: int) -> np.ndarray:
+    """A batch of images with at least so many: the last one is repeated where there are fewer."""
+    missing = least - len(feed)
+    return feed if missing <= 0 else np.concatenate([feed, np.repeat(feed[-1:], missing, axis=0)])

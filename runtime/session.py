@@ -12,7 +12,8 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, cast, get_args
@@ -25,10 +26,10 @@ from .bundle import Bundle, describe_file, load
 from .canary import When, check
 from .choice import choose_engine
 from .contract import Session
-from .errors import DeviceError, InputError, InvalidImage, UnprovenError
+from .errors import DeviceError, InputError, InvalidImage, OutOfMemory, UnprovenError, expect_between
 from .manifest import Manifest, describe
 from .memory import available
-from .pixels import expect_finite, to_batch, to_image
+from .pixels import GraphIO, expect_finite, to_batch, to_image
 
 if TYPE_CHECKING:  # they load what they drive, which takes its time
     from .footprint import Footprint
@@ -49,6 +50,9 @@ AMPLE_BYTES = 32_000
 """Bytes for each pixel with which no network has to be measured: `runtime.footprint.MARGIN` times the most that the
 full one took in ONNX Runtime."""
 
+BATCH = 8
+"""Images at once, of a graph that takes any number, where nothing else is asked for."""
+
 
 class Derainer:
     """Takes the rain out of images. Keeps no state between calls, so threads may share one.
@@ -68,12 +72,14 @@ class Derainer:
         require_proof: Run only what the bundle's manifest says was judged against the full model.
         threads: CPU threads, 0 for all cores.
         device: CUDA's number of the GPU, see `open_session`.
+        batch: Images that `run_batch` hands to the network at once, if that takes so many; None is as many as it
+            takes, or `BATCH` of a graph that takes any number.
 
     Raises:
         InvalidModel: For a model that cannot be loaded, and a bundle whose files are not those of its manifest, or not
             proven where that is required.
         DeviceError: For a provider that is not there, or that answers a canary wrongly.
-        InputError: For a memory, tile or overlap that cannot be, and a GPU with the provider cpu.
+        InputError: For a memory, tile, overlap or batch that cannot be, and a GPU with the provider cpu.
     """
 
     session: Session
@@ -90,7 +96,10 @@ class Derainer:
         require_proof: bool = False,
         threads: int = 0,
         device: int | None = None,
+        batch: int | None = None,
     ) -> None:
+        if batch is not None:
+            expect_between("batch", batch, 1)
         if memory is not None and tile:
             raise InputError("expected a memory or a tile, found both")
         if overlap is not None and not tile:
@@ -100,7 +109,7 @@ class Derainer:
         elif public_key is not None or require_proof:
             raise InputError("expected the path of a bundle, whose signature or proof is demanded, found a session")
         self.session = model
-        self._tile, self._overlap = tile, overlap
+        self._tile, self._overlap, self._batch = tile, overlap, batch
         if memory is None:
             free = available()
             self._memory = math.inf if free is None else free * 0.75
@@ -130,21 +139,11 @@ class Derainer:
             OutOfMemory: Not even tiles of the image would fit into the memory, or it gives out.
             DeviceError: Where the network runs fails.
         """
-        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise InvalidImage(f"expected an RGB image as a uint8 array of shape (height, width, 3), found {found}")
-        if image.size == 0:
-            raise InvalidImage(f"expected an image of at least one pixel, found shape {image.shape}")
+        _check(image)
         H, W, _ = image.shape
         plan = self.plan(H, W)
-        padded = image
-        for axis, length in enumerate((H, W)):
-            padding = plan.size[axis] - length
-            widths = [(0, padding) if i == axis else (0, 0) for i in range(3)]
-            padded = np.pad(padded, widths, mode="reflect" if length > padding else "edge")
-
-        graph_io = getattr(self.session, "graph_io", None)
-        if graph_io and graph_io.io == "image" and plan.tile == plan.size:
+        padded = _pad(image, plan.size)
+        if self._graph_io.io == "image" and plan.tile == plan.size:
             restored = cast("OrtSession | TrtSession", self.session).run_image(padded)
             if on_tile:
                 on_tile(1, 1)
@@ -156,6 +155,78 @@ class Derainer:
         restored = tiling.blend(plan, restore, on_tile)[:, :, :H, :W]
         expect_finite(restored)
         return to_image(restored)
+
+    def run_batch(self, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+        """Restore images of any sizes, uint8 (H, W, 3) each, as a call does each.
+
+        Those that are equally large once they are padded go through the network together, `batch_size` at once; those
+        that need tiles go one by one, and so do those whose batch exhausts the memory. Where a graph takes one at a
+        time, all go one by one. In ONNX Runtime on the CPU the answers are those of calls to the byte; other engines
+        may take other kernels for a batch, which round otherwise.
+
+        Raises:
+            InvalidImage: For any other array, before one is restored.
+            DerainError: What a call raises. None of the images is returned then.
+        """
+        for image in images:
+            _check(image)
+        groups: dict[tiling.Size, list[int]] = {}
+        for i, image in enumerate(images):
+            groups.setdefault(self.plan(*image.shape[:2]).size, []).append(i)
+        restored: dict[int, NDArray[np.uint8]] = {}
+        for size, members in groups.items():
+            step = self.batch_size(*size)
+            for first in range(0, len(members), step):
+                together = members[first : first + step]
+                try:
+                    answers = self._run_together([images[i] for i in together], size)
+                except OutOfMemory:
+                    if len(together) == 1:
+                        raise
+                    answers = [self(images[i]) for i in together]
+                restored.update(zip(together, answers, strict=True))
+        return [restored[i] for i in range(len(images))]
+
+    def _run_together(self, images: list[NDArray[np.uint8]], size: tiling.Size) -> list[NDArray[np.uint8]]:
+        """Restore images that are padded to one size and fit at once."""
+        if len(images) == 1:
+            return [self(images[0])]
+        padded = [_pad(image, size) for image in images]
+        if self._graph_io.io == "image":
+            answers = cast("OrtSession | TrtSession", self.session).run_images(np.stack(padded))
+            return [np.ascontiguousarray(a[: i.shape[0], : i.shape[1]]) for a, i in zip(answers, images, strict=True)]
+        restored = []
+        for answer, image in zip(self.session.run(to_batch(*padded)), images, strict=True):
+            cropped = answer[None, :, : image.shape[0], : image.shape[1]]
+            expect_finite(cropped)
+            restored.append(to_image(cropped))
+        return restored
+
+    def batch_size(self, height: int, width: int) -> int:
+        """How many images of this size `run_batch` hands to the network at once: as many as the graph, the engine's
+        profile, the memory and `batch` allow; 1 where they are cut into tiles, or too large for those."""
+        max_batch = getattr(self.session, "max_batch", None)
+        try:
+            plan = self.plan(height, width)
+        except OutOfMemory:
+            return 1
+        if max_batch is None or plan.tile != plan.size:
+            return 1
+        most = max_batch(plan.size)
+        most = min(most, self._batch or (BATCH if most == sys.maxsize else most))
+        area = math.prod(plan.size)
+        if self._least_batch == 1 and most * area * AMPLE_BYTES > self._memory and (footprint := self._footprint):
+            most = min(most, int(self._memory / (area * (footprint.per_pixel + IMAGE_BYTES))))
+        return max(1, most)
+
+    @property
+    def _graph_io(self) -> GraphIO:
+        return getattr(self.session, "graph_io", GraphIO("tensor", self.session.multiple))
+
+    @property
+    def _least_batch(self) -> int:
+        """How many images the network works on even for one."""
+        return max(1, self._graph_io.batch)
 
     def submit(self, image: NDArray[np.uint8], on_tile: tiling.OnTile | None = None) -> Future[NDArray[np.uint8]]:
         """Restore an image in a thread of this object, one after another, while the caller reads the next and writes
@@ -195,7 +266,7 @@ class Derainer:
         if self._tile:
             return tiling.plan(size, multiple, limits, tile=self._tile, overlap=self._overlap)
         area, pixels = size[0] * size[1], math.inf
-        if area * AMPLE_BYTES > self._memory and (footprint := self._footprint):
+        if self._least_batch * area * AMPLE_BYTES > self._memory and (footprint := self._footprint):
             pixels = (self._memory - area * IMAGE_BYTES) / footprint.per_pixel
         return tiling.plan(size, multiple, limits, pixels)
 
@@ -209,6 +280,24 @@ class Derainer:
 
         session = cast("OrtSession", self.session)
         return measure(session.path, session.threads)
+
+
+def _check(image: NDArray[np.uint8]) -> None:
+    """Raise InvalidImage unless it is an image."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise InvalidImage(f"expected an RGB image as a uint8 array of shape (height, width, 3), found {found}")
+    if image.size == 0:
+        raise InvalidImage(f"expected an image of at least one pixel, found shape {image.shape}")
+
+
+def _pad(image: NDArray[np.uint8], size: tiling.Size) -> NDArray[np.uint8]:
+    """The image padded right and bottom to `size`, by reflection where an axis is longer than its padding."""
+    for axis, length in enumerate(image.shape[:2]):
+        padding = size[axis] - length
+        widths = [(0, padding) if i == axis else (0, 0) for i in range(3)]
+        image = np.pad(image, widths, mode="reflect" if length > padding else "edge")
+    return image
 
 
 def open_session(

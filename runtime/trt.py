@@ -8,9 +8,9 @@ from PyPI; both have the same Python API, and where they differ is said once, in
 
 What the libraries demand shapes this module. They may crash where there is no driver, so CUDA is asked first. An engine
 is native code, so only bytes that `Bundle.read` has verified are deserialised. A CUDA graph is spoilt when the context
-that it was captured from changes, so every image size has a context of its own; they share one block of memory for
-what lies between the layers, as large as the largest of them needs. Written against the vendor's API and tested against
-stand-ins; it has not run on a GPU yet.
+that it was captured from changes, so every image size, and every number of images at once, has a context of its own;
+they share one block of memory for what lies between the layers, as large as the largest of them needs. Written against
+the vendor's API and tested against stand-ins; it has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .bundle import Bundle
 from .errors import DeviceError, InvalidImage, InvalidModel, device_error, one_line
 from .files import read_own, writing
 from .manifest import FLAVOR_TITLES, Engine, Flavor
-from .pixels import FINITE, size_text
+from .pixels import FINITE, Size, filled
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,8 @@ class TrtSession:
         bundle: From `runtime.bundle.load`.
         engine: One of its engines, for the GPU and the library that are here, see `runtime.choice`.
         device: CUDA's number of the GPU; None is the calling thread's current one (see `gpu`).
-        sizes: For how many image sizes the context, and with it the CUDA graph, is kept; the longest unused goes first.
+        sizes: For how many image sizes (and numbers of images) the context, and with it the CUDA graph, is kept; the
+            longest unused goes first.
         cuda_graphs: Replay the launches of a size from its second run on.
 
     Raises:
@@ -178,7 +179,7 @@ class TrtSession:
         self._device = _check(self._cuda.cudaGetDevice()) if device is None else device
         self._on_device = functools.partial(_on_device, self._cuda, self._device)
         self._log = new_log(trt)
-        pixels = max(height * width for _, (height, width) in self.limits)
+        pixels = max(profile.batch[2] * profile.max[0] * profile.max[1] for profile in self.engine.profiles)
         size = pixels * 3 * self.graph_io.dtype.itemsize
         resources = contextlib.ExitStack()
         self.close = weakref.finalize(self, _close, resources, self._on_device)
@@ -190,23 +191,35 @@ class TrtSession:
             self._done, self._ready = (_event(self._cuda, resources) for _ in range(2))
             self._input, self._output = (_Buffer(self._cuda, size, resources) for _ in range(2))
             names = [self._cuda_engine.get_tensor_name(i) for i in range(self._cuda_engine.num_io_tensors)]
-            self._finite = _Buffer(self._cuda, 4, resources) if FINITE in names else None
+            most = max(profile.batch[2] for profile in self.engine.profiles)
+            self._finite = _Buffer(self._cuda, 4 * most, resources) if FINITE in names else None
         self.identity = {"library": f"{self._library.title} {trt.__version__}", **_device(self._cuda, self._device)}
         self._contexts = _Contexts(self._cuda, sizes, self._done)
         resources.callback(self._contexts.close)
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 (1, 3, H, W) RGB in [0, 1], H and W multiples of `multiple` -> the same shape, not clamped.
+        """float32 (B, 3, H, W) RGB in [0, 1], H and W multiples of `multiple`, B at most `max_batch` -> the same shape,
+        not clamped. Where the engine takes no fewer, the last image is repeated.
 
-        Safe to call from several threads, which take turns. Raises InvalidImage for a size that is in no profile of
-        the engine, OutOfMemory where memory on the GPU does not suffice, and DeviceError where it fails.
+        Safe to call from several threads, which take turns. Raises InvalidImage for a size, or so many images of it,
+        that is in no profile of the engine, OutOfMemory where memory on the GPU does not suffice, and DeviceError where
+        it fails.
         """
-        return self.graph_io.answer(*self._call(self.graph_io.feed(batch)))
+        outputs = self._call(self.graph_io.feed(batch))
+        return self.graph_io.answer(*(output[: len(batch)] for output in outputs))
 
     def run_image(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """uint8 (H, W, 3) -> the same, of a graph of images; raises InvalidModel where that says that its answer was
         not finite, for the rest see `run`."""
-        return self.graph_io.image(*self._call(image[None]))
+        return self.run_images(image[None])[0]
+
+    def run_images(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """uint8 (B, H, W, 3) -> the same, as `run_image` does each."""
+        return self.graph_io.images(*(output[: len(images)] for output in self._call(images)))
+
+    def max_batch(self, size: Size) -> int:
+        """How many images of a (height, width) `run` takes at once at most."""
+        return self.engine.max_batch(*size)
 
     def enqueue(self, input: object, output: object, stream: int = 0, finite: object | None = None) -> None:
         """See `runtime.contract.Session`. Comes back at once. A size that is new waits for the GPU, so `stream` must
@@ -220,7 +233,7 @@ class TrtSession:
                 places[FINITE] = self._finite.device  # where nobody reads it
             for name, place in places.items():
                 if not context.execution.set_tensor_address(name, place):
-                    raise self._failed(*context.size)
+                    raise self._failed(context.shape)
             for array in arrays.values():
                 if array.stream is not None:
                     _check(self._cuda.cudaEventRecord(self._ready, array.stream))
@@ -230,12 +243,14 @@ class TrtSession:
     def _call(self, feed: np.ndarray) -> list[np.ndarray]:
         """The graph's outputs."""
         with self._locked():
+            least, *_ = self.engine.profiles[self._profile(feed.shape)].batch
+            feed = filled(feed, least)
             context = self._context(feed.shape)
             self._input.upload(feed, self._stream)
             self._launch(context, self._stream)
             answers = [self._output.download(feed.shape, feed.dtype, self._stream)]
             if self._finite:
-                answers.append(self._finite.download((1,), np.dtype(np.float32), self._stream))
+                answers.append(self._finite.download(feed.shape[:1], np.dtype(np.float32), self._stream))
             return answers
 
     @contextlib.contextmanager
@@ -286,17 +301,23 @@ class TrtSession:
 
     def _context(self, shape: tuple[int, ...], callers: bool = False) -> _Context:
         """What runs inputs of this shape, in the session's own memory or in that of its callers."""
-        H, W = self.graph_io.size(shape)
-        return self._contexts.get((H, W), callers) or self._prepare(H, W, shape, callers)
+        return self._contexts.get(shape, callers) or self._prepare(shape, callers)
 
-    def _prepare(self, H: int, W: int, shape: tuple[int, ...], callers: bool) -> _Context:
-        profile = self.engine.profile_for(H, W)
+    def _profile(self, shape: tuple[int, ...]) -> int:
+        """Index of the profile for inputs of this shape."""
+        images, (H, W) = shape[0], self.graph_io.size(shape)
+        profile = self.engine.profile_for(H, W, images)
         if profile is None:
-            ranges = " or ".join(f"{size_text(p.min)} to {size_text(p.max)}" for p in self.engine.profiles)
+            ranges = " or ".join(map(str, self.engine.profiles))
+            several = f"{images} of " if images > 1 else ""
             raise InvalidImage(
-                f"{self.path} takes images of height x width {ranges}, found {H}x{W} after padding to a "
-                f"multiple of {self.multiple}; build it with another --min and --max"
+                f"{self.path} takes images of height x width {ranges}, found {several}{H}x{W} after padding to a "
+                f"multiple of {self.multiple}; build it with another --min and --max, or --batch"
             )
+        return profile
+
+    def _prepare(self, shape: tuple[int, ...], callers: bool) -> _Context:
+        profile = self._profile(shape)
         context = self._cuda_engine.create_execution_context(self._config)
         if (
             context is None
@@ -307,8 +328,8 @@ class TrtSession:
             or (self._finite and not context.set_tensor_address(FINITE, self._finite.device))
             or not (needed := context.update_device_memory_size_for_shapes())  # 0 for an error
         ):
-            raise self._failed(H, W)
-        return self._contexts.add((H, W), callers, context, needed)
+            raise self._failed(shape)
+        return self._contexts.add(shape, callers, context, needed)
 
     def _launch(self, context: _Context, stream: Any) -> None:
         """Run a context on a stream, after the one before, since they share their memory. Graphs are captured in the
@@ -324,7 +345,7 @@ class TrtSession:
             elif context.execution.execute_async_v3(stream):
                 context.warm = True
             else:
-                raise self._failed(*context.size)
+                raise self._failed(context.shape)
         finally:  # behind what failed halfway, too
             _check(self._cuda.cudaEventRecord(self._done, stream))
 
@@ -346,7 +367,8 @@ class TrtSession:
             if captured is not None:  # as it is where CUDA refused a launch
                 cuda.cudaGraphDestroy(captured)
 
-    def _failed(self, H: int, W: int) -> DeviceError:
+    def _failed(self, shape: tuple[int, ...]) -> DeviceError:
+        H, W = self.graph_io.size(shape)
         return device_error(f"{self.path} failed on {W}x{H} pixels", self._log.reason())
 
 
@@ -376,10 +398,10 @@ class _Buffer:
 
 @dataclass
 class _Context:
-    """What is set up for one image size, in the session's own memory or in that of its `callers`. `warm` once it has
-    run, `graph` once it is captured."""
+    """What is set up for one shape of the input, in the session's own memory or in that of its `callers`. `warm` once
+    it has run, `graph` once it is captured."""
 
-    size: tuple[int, int]
+    shape: tuple[int, ...]
     callers: bool
     execution: Any
     warm: bool = False
@@ -387,23 +409,23 @@ class _Context:
 
 
 class _Contexts:
-    """The contexts by image size, and the memory in which they all work, one at a time. Where one needs more than there
-    is, the others go, because its address is in their graphs. None goes before `done`, the event behind the last work.
-    """
+    """The contexts by the shape of the input, and the memory in which they all work, one at a time. Where one needs
+    more than there is, the others go, because its address is in their graphs. None goes before `done`, the event behind
+    the last work."""
 
     def __init__(self, cuda: Any, limit: int, done: Any) -> None:
         self._cuda = cuda
         self._limit = limit
         self._done = done
-        self._contexts: OrderedDict[tuple[tuple[int, int], bool], _Context] = OrderedDict()
+        self._contexts: OrderedDict[tuple[tuple[int, ...], bool], _Context] = OrderedDict()
         self._memory, self._bytes = 0, 0
 
-    def get(self, size: tuple[int, int], callers: bool) -> _Context | None:
-        if (size, callers) in self._contexts:
-            self._contexts.move_to_end((size, callers))
-        return self._contexts.get((size, callers))
+    def get(self, shape: tuple[int, ...], callers: bool) -> _Context | None:
+        if (shape, callers) in self._contexts:
+            self._contexts.move_to_end((shape, callers))
+        return self._contexts.get((shape, callers))
 
-    def add(self, size: tuple[int, int], callers: bool, execution: Any, needed: int) -> _Context:
+    def add(self, shape: tuple[int, ...], callers: bool, execution: Any, needed: int) -> _Context:
         """`needed`: bytes of memory that it works in."""
         if needed > self._bytes:
             self.close()
@@ -411,7 +433,7 @@ class _Contexts:
         execution.set_device_memory(int(self._memory), self._bytes)
         if len(self._contexts) == self._limit:
             self._drop(next(iter(self._contexts)))
-        context = self._contexts[size, callers] = _Context(size, callers, execution)
+        context = self._contexts[shape, callers] = _Context(shape, callers, execution)
         return context
 
     def close(self) -> None:
@@ -422,7 +444,7 @@ class _Contexts:
             _check(self._cuda.cudaFree(self._memory))
         self._memory, self._bytes = 0, 0
 
-    def _drop(self, key: tuple[tuple[int, int], bool]) -> None:
+    def _drop(self, key: tuple[tuple[int, ...], bool]) -> None:
         _check(self._cuda.cudaEventSynchronize(self._done))
         context = self._contexts.pop(key)
         if context.graph is not None:

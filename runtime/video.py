@@ -5,8 +5,9 @@
 
     restore(Derainer(), "rainy.mp4", "clean.mp4")
 
-Each frame is restored by itself. Decoding, restoring and encoding run at the same time, a few frames apart, so memory
-does not grow with the length of the video. H.264 is written, into MP4, MOV or Matroska.
+Each frame is restored by itself; where the network takes several at once, a few are restored together. Decoding,
+restoring and encoding run at the same time, a few frames apart, so memory does not grow with the length of the video.
+H.264 is written, into MP4, MOV or Matroska.
 
 Kept: the time of each frame, also where the frame rate varies; size, pixel shape and chroma subsampling; the colour
 matrix and range, by which the frames become RGB and YUV again, primaries and transfer curve; rotation and mirroring,
@@ -39,8 +40,10 @@ from . import hlg
 from .errors import DerainError, InputError, InvalidImage
 from .files import writing
 from .images import refuse_bomb
-from .pipeline import pipeline
+from .pipeline import grouped, pipeline
+from .pixels import Size
 from .progress import OnProgress, silent
+from .session import Derainer
 
 try:
     import av
@@ -116,11 +119,12 @@ def restore(
     """Restore a video file into another, whole or not at all.
 
     What is not kept is logged as a warning. Damaged frames are left out and counted; of a file that breaks off, what
-    comes before is restored. On ctrl-C the frame at hand is dropped, the frames before it become the target, which is
+    comes before is restored. On ctrl-C the frames at hand are dropped, those before them become the target, which is
     playable, and KeyboardInterrupt goes on.
 
     Args:
-        derain: Function of uint8 (H, W, 3) RGB -> the same, such as a Derainer.
+        derain: A Derainer, which restores as many frames at once as it can, or any function of uint8 (H, W, 3) RGB ->
+            the same.
         crf: x264's quality, from 0, the best, to 51.
         on_progress: Is told how far it is.
         tone_map: Map the tones of an HLG video to SDR, in BT.709; others stay as they are.
@@ -187,22 +191,29 @@ def _run(
 ) -> None:
     started, total = time.monotonic(), reader.expected or 0
 
-    def work(item: Picture | Packet) -> Picture | Packet:
-        if isinstance(item, Packet):
-            return item
+    def size_of(item: Picture | Packet) -> Size | None:
+        return item.rgb.shape[:2] if isinstance(item, Picture) else None
+
+    def most(size: Size) -> int:
+        return derain.batch_size(*size) if isinstance(derain, Derainer) else 1
+
+    def work(items: list[Picture | Packet]) -> list[Picture | Packet]:
+        frames = [item.rgb for item in items if isinstance(item, Picture)]
         try:
-            return replace(item, rgb=derain(item.rgb))
+            restored = iter(derain.run_batch(frames) if isinstance(derain, Derainer) else map(derain, frames))
+            return [replace(item, rgb=next(restored)) if isinstance(item, Picture) else item for item in items]
         except DerainError as error:
             raise type(error)(f"{reader.path}: {error}") from error
 
-    def consume(item: Picture | Packet) -> None:
-        writer.write(item)
-        if isinstance(item, Picture):
-            rate = writer.frames / max(time.monotonic() - started, 1e-9)
-            on_progress("Restoring frames", writer.frames, total, f"{rate:.2f} frames/s")
+    def consume(items: list[Picture | Packet]) -> None:
+        for item in items:
+            writer.write(item)
+            if isinstance(item, Picture):
+                rate = writer.frames / max(time.monotonic() - started, 1e-9)
+                on_progress("Restoring frames", writer.frames, total, f"{rate:.2f} frames/s")
 
     on_progress("Restoring frames", 0, total)
-    pipeline(reader.items, work, consume)
+    pipeline(grouped(reader.items, size_of, most), work, consume)
 
 
 def _open(path: Path) -> InputContainer:

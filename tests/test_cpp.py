@@ -630,6 +630,10 @@ def rename(name: str) -> Callable[[Path], None]:
     return lambda b: rewrite(b, lambda m: (m["files"][0].update(name=name), m["model"].update(file=name)))
 
 
+def images_at_once(count: int) -> Callable[[Path], None]:
+    return lambda b: rewrite(b, lambda m: m["model"]["input"].update(shape=[count, 3, -1, -1]))
+
+
 def profile(**sizes: list[int]) -> Callable[[Path], None]:
     return lambda b: rewrite(b, lambda m: m["engines"][0]["profiles"][0].update(sizes))
 
@@ -676,6 +680,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "smallest size": (profile(min=[64, 62]), "expected profiles in multiples of 4, found 64x62 to 1088x1920"),
     "largest size": (profile(max=[1090, 1920]), "expected profiles in multiples of 4, found 64x64 to 1090x1920"),
     "fastest size": (profile(opt=[255, 257]), ""),
+    "several images": (profile(batch=[1, 4, 8]), ""),
+    "images in no order": (profile(batch=[4, 1, 8]), "a profile of 1 to 1024 images, in ascending order"),
+    "too many images": (profile(batch=[1, 1, 1025]), "a profile of 1 to 1024 images"),
+    "any number of images": (images_at_once(-1), ""),
+    "no images": (images_at_once(0), "expected an input of 1 to 1024 images, or -1 for any number"),
     "other model": (lambda b: rewrite(b, lambda m: m["engines"][0].update(onnx_sha256="0" * 64)), "another model"),
     "canary": (lambda b: add_canary(b, np.copy), ""),
     "no canaries": (lambda b: rewrite(b, lambda m: m.pop("canaries")), ""),
@@ -785,6 +794,7 @@ STRANGE = (
 
 def test_same_verdict_on_every_changed_field(contract, tmp_path):
     bundle = add_canary(write_bundle(tmp_path / "bundle"), np.copy)
+    profile(batch=[1, 2, 4])(bundle)
     content = (bundle / "manifest.json").read_bytes()
     contents = [json.dumps(changed).encode() for changed in variants(json.loads(content))]
     contents += [content, b"\n\t " + content + b"\n", *STRANGE]

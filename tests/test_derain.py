@@ -125,6 +125,35 @@ def test_names_the_image_that_the_network_refuses(session, photos, tmp_path):
     assert wide == f"{photos / 'wide.png'}: too wide"
 
 
+def test_images_of_one_size_are_restored_together(photos, tmp_path, monkeypatch):
+    """Broken ones among them, and such as the network refuses, are named as ever."""
+    for i in range(5):
+        Image.new("RGB", (20, 20), (100 + 2 * i,) * 3).save(photos / f"d{i}.png")
+    (photos / "d2b.png").write_bytes(b"no image")
+    runs = []
+
+    class Together(Session):
+        def max_batch(self, size):
+            return 4
+
+        def run(self, batch):
+            runs.append(len(batch))
+            return np.concatenate([super(Together, self).run(batch[i : i + 1]) for i in range(len(batch))])
+
+    monkeypatch.setattr("runtime.derain.open_session", lambda *options: Together())
+    report = derain(photos, tmp_path / "out")
+    assert runs == [1, 1, 1, 4, 1]
+    assert len(report.restored) == 8
+    assert [value(tmp_path / "out" / f"d{i}.png") for i in range(5)] == [50 + i for i in range(5)]
+    (failure,) = report.failures
+    assert "d2b.png" in failure
+    Image.new("RGB", (40, 7)).save(photos / "e.png")
+    Image.new("RGB", (40, 7)).save(photos / "f.png")
+    report = derain(photos, tmp_path / "again")
+    assert len(report.restored) == 8
+    assert [line.split(": ")[1] for line in report.failures[1:]] == ["too wide"] * 2
+
+
 def test_what_is_left_out_of_a_folder_is_named(session, photos, tmp_path, caplog):
     (photos / "e.jfif").write_bytes((photos / "b.JPG").read_bytes())
     (photos / "below").mkdir()

@@ -21,7 +21,7 @@ from runtime.bundle import Bundle, describe_file, load, save
 from runtime.derain import DerainOptions, derain
 from runtime.errors import MismatchError
 from runtime.images import Photo, read_rgb
-from runtime.manifest import Manifest, Profile, Tensor, parse
+from runtime.manifest import Manifest, Profile, Tensor, dump, parse
 from runtime.ort import OrtSession
 from runtime.session import describe_onnx, open_session
 from tests.support.bundles import ENGINES, FILES, flip, make_keys, rewrite, write_bundle
@@ -120,6 +120,23 @@ def test_json_is_what_other_readers_are_told(original):
     ]
 
 
+def test_a_profile_of_several_images_says_so(original):
+    """One of a single image is written as it was before there were others."""
+    found = load(original).manifest
+    profile = Profile((64, 64), (256, 256), (512, 512), batch=(1, 4, 8))
+    changed = replace(found, engines=(replace(found.engines[0], profiles=(profile,)), found.engines[1]))
+    content = json.loads(dump(changed))
+    assert content["engines"][0]["profiles"][0]["batch"] == [1, 4, 8]
+    assert content["engines"][1]["profiles"][0].keys() == {"min", "opt", "max"}
+    assert parse(dump(changed)) == changed
+
+
+def test_the_number_of_images_is_the_first_length(tmp_path):
+    for name, shape, batch in (("any", ("B", 3, "H", "W"), -1), ("four", (4, 3, 16, 16), 4)):
+        model = describe_onnx(write_network(tmp_path / f"{name}.onnx", shape=shape)).model
+        assert (model.input.shape[0], model.graph_io.batch) == (batch, batch)
+
+
 def test_graph_of_images_is_described(tmp_path):
     path = write_network(tmp_path / "camera.onnx", kind=onnx.TensorProto.UINT8)
     model = describe_onnx(path).model
@@ -163,6 +180,14 @@ def test_profile_takes_what_lies_between():
     assert profile.takes(64, 1920)
     assert not profile.takes(1920, 64)
     assert not profile.takes(56, 64)
+    assert not profile.takes(64, 64, images=2)
+
+
+def test_engine_takes_as_many_images_as_its_profiles(original):
+    several = Profile((64, 64), (256, 256), (512, 512), batch=(1, 4, 8))
+    engine = replace(load(original).manifest.engines[0], profiles=(Profile((64, 64), (64, 64), (1088, 1920)), several))
+    assert [engine.profile_for(512, 512, images) for images in (1, 2, 8, 9)] == [0, 1, 1, None]
+    assert [engine.max_batch(*size) for size in ((512, 512), (1088, 64), (8, 8))] == [8, 1, 0]
     assert "min <= opt <= max" in refusal(Profile, (64, 64), (32, 256), (1088, 1920))
     assert "min <= opt <= max" in refusal(Profile, (0, 64), (32, 256), (1088, 1920))
 
@@ -350,6 +375,11 @@ def with_canary(manifest: dict, size: int = 6138, **fields) -> None:
         (lambda m: m["engines"][0]["profiles"][0].update(min=[64]), r"profiles\[0\].min: expected tuple"),
         (lambda m: m["engines"][0]["profiles"][0].update(min=[300, 64]), "1 <= min <= opt <= max"),
         (lambda m: m["engines"][0].update(profiles=[]), "expected at least one profile"),
+        (lambda m: m["engines"][0]["profiles"][0].update(batch=[1, 8]), r"profiles\[0\].batch: expected tuple"),
+        (lambda m: m["engines"][0]["profiles"][0].update(batch=[2, 1, 8]), r"ascending order, found \(2, 1, 8\)"),
+        (lambda m: m["engines"][0]["profiles"][0].update(batch=[1, 1, 1025]), "a profile of 1 to 1024 images"),
+        (lambda m: m["model"]["input"].update(shape=[0, 3, -1, -1]), r"1 to 1024 images, .* the shape \[0, 3,"),
+        (lambda m: m["model"]["input"].update(shape=[3, -1, -1]), "and three more lengths, found the shape"),
         (lambda m: m["engines"][0]["profiles"][0].update(min=[66, 64]), "multiples of 4, found 66x64 to 1088x1920"),
         (lambda m: m["engines"][0]["profiles"][0].update(max=[1088, 1921]), "multiples of 4, found 64x64 to 1088x1921"),
         (lambda m: m["engines"][0].update(flavor="tensorflow"), "rtx"),

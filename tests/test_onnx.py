@@ -20,16 +20,16 @@ from drsformer import checkpoint
 from drsformer.config import BlockConfig, DRSformerConfig, MEFCConfig
 from drsformer.model import DRSformer, GatedFeedForward
 from drsformer.session import TorchSession
-from export import graph
+from export import folding, graph
 from export.onnx import Exported, ExportOptions, export, table
 from export.topk import PATTERNS, masks, scores_of, with_pattern
-from export.verification import SIZES, TOLERANCE, ScoreProbe, verify
+from export.verification import SIZES, SOME, TOLERANCE, ScoreProbe, verify
 from runtime.errors import GateError, InputError
 from runtime.ort import OrtSession
-from runtime.pixels import to_batch
+from runtime.pixels import ANY, to_batch
 from runtime.session import Derainer
 from tests.support.images import random_image
-from tests.support.networks import fill, small
+from tests.support.networks import fill, image, small
 
 CONTROL_FLOW = {"If", "Loop", "Scan"}
 
@@ -152,6 +152,63 @@ def test_probe_knows_no_scores_of_a_foreign_model(everything, tmp_path):
     assert probe(to_batch(random_image(8, 8))) == {}
 
 
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_images_of_a_batch_do_not_see_each_other(pattern, fold):
+    """A flat one among them, whose scores are all equal, and one brighter than all that were seen in training."""
+    network = with_pattern(fill(DRSformer(EVERYTHING)).requires_grad_(False), pattern)
+    network = folding.fold(network) if fold else network
+    batch = torch.cat([image(32, 40, seed) for seed in range(4)])
+    batch[1], batch[2] = 0.5, 2 * batch[2]
+    together = network(batch)
+    for i in range(4):
+        difference = (together[i] - network(batch[i : i + 1])[0]).abs()
+        assert difference.max() < 1e-5, f"image {i}: max {difference.max():.1e}, mean {difference.mean():.1e}"
+
+
+@pytest.fixture(scope="module")
+def any_batch(everything, tmp_path_factory) -> Exported:
+    """The same network for any number of images."""
+    return export(everything[0], tmp_path_factory.mktemp("any") / "model.onnx", ExportOptions(batch="any"))
+
+
+def test_a_batch_is_answered_as_its_images_one_by_one(everything, any_batch):
+    """To the byte; and as by the graph that takes one at a time."""
+    of_one, of_any = OrtSession(everything[1].output, "cpu"), OrtSession(any_batch.output, "cpu")
+    assert (of_one.graph_io.batch, of_any.graph_io.batch) == (1, ANY)
+    assert of_any.input.shape == of_any.output.shape == (ANY, 3, ANY, ANY)
+    images = [random_image(29, 37, seed) for seed in range(3)]
+    images[1][:] = 128
+    one_by_one = [Derainer(of_one)(image) for image in images]
+    for derain in (Derainer(of_one), Derainer(of_any)):
+        for found, expected, rainy in zip(derain.run_batch(images), one_by_one, images, strict=True):
+            np.testing.assert_array_equal(found, expected)
+            assert (found != rainy).any()
+    batch = to_batch(*(random_image(32, 40, seed) for seed in range(3)))
+    np.testing.assert_array_equal(of_any.run(batch), np.concatenate([of_any.run(batch[i : i + 1]) for i in range(3)]))
+
+
+def test_proof_of_a_batch_counts_all_of_its_images(everything, any_batch):
+    for one, some in zip(everything[1].agreements, any_batch.agreements, strict=True):
+        assert (some.size, some.selections) == (one.size, SOME * one.selections)
+        assert 0 < some.difference < TOLERANCE
+
+
+def test_proof_of_a_batch_notices_images_that_see_each_other(everything, any_batch, monkeypatch):
+    """A graph whose first image leaks into the last."""
+    run = OrtSession.run
+
+    def leak(self, batch):
+        output = run(self, batch)
+        output[-1] += 1e-2 * output[0]
+        return output
+
+    monkeypatch.setattr(OrtSession, "run", leak)
+    network = with_pattern(checkpoint.load(everything[0]).model, "threshold")
+    (agreement,) = verify(any_batch.output, network, [(64, 64)])
+    assert agreement.difference > 10 * TOLERANCE
+
+
 def test_verification_notices_other_weights(everything):
     weights, exported = everything
     network = with_pattern(checkpoint.load(weights).model, "threshold")
@@ -207,6 +264,23 @@ def test_ties_in_onnx_runtime(tmp_path, pattern):
         else:
             expected = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, ordered.indices[..., :k], True)
         np.testing.assert_array_equal(mask, expected.numpy())
+
+
+def test_graph_of_two_images_fills_up_and_drops(tmp_path):
+    weights = save(tmp_path, small(feed_forward="fn"))
+    exported = export(weights, options=ExportOptions(topk="scatter", io="image", height=17, width=24, batch=2))
+    assert exported.agreements[0].selections == 2 * 2 * 5 * (2 + 3 + 3 + 4)
+    session = OrtSession(exported.output, "cpu")
+    assert session.input.shape == (2, 17, 24, 3)
+    assert ScoreProbe(exported.output)(to_batch(random_image(17, 24)))["latent.0.attn"].shape[0] == 1
+    images = [random_image(17, 24, seed) for seed in range(3)]
+    derain = Derainer(session)
+    alone = [derain(image) for image in images]
+    assert len({image.tobytes() for image in alone}) == 3
+    for found, expected in zip(derain.run_batch(images), alone, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(InputError, match="takes 2 images at once, found 3; export it with --batch"):
+        session.run(to_batch(*images))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 30), (3, 5), (4, 12), (5, 8), (8, 8), (33, 47)])
@@ -301,6 +375,7 @@ def test_what_float16_cannot_hold_is_not_written(tmp_path):
         (dict(io="tensor16", height=64, width=60), "`width`: expected a multiple of 8, found 60"),
         (dict(height=0, width=64), "`height`: expected at least 1, found 0"),
         (dict(io="image", height=-1, width=64), "`height`: expected at least 1, found -1"),
+        (dict(batch=0), "`batch`: expected 1 to 1024, found 0"),
     ],
 )
 def test_refuses_options_that_it_cannot_use(tmp_path, options, message):

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 from runtime import Derainer, DerainError, DeviceError, InputError, InvalidImage, InvalidModel, machine
 from runtime.manifest import Tensor, read_graph_io
 from runtime.ort import SHIPPED, OrtSession
-from runtime.pixels import GraphIO
+from runtime.pixels import ANY, GraphIO
 from tests.support.onnx_files import FLOAT, FLOAT16, UINT8, write_network
 
 
@@ -68,6 +68,15 @@ def test_graph_of_images_that_answers_with_nan_says_so(tmp_path, value):
     np.testing.assert_array_equal(good(image), image // 2)
     old = Derainer(OrtSession(write_network(tmp_path / "old.onnx", value, UINT8)))
     assert old(image).shape == image.shape
+
+
+def test_every_image_of_a_batch_has_its_own_finite():
+    output, graph_io = np.full((3, 8, 8, 3), 51, np.uint8), GraphIO("image", 1, ANY)
+    answer = graph_io.answer(output, np.array([1, np.nan, -1], np.float32))
+    assert np.isnan(answer[1]).all()
+    np.testing.assert_array_equal(answer[[0, 2]], np.float32(51) / np.float32(255))
+    with pytest.raises(InvalidModel, match="NaN or infinity"):
+        graph_io.images(output, np.array([1, 2, np.inf], np.float32))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from runtime.pipeline import pipeline
+from runtime.pipeline import LONGEST, grouped, pipeline
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 50])
@@ -77,3 +77,25 @@ def test_an_error_ends_it_and_what_was_worked_on_is_written(stage, error):
     assert len(read) < 15
     if stage != "write":
         assert written == list(range(5))
+
+
+@pytest.mark.parametrize(
+    ("items", "most", "lists"),
+    [
+        ("", 3, []),
+        ("aaaaa", 3, ["aaa", "aa"]),
+        ("aabbba", 3, ["aa", "bbb", "a"]),
+        ("aba", 1, ["a", "b", "a"]),
+        ("--a-aa-b--", 3, ["-", "-", "a-aa", "-", "b--"]),  # what has no size goes along, and never waits for an image
+        ("ab-", 3, ["a", "b-"]),
+    ],
+)
+def test_neighbours_of_one_size_are_grouped(items, most, lists):
+    sizes = {"a": (8, 8), "b": (8, 16), "-": None}
+    assert ["".join(found) for found in grouped(items, sizes.__getitem__, lambda size: most)] == lists
+
+
+def test_a_group_is_no_longer_than_so_long():
+    found = list(grouped("a" + 2 * LONGEST * "-", {"a": (8, 8), "-": None}.__getitem__, lambda size: 8))
+    assert len(found[0]) == LONGEST
+    assert sum(map(len, found)) == 1 + 2 * LONGEST

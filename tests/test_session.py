@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from runtime import Derainer, InputError, InvalidImage
+from runtime.errors import InvalidModel, OutOfMemory
+from runtime.footprint import Footprint
 from runtime.pixels import ROWS, to_batch, to_image
+from runtime.session import BATCH, IMAGE_BYTES
 from tests.support.images import random_image
 from tests.support.onnx_files import UINT8, write_network
 
@@ -203,6 +206,127 @@ def test_rows_are_converted_in_blocks_of_any_height():
 
 def test_huge_finite_numbers_are_not_taken_for_infinity():
     assert (Derainer(Constant(3e38))(np.zeros((8, 8, 3), np.uint8)) == 255).all()
+
+
+class Several(Network):
+    """The same for many images at once; its answer to each depends on the mean of that alone."""
+
+    def __init__(self, most, multiple=8):
+        super().__init__(multiple)
+        self.most = most
+
+    def max_batch(self, size):
+        return self.most
+
+    def run(self, batch):
+        self.shapes.append(batch.shape)
+        answers = [Network(self.multiple).run(batch[i : i + 1]) for i in range(len(batch))]
+        return np.concatenate(answers)
+
+
+MIXED = ((9, 16), (33, 8), (16, 10), (11, 11), (9, 16), (16, 16), (33, 8))
+
+
+@pytest.mark.parametrize(
+    ("most", "batch", "runs"),
+    [
+        (1, None, [1] * 7),
+        (3, None, [3, 2, 2]),
+        (3, 2, [2, 2, 1, 2]),
+        (sys.maxsize, None, [5, 2]),
+        (sys.maxsize, 4, [4, 1, 2]),
+    ],
+)
+def test_images_of_one_padded_size_go_together(most, batch, runs):
+    session = Several(most)
+    images = [random_image(*size, seed) for seed, size in enumerate(MIXED)]
+    restored = Derainer(session, batch=batch).run_batch(images)
+    assert [shape[0] for shape in session.shapes] == runs
+    for found, image in zip(restored, images, strict=True):
+        assert found.flags.c_contiguous
+        np.testing.assert_array_equal(found, reference(Network(8), image))
+
+
+def test_any_number_is_no_more_than_eight():
+    assert Derainer(Several(sys.maxsize)).batch_size(9, 9) == BATCH
+    assert Derainer(Several(BATCH + 3)).batch_size(9, 9) == BATCH + 3
+    assert Derainer(Network()).batch_size(9, 9) == 1
+    with pytest.raises(InputError, match="`batch`: expected at least 1, found 0"):
+        Derainer(Network(), batch=0)
+
+
+def test_memory_bounds_how_many_go_together():
+    """On a small machine: tiles where one does not fit, else as many as fit."""
+    session = Several(sys.maxsize)
+    session.footprint = Footprint(fixed=10**6, per_pixel=1000)
+    for fitting in (1, 3):
+        derain = Derainer(session, memory=10**6 + int(fitting * 64 * 64 * (1000 + IMAGE_BYTES) * 1.1))
+        assert derain.batch_size(64, 64) == fitting
+    assert derain.plan(128, 128).count > 1
+    assert derain.batch_size(128, 128) == 1
+    images = [random_image(64, 64, seed) for seed in range(4)]
+    session.shapes.clear()
+    derain.run_batch(images)
+    assert [shape[0] for shape in session.shapes] == [3, 1]
+
+
+def test_where_a_batch_exhausts_the_memory_its_images_go_alone():
+    session = Several(3)
+    run = session.run
+
+    def small(batch):
+        if len(batch) > 1:
+            raise OutOfMemory("full")
+        return run(batch)
+
+    session.run = small
+    images = [random_image(8, 8, seed) for seed in range(4)]
+    for found, image in zip(Derainer(session).run_batch(images), images, strict=True):
+        np.testing.assert_array_equal(found, reference(Network(8), image))
+
+    def full(batch):
+        raise OutOfMemory("full")
+
+    session.run = full
+    with pytest.raises(OutOfMemory):
+        Derainer(session).run_batch(images)
+
+
+def test_what_needs_tiles_goes_alone():
+    session = Several(4)
+    derain = Derainer(session, tile=(16, 16), overlap=8)
+    images = [random_image(*size) for size in ((16, 9), (24, 16), (12, 16))]
+    for found, image in zip(derain.run_batch(images), images, strict=True):
+        np.testing.assert_array_equal(found, Derainer(Network(), tile=(16, 16), overlap=8)(image))
+    assert [shape[0] for shape in session.shapes] == [2, 1, 1]
+
+
+def test_a_batch_is_refused_as_its_images_are():
+    session = Several(4)
+    with pytest.raises(InvalidImage, match=r"found uint8 \(4, 4\)"):
+        Derainer(session).run_batch([random_image(8, 8), np.zeros((4, 4), np.uint8)])
+    assert session.shapes == []
+    assert Derainer(session).run_batch([]) == []
+
+    def fail_for_one(batch):
+        batch[1, 0, 3, 3] = np.nan
+        return batch
+
+    session.run = fail_for_one
+    with pytest.raises(InvalidModel, match="NaN or infinity"):
+        Derainer(session).run_batch([random_image(8, 8)] * 2)
+
+
+@pytest.mark.parametrize("images", [3, "B"])
+def test_bytes_go_straight_into_a_graph_of_several_images(tmp_path, monkeypatch, images):
+    """Of a fixed number too, which is filled up."""
+    path = write_network(tmp_path / "model.onnx", 0.7, UINT8, shape=(images, "H", "W", 3), metadata={}, finite=True)
+    derain = Derainer(path, "cpu")
+    photos = [random_image(13, 21, seed) for seed in range(4)]
+    expected = [to_image(derain.session.run(to_batch(photo))) for photo in photos]
+    monkeypatch.setattr(derain.session, "run", lambda batch: pytest.fail("went through float32"))
+    for found, image in zip((*derain.run_batch(photos), derain(photos[0])), (*expected, expected[0]), strict=True):
+        np.testing.assert_array_equal(found, image)
 
 
 def test_submitted_images_are_restored_in_turn():

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from runtime import trt
 from runtime.bundle import load
 from runtime.errors import DeviceError, InputError
 from runtime.manifest import Profile
+from runtime.pixels import ANY
 from runtime.session import open_engine
 from runtime.trt import LIBRARIES
 from tests.support import refusals
@@ -229,11 +231,41 @@ def test_profiles(given, expected, built):
 
 
 @pytest.mark.parametrize(
+    ("batch", "sides", "given", "expected"),
+    [
+        (-1, -1, {}, [(1088, (1, 1, 1))]),
+        (-1, -1, {"batch": (8,)}, [(1088, (1, 8, 8))]),
+        (-1, -1, {"batch": (1, 8), "max": ((1088, 1920), (512, 512))}, [(1088, (1, 1, 1)), (512, (1, 8, 8))]),
+        (-1, 64, {"batch": (1, 4)}, [(64, (1, 1, 1)), (64, (1, 4, 4))]),
+        (6, -1, {}, [(1088, (6, 6, 6))]),
+        (6, 64, {}, [(64, (6, 6, 6))]),
+    ],
+)
+def test_profiles_of_several_images(batch, sides, given, expected, built):
+    model = built.bundle.manifest.model
+    model = replace(model, input=replace(model.input, shape=(batch, 3, sides, sides)))
+    found = tensorrt._profiles(model, BuildOptions(**given))
+    assert [(p.max[0], p.batch) for p in found] == expected
+
+
+@pytest.mark.parametrize("batch", [ANY, 4])
+def test_a_model_of_several_images(tmp_path, batch):
+    path = tmp_path / "model.onnx"
+    onnx.save(to_onnx(nn.Conv2d(3, 3, 3, padding=1), batch=batch), path)
+    options = BuildOptions(compute_capability=("8.6",), batch=(4,) if batch == ANY else (), **SMALL)
+    made = load(build(path, tmp_path / "bundle", options).bundle.folder).manifest
+    (profile,) = made.engines[0].profiles
+    assert (made.model.graph_io.batch, profile.batch) == (batch, (1 if batch == ANY else 4, 4, 4))
+    assert str(profile) == "16x16 to 64x96, up to 4 at once"
+
+
+@pytest.mark.parametrize(
     ("given", "line"),
     [
+        ({"batch": (2,)}, "`batch`: the model takes 1 images at once, neither more nor less: leave it out, or export"),
         ({"max": ((100, 96),)}, "`max`: expected multiples of 8, to which images are padded, found 100x96"),
         ({"min": ((128, 64),), "max": ((64, 128),)}, "expected `min` <= `opt` <= `max` in height and in width, found"),
-        ({"opt": ((8, 8),) * 2, "max": ((8, 8),) * 3}, "`opt`: expected one size, or 3 as for the other options"),
+        ({"opt": ((8, 8),) * 2, "max": ((8, 8),) * 3}, "`opt`: expected one, or 3 as for the other options"),
     ],
 )
 def test_profiles_that_cannot_be(given, line, model, tmp_path):

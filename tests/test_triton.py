@@ -190,6 +190,59 @@ def test_version_compatible_plan_tells_what_the_server_needs(bundle, tmp_path):
     assert "--backend-config=tensorrt,version-compatible=true" in made.needs
 
 
+@pytest.mark.parametrize(
+    ("backend", "dims", "warm_up"),
+    [("python", [-1, -1, 3], [64, 64, 3]), ("onnxruntime", [3, -1, -1], [3, 64, 64])],
+)
+def test_batches(tmp_path, backend, dims, warm_up):
+    folder = only_model(tmp_path / "b", shape=("B", 3, "H", "W"))
+    found = config(export(folder, tmp_path, ServeOptions("m", backend, batch=8, queue=0)).folder)
+    assert (found.max_batch_size, found.HasField("dynamic_batching")) == (8, True)
+    assert list(found.input[0].dims) == list(found.output[0].dims) == dims
+    assert [(sample.batch_size, list(sample.inputs["input"].dims)) for sample in found.model_warmup] == [
+        (1, warm_up),
+        (8, warm_up),
+    ]
+    alone = config(export(folder, tmp_path, ServeOptions("alone", backend)).folder)
+    assert alone.max_batch_size == 0
+    assert list(alone.input[0].dims) == (dims if backend == "python" else [-1, 3, -1, -1])
+    assert warm_ups(alone) == [warm_up if backend == "python" else [1, 3, 64, 64]]
+
+
+def test_every_image_of_a_batch_says_whether_it_was_finite(tmp_path):
+    folder = only_model(tmp_path / "b", kind=onnx.TensorProto.UINT8, shape=("B", "H", "W", 3), finite=True)
+    for batch, dims in ((1, [-1]), (4, [1])):
+        output = config(export(folder, tmp_path, ServeOptions(f"m{batch}", "onnxruntime", batch=batch)).folder).output[
+            1
+        ]
+        assert (output.name, list(output.dims), output.HasField("reshape")) == ("finite", dims, batch > 1)
+
+
+def test_batches_of_a_tensorrt_plan(bundle, tmp_path):
+    opened = load(with_plans(bundle, {"8.6": 2})).manifest
+    model = replace(opened.model, input=replace(opened.model.input, shape=(-1, 3, -1, -1)))
+    several = Profile((64, 64), (128, 128), (256, 256), batch=(1, 8, 8))
+    engines = [
+        replace(engine, profiles=(engine.profiles[0], several)) if engine.flavor == "tensorrt" else engine
+        for engine in opened.engines
+    ]
+    save(replace(opened, model=model, engines=tuple(engines)), bundle)
+    found = config(export(bundle, tmp_path, ServeOptions("p", "tensorrt_plan", batch=8)).folder)
+    assert (found.max_batch_size, list(found.instance_group[0].profile)) == (8, ["1"])
+    assert [(sample.batch_size, *sample.inputs["input"].dims) for sample in found.model_warmup] == [
+        (1, 3, 128, 128),
+        (8, 3, 128, 128),
+    ]
+    message = refusal(bundle, tmp_path, name="q", backend="tensorrt_plan", batch=9)
+    assert "256x256, up to 8 at once; build it by python -m export.tensorrt with --batch" in message
+
+
+def test_batches_of_a_model_of_one_image_are_refused(bundle, tmp_path):
+    for backend in ("python", "onnxruntime"):
+        message = refusal(bundle, tmp_path / "r", backend=backend, batch=8)
+        assert "`batch`: expected a model of any number of images at once, found one of 1" in message
+
+
 # What is refused, and that nothing is left of it.
 
 
@@ -262,6 +315,7 @@ def test_model_that_is_there_stays(bundle, tmp_path):
         (dict(instances=0), "`instances`"),
         (dict(threads=-1), "`threads`"),
         (dict(queue=-1), "`queue`"),
+        (dict(batch=0), "`batch`"),
         (dict(tile=(8, 8), backend="onnxruntime"), "`tile`"),
         (dict(provider="cpu", backend="onnxruntime"), "`provider`"),
         (dict(threads=1, backend="tensorrt_plan"), "`threads`"),
@@ -328,7 +382,7 @@ def started(folder: Path, monkeypatch):
     parameters = {key: {"string_value": value.string_value} for key, value in config(folder).parameters.items()}
     model.initialize(
         {
-            "model_config": json.dumps({"parameters": parameters}),
+            "model_config": json.dumps({"parameters": parameters, "max_batch_size": config(folder).max_batch_size}),
             "model_repository": str(folder),
             "model_version": "1",
             "model_instance_name": "drsformer_0_0",
@@ -351,6 +405,27 @@ def test_each_request_has_its_own_answer(bundle, tmp_path, monkeypatch):
         assert "expected an" in str(answers[i].error)
 
 
+def test_requests_of_equal_size_go_through_the_network_together(tmp_path, monkeypatch):
+    """One that fails takes no other with it."""
+    folder = only_model(tmp_path / "bundle", shape=("B", 3, "H", "W"), metadata={"size_multiple": "4"})
+    model = started(export(folder, tmp_path / "r", ServeOptions(provider="cpu", batch=4)).folder, monkeypatch)
+    session, runs = model._derain.session, []
+    run = session.run
+    monkeypatch.setattr(session, "run", lambda batch: runs.append(len(batch)) or run(batch))
+    images = np.random.default_rng(0).integers(0, 256, (6, 13, 7, 3), dtype=np.uint8)
+    requests = [images[:1], images[1:3], images[3:]]
+    derain = Derainer(folder, "cpu")
+    for answer, request in zip(model.execute([{"input": array} for array in requests]), requests, strict=True):
+        np.testing.assert_array_equal(answer.tensors["output"], np.stack([derain(image) for image in request]))
+    assert runs == [4, 2]
+    runs.clear()
+    good, odd, other = model.execute([{"input": array} for array in (images[:1], images[:1, :0], images[1:2])])
+    assert odd.error.code == Backend.TritonError.INVALID_ARG
+    assert runs == [1, 1]
+    for answer, image in ((good, images[0]), (other, images[1])):
+        np.testing.assert_array_equal(answer.tensors["output"], derain(image)[None])
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -361,11 +436,11 @@ def test_each_request_has_its_own_answer(bundle, tmp_path, monkeypatch):
     ],
 )
 def test_code_tells_whose_fault_it_is(bundle, tmp_path, monkeypatch, error, code):
-    def fail(image):
+    def fail(images):
         raise error
 
     model = started(export(bundle, tmp_path / "r", ServeOptions(provider="cpu")).folder, monkeypatch)
-    model._derain = fail
+    model._derain = SimpleNamespace(run_batch=fail)
     (answer,) = model.execute([{"input": np.zeros((1, 1, 3), np.uint8)}])
     assert (str(answer.error), answer.error.code) == (str(error), code)
 

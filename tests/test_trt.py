@@ -16,7 +16,7 @@ from runtime import trt
 from runtime.bundle import Bundle
 from runtime.errors import DerainError, DeviceError, InputError, InvalidImage, InvalidModel, OutOfMemory
 from runtime.manifest import Profile
-from runtime.pixels import to_batch
+from runtime.pixels import ANY, to_batch
 from runtime.session import Derainer, open_engine
 from runtime.trt import TrtSession, cache_path
 from tests.support.tensorrt import PROFILES, Code, Cuda, Library, has_driver, make_bundle
@@ -142,6 +142,42 @@ def test_where_memory_grows_the_graphs_in_it_go(bundle, install):
     assert [context.shape[3] for context in library.contexts] == [8, 16, 8]
     assert cuda.calls.index("destroy graph") < cuda.calls.index("free") < cuda.calls.index("malloc 1536")
     assert len(cuda.graphs) == 2
+
+
+SMALL_IN_BATCHES = (Profile((8, 8), (16, 16), (32, 32)), Profile((8, 8), (16, 16), (16, 16), batch=(2, 4, 4)))
+
+
+def test_images_of_a_size_go_through_the_profile_that_takes_so_many(tmp_path, install):
+    cuda, library = install()
+    session = open_engine(make_bundle(tmp_path / "bundle", {"profiles": SMALL_IN_BATCHES}, batch=ANY))
+    assert cuda.calls.count("malloc 12288") == 4  # 4 x 16 x 16 x 3 x 4 bytes, as many as one of 32 x 32
+    assert [session.max_batch(size) for size in ((16, 16), (24, 16))] == [4, 1]
+    derain = Derainer(session)
+    assert [derain.batch_size(*size) for size in ((9, 16), (17, 16), (64, 64))] == [4, 1, 1]
+    images = [np.random.default_rng(i).integers(0, 256, (9 + i % 2, 16, 3), dtype=np.uint8) for i in range(7)]
+    large = np.random.default_rng(7).integers(0, 256, (40, 24, 3), dtype=np.uint8)
+    restored = derain.run_batch([*images[:3], large, *images[3:]])
+    for found, image in zip(restored, (*images[:3], large, *images[3:]), strict=True):
+        np.testing.assert_array_equal(found, 255 - image)
+    shapes = [(context.profile, context.shape) for context in library.contexts]
+    assert shapes[:2] == [(1, (4, 3, 16, 16)), (1, (3, 3, 16, 16))]
+    assert {shape[0] for _, shape in shapes[2:]} == {1}  # tiles
+    session.run(batch(16, 16))
+    assert (library.contexts[-1].profile, library.contexts[-1].shape) == (0, (1, 3, 16, 16))
+    with pytest.raises(InvalidImage, match=r"or 8x8 to 16x16, up to 4 at once, found 5 of 16x16"):
+        session.run(np.concatenate([batch(16, 16)] * 5))
+
+
+@pytest.mark.parametrize("io", ["tensor", "image"])
+def test_a_profile_of_more_images_is_filled_up(tmp_path, install, io):
+    _, library = install(dtype="uint8" if io == "image" else "float32", finite=0.5 if io == "image" else None)
+    profiles = {"profiles": (Profile((8, 8), (16, 16), (16, 16), batch=(4, 4, 4)),)}
+    derain = Derainer(open_engine(make_bundle(tmp_path / "bundle", profiles, io=io, batch=4)))
+    images = [np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8) for i in range(6)]
+    for found, image in zip((*derain.run_batch(images), derain(images[0])), (*images, images[0]), strict=True):
+        np.testing.assert_array_equal(found, 255 - image)
+    assert {context.shape[0] for context in library.contexts} == {4}
+    assert len(library.contexts) == 1
 
 
 def test_images_go_in_and_come_out(tmp_path, install):

@@ -5,6 +5,7 @@ The networks here are functions, and the videos are some frames of 48x32 pixels.
 
 import contextlib
 import itertools
+import math
 import resource
 import signal
 import subprocess
@@ -20,7 +21,8 @@ import pytest
 from av.error import InvalidDataError
 from av.video.reformatter import VideoReformatter
 
-from runtime import InputError, InvalidImage, hlg, video
+from runtime import Derainer, InputError, InvalidImage, hlg, video
+from runtime.errors import InvalidModel
 from runtime.video import frames as read_frames
 from runtime.video import restore
 from tests.support.commands import command
@@ -137,6 +139,28 @@ def test_every_frame_is_restored(tmp_path, source, target):
     for i, frame in enumerate(frames(target)):
         assert np.abs(frame.to_ndarray(format="rgb24").astype(int) - (20 + 5 * i)).max() <= 2
     assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+@pytest.mark.parametrize(("batch", "runs"), [(None, [8, 4]), (5, [5, 5, 2]), (1, [1] * 12)])
+def test_frames_are_restored_together(tmp_path, monkeypatch, batch, runs):
+    """As one by one, with sound between them."""
+    network = write_network(tmp_path / "half.onnx", shape=("B", 3, "H", "W"))
+    images = [np.full((HEIGHT, WIDTH, 3), 40 + 10 * i, np.uint8) for i in range(12)]
+    source = write(tmp_path / "a.mp4", images, sound=True)
+    derain, found = Derainer(network, "cpu", batch=batch), []
+    run = derain.session.run
+    monkeypatch.setattr(derain.session, "run", lambda batch: found.append(len(batch)) or run(batch))
+    result = restore(derain, source, tmp_path / "together.mp4")
+    assert (result.frames, found) == (12, runs)
+    restore(Derainer(network, "cpu").__call__, source, tmp_path / "alone.mp4")
+    assert (tmp_path / "together.mp4").read_bytes() == (tmp_path / "alone.mp4").read_bytes()
+
+
+def test_a_batch_that_fails_names_the_video(tmp_path):
+    network = write_network(tmp_path / "nan.onnx", math.nan, shape=("B", 3, "H", "W"))
+    with pytest.raises(InvalidModel, match=r"a\.mp4: the network answered with NaN"):
+        restore(Derainer(network, "cpu"), write(tmp_path / "a.mp4"), tmp_path / "b.mp4")
+    assert not (tmp_path / "b.mp4").exists()
 
 
 def test_frames_are_those_that_the_network_is_shown(tmp_path):

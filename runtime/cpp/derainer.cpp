@@ -97,7 +97,10 @@ auto within_memory(Action action) {
 class Derainer::Implementation {
 public:
     /// The bundle is verified.
-    Implementation(const Bundle& bundle, const Options& options) : options_(options), opened_(open(bundle, options)) {}
+    Implementation(const Bundle& bundle, const Options& options) : options_(options), opened_(open(bundle, options)) {
+        DERAINER_CHECK(InputError, options.batch >= 0,
+                       "expected a batch of at least 1, or 0, found " + std::to_string(options.batch));
+    }
 
     GraphIo graph_io() const { return opened_.session->graph_io(); }
     const std::string& provider() const { return opened_.provider; }
@@ -112,12 +115,12 @@ public:
             tasks.push_back(
                 {image, plan(size, graph_io().multiple, opened_.session->limits(), options_.tile, options_.overlap)});
         }
-        restore(*opened_.session, tasks);
+        restore(*opened_.session, tasks, options_.batch);
     }
 
-    void enqueue(const void* input, void* output, Size size, cudaStream_t stream, float* finite) {
+    void enqueue(const void* input, void* output, Size size, cudaStream_t stream, float* finite, std::int64_t images) {
         const std::lock_guard<std::mutex> lock(mutex_);
-        opened_.session->enqueue(input, output, size, stream, finite);
+        opened_.session->enqueue(input, output, size, stream, finite, images);
     }
 
 private:
@@ -153,8 +156,8 @@ void Derainer::run(const std::vector<Image>& images) {
 }
 
 void Derainer::enqueue(const void* input, void* output, std::int64_t height, std::int64_t width, cudaStream_t stream,
-                       float* finite) {
-    implementation_->enqueue(input, output, {height, width}, stream, finite);
+                       float* finite, std::int64_t images) {
+    implementation_->enqueue(input, output, {height, width}, stream, finite, images);
 }
 
 GraphIo Derainer::graph_io() const { return implementation_->graph_io(); }

@@ -13,6 +13,8 @@
  *     }
  *     derainer_close(derain);
  *
+ * Several images at once: derainer_restore_batch.
+ *
  * Nothing here throws. Text is UTF-8 that ends with a zero. Threads may share a handle: they take turns; only closing
  * it is not for while another thread uses it. */
 #ifndef DERAINER_H
@@ -52,7 +54,19 @@ typedef struct derainer_options {
     int64_t overlap;       /* pixels that tiles share; 0: 64, or a quarter of a small tile; -1: none */
     const char* canary;    /* when what runs has to answer the bundle's canaries: "first" (NULL), "always" or "never" */
     int32_t require_proof; /* not 0: run only a file that was judged against the full model */
+    int64_t batch; /* images of one size that go through the network at once, if it takes so many; 0: as many as it
+                      takes, or one of a graph that takes any number */
 } derainer_options;
+
+/* An image to restore: `height` rows of `width` pixels of 3 bytes, red first, rows `stride` bytes apart, and where the
+ * restored one goes, which has the same size and stride and may be `rgb`. */
+typedef struct derainer_image {
+    const uint8_t* rgb;
+    int64_t height;
+    int64_t width;
+    size_t stride;
+    uint8_t* out;
+} derainer_image;
 
 /* A network that is open. */
 typedef struct derainer_handle derainer_handle;
@@ -66,6 +80,12 @@ DERAINER_API derainer_status derainer_open(const char* bundle, const derainer_op
  * which has the same size and stride and may be `rgb`. After a failure `out` may be written in part. */
 DERAINER_API derainer_status derainer_restore(derainer_handle* handle, const uint8_t* rgb, int64_t height,
                                               int64_t width, size_t stride, uint8_t* out);
+
+/* Restores `count` images, as derainer_restore does each. Neighbours that are equally large once they are padded and
+ * need no tiles go through the network together, see derainer_options.batch. None may be written where another is read.
+ * After a failure some are not written. */
+DERAINER_API derainer_status derainer_restore_batch(derainer_handle* handle, const derainer_image* images,
+                                                    size_t count);
 
 /* What runs: "tensorrt" or "cpu". Valid until the handle is closed; "" for NULL. */
 DERAINER_API const char* derainer_provider(const derainer_handle* handle);

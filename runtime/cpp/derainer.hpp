@@ -77,6 +77,9 @@ struct Options {
     std::optional<Size> tile;
     /// Pixels that tiles share, at most half a tile; 64, or a quarter of a small tile, if not given.
     std::optional<std::int64_t> overlap;
+    /// Images of one size that `run` hands to the network at once, if it takes so many; if 0, as many as it takes, or
+    /// one of a graph that takes any number, since nothing here tells how many the memory holds.
+    std::int64_t batch = 0;
     /// On a GPU: for how many sizes of images or tiles the set-up is kept, at least 1; the longest unused goes first.
     std::size_t sizes = 8;
     /// On a GPU: replay the launches of a size from its second run on.
@@ -103,18 +106,19 @@ public:
     /// where it fails.
     void run(const std::uint8_t* rgb, std::int64_t height, std::int64_t width, std::size_t stride, std::uint8_t* out);
 
-    /// Restore several images, of equal or different sizes, as `run` does each. None may be written where another is
-    /// read. After an error some are not written.
+    /// Restore several images, of equal or different sizes, as `run` does each. Neighbours that are equally large once
+    /// they are padded and need no tiles go through the network together, see `Options::batch`. None may be written
+    /// where another is read. After an error some are not written.
     void run(const std::vector<Image>& images);
 
     /// Let `stream` restore what is on the GPU, and come back at once; `cudaStreamSynchronize(stream)` waits for it.
     /// In the network's own format, see `graph_io`: of a size that a profile takes, in multiples. The output is neither
     /// clamped nor rounded by a graph of tensors. A graph of images clamps, which hides NaN; `finite`, on the GPU too,
-    /// becomes NaN or infinite where the answer was. The Derainer has to outlive the work. A size that is new waits for
-    /// the GPU, so `stream` must not be in capture. Throws InputError for another size, on the CPU, and for `finite` of
-    /// a graph that does not tell: one of tensors, or an older one.
+    /// becomes NaN or infinite where the answer was, a number for each of the `images` at once. The Derainer has to
+    /// outlive the work. A size that is new waits for the GPU, so `stream` must not be in capture. Throws InputError
+    /// for another size, on the CPU, and for `finite` of a graph that does not tell: one of tensors, or an older one.
     void enqueue(const void* input, void* output, std::int64_t height, std::int64_t width, cudaStream_t stream,
-                 float* finite = nullptr);
+                 float* finite = nullptr, std::int64_t images = 1);
 
     /// What `enqueue` takes and gives: format, shape and bytes.
     GraphIo graph_io() const;

@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "check.hpp"
 #include "derainer.hpp"
@@ -70,6 +71,7 @@ derainer::Options options_of(const derainer_options* given) {
         options.canary = given->canary;
     }
     options.require_proof = given->require_proof != 0;
+    options.batch = given->batch;
     options.device = given->device;
     options.threads = given->threads;
     if (given->tile_height != 0 || given->tile_width != 0) {
@@ -97,6 +99,18 @@ derainer_status derainer_restore(derainer_handle* handle, const uint8_t* rgb, in
     return guarded([&] {
         DERAINER_CHECK(InputError, handle != nullptr, "expected a handle, found a null pointer");
         handle->derain.run(rgb, height, width, stride, out);
+    });
+}
+
+derainer_status derainer_restore_batch(derainer_handle* handle, const derainer_image* images, size_t count) {
+    return guarded([&] {
+        DERAINER_CHECK(InputError, handle != nullptr, "expected a handle, found a null pointer");
+        DERAINER_CHECK(InputError, images != nullptr || count == 0, "expected images, found a null pointer");
+        std::vector<derainer::Image> all;
+        for (size_t i = 0; i < count; ++i) {
+            all.push_back({images[i].rgb, images[i].height, images[i].width, images[i].stride, images[i].out});
+        }
+        handle->derain.run(all);
     });
 }
 

@@ -167,24 +167,28 @@ File parse_file(const json& value, const std::string& where) {
     return file;
 }
 
-void check_tensor(const json& value, const std::string& where) {
+/// The shape of an input or an output.
+std::vector<std::int64_t> parse_tensor(const json& value, const std::string& where) {
     const Object object(value, where, {"name", "dtype", "shape"});
     object.text("name");
     object.text("dtype");
-    object.integers("shape");
+    return object.integers("shape");
 }
 
 Model parse_model(const json& value, const std::string& where) {
     const Object object(value, where,
                         {"file", "io", "input", "output", "size_multiple", "precision", "topk", "config",
                          "weights_sha256", "provenance"});
-    check_tensor(object.object("input"), where + ".input");
-    check_tensor(object.object("output"), where + ".output");
+    const std::vector<std::int64_t> shape = parse_tensor(object.object("input"), where + ".input");
+    parse_tensor(object.object("output"), where + ".output");
+    DERAINER_CHECK(InvalidModel, shape.size() == 4 && (shape[0] == kAny || (1 <= shape[0] && shape[0] <= kMaxBatch)),
+                   where + ": expected an input of 1 to " + std::to_string(kMaxBatch) +
+                       " images, or -1 for any number, and three more lengths, found the shape " + quote(shape));
     object.check_optional({"precision", "topk", "weights_sha256"}, &json::is_string, "a string");
     object.check_optional({"config", "provenance"}, &json::is_object, "an object");
     const std::string name = object.choice("io", {"tensor", "tensor16", "image"});
     const Io io = name == "image" ? Io::image : name == "tensor16" ? Io::tensor16 : Io::tensor;
-    Model model{object.text("file"), {io, object.integer("size_multiple")}};
+    Model model{object.text("file"), {io, object.integer("size_multiple"), shape[0]}};
     DERAINER_CHECK(InvalidModel, 1 <= model.graph_io.multiple && model.graph_io.multiple <= kMaxMultiple,
                    where + ": expected a size multiple from 1 to " + std::to_string(kMaxMultiple) + ", found " +
                        std::to_string(model.graph_io.multiple));
@@ -192,8 +196,15 @@ Model parse_model(const json& value, const std::string& where) {
 }
 
 Profile parse_profile(const json& value, const std::string& where) {
-    const Object object(value, where, {"min", "opt", "max"});
+    const Object object(value, where, {"min", "opt", "max"}, {"batch"});
     Profile profile{object.size("min"), object.size("opt"), object.size("max")};
+    if (value.contains("batch")) {
+        const std::vector<std::int64_t> batch = object.integers("batch");
+        if (batch.size() != 3) {
+            refuse(where + ".batch", "three integers", value.at("batch"));
+        }
+        std::copy(batch.begin(), batch.end(), profile.batch.begin());
+    }
     const auto ordered = [](std::int64_t min, std::int64_t opt, std::int64_t max) {
         return 1 <= min && min <= opt && opt <= max;
     };
@@ -201,6 +212,10 @@ Profile parse_profile(const json& value, const std::string& where) {
                    ordered(profile.min.height, profile.opt.height, profile.max.height) &&
                        ordered(profile.min.width, profile.opt.width, profile.max.width),
                    where + ": expected 1 <= min <= opt <= max, found " + quote(value));
+    DERAINER_CHECK(InvalidModel,
+                   ordered(profile.batch[0], profile.batch[1], profile.batch[2]) && profile.batch[2] <= kMaxBatch,
+                   where + ": expected a profile of 1 to " + std::to_string(kMaxBatch) +
+                       " images, in ascending order, found " + quote(value));
     return profile;
 }
 
@@ -288,11 +303,19 @@ json parse_json(const std::string& content) {
 
 }  // namespace
 
-bool Profile::takes(Size size) const { return is_between(size, min, max); }
+bool Profile::takes(Size size, std::int64_t images) const { return is_between(size, min, max) && images <= batch[2]; }
 
-std::optional<std::size_t> Engine::profile_for(Size size) const {
-    const auto found =
-        std::find_if(profiles.begin(), profiles.end(), [&](const Profile& profile) { return profile.takes(size); });
+std::int64_t Engine::max_batch(Size size) const {
+    std::int64_t most = 0;
+    for (const Profile& profile : profiles) {
+        most = profile.takes(size) ? std::max(most, profile.batch[2]) : most;
+    }
+    return most;
+}
+
+std::optional<std::size_t> Engine::profile_for(Size size, std::int64_t images) const {
+    const auto found = std::find_if(profiles.begin(), profiles.end(),
+                                    [&](const Profile& profile) { return profile.takes(size, images); });
     if (found == profiles.end()) {
         return std::nullopt;
     }

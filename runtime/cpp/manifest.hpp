@@ -5,6 +5,7 @@
 /// the bundle rather than guess.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -19,6 +20,7 @@ namespace derainer {
 inline constexpr std::int64_t kSchema = 1;
 inline constexpr std::int64_t kMaxMultiple = 1024;  // a larger one would have small images padded to huge ones
 inline constexpr std::int64_t kMaxCanary = 16384;   // pixels that a side of a canary may have
+inline constexpr std::int64_t kMaxBatch = 1024;     // images that a graph or an engine may take at once
 inline constexpr const char* kManifest = "manifest.json";
 inline constexpr const char* kSignature = "manifest.json.sig";
 
@@ -37,14 +39,16 @@ struct Model {
     GraphIo graph_io;
 };
 
-/// Sizes that an engine takes, from `min` to `max`, which are in multiples, and those it is fastest at.
+/// Sizes that an engine takes, from `min` to `max`, which are in multiples, and those it is fastest at. `batch`: images
+/// at once, the least, those it is fastest at and the most.
 struct Profile {
     Size min;
     Size opt;
     Size max;
+    std::array<std::int64_t, 3> batch{1, 1, 1};
 
-    /// Whether an image of this size, already padded, fits.
-    bool takes(Size size) const;
+    /// Whether so many images of this size, already padded, fit at once; fewer than the least can be filled up.
+    bool takes(Size size, std::int64_t images = 1) const;
 };
 
 /// A plan: the network compiled by one version of a library for some GPUs. `flavor` is "rtx" or "tensorrt", `flags` are
@@ -57,8 +61,11 @@ struct Engine {
     std::vector<Profile> profiles;
     std::set<std::string> flags;
 
-    /// Index of the first profile that takes an image of this size, already padded; none where none does.
-    std::optional<std::size_t> profile_for(Size size) const;
+    /// Index of the first profile that takes so many images of this size, already padded; none where none does.
+    std::optional<std::size_t> profile_for(Size size, std::int64_t images = 1) const;
+
+    /// How many images of this size, already padded, it takes at once at most; 0 where it takes none.
+    std::int64_t max_batch(Size size) const;
 };
 
 /// A known answer: two images without a header, uint8 (2, height, width, 3) RGB, the input and what the model answers

@@ -84,35 +84,41 @@ public:
     std::size_t lanes() const override { return 1; }
     const std::vector<Limits>& limits() const override { return limits_; }
 
-    void* input(std::size_t, Size size) override {
+    std::int64_t max_batch(Size) const override { return graph_io_.batch == kAny ? kUnlimited : graph_io_.batch; }
+
+    void* input(std::size_t, Size size, std::int64_t images) override {
         return in_openvino<DeviceError>(failed_on(size), [&] {
             ov::Tensor input = request_.get_input_tensor();
-            input.set_shape(shape(size));
+            input.set_shape(shape(size, images));
             return input.data();
         });
     }
 
-    void start(std::size_t, Size size) override {
+    void start(std::size_t, Size size, std::int64_t images) override {
+        fill_up(request_.get_input_tensor().data(), graph_io_.bytes(size), images, graph_io_.batch);
         in_openvino<DeviceError>(failed_on(size), [&] { request_.infer(); });
         const ov::Shape found = request_.get_output_tensor(0).get_shape();
         DERAINER_CHECK(
-            InvalidModel, found == shape(size),
+            InvalidModel, found == shape(size, images),
             path_ + ": expected an output of the input's size, found " + ov::PartialShape(found).to_string());
     }
 
     const void* finish(std::size_t) override { return request_.get_output_tensor(0).data(); }
-    float finite(std::size_t) override { return has_finite_ ? *request_.get_output_tensor(1).data<float>() : 0; }
+    const float* finite(std::size_t) override {
+        return has_finite_ ? request_.get_output_tensor(1).data<float>() : nullptr;
+    }
 
 private:
     static bool is_finite(const ov::Output<ov::Node>& port) {
         return port.get_names().count(kFinite) == 1 && port.get_element_type() == ov::element::f32 &&
-               port.get_partial_shape().compatible({1});
+               port.get_partial_shape().compatible({-1});
     }
 
     std::string failed_on(Size size) const { return path_ + " failed on " + to_string(size) + " pixels"; }
 
-    ov::Shape shape(Size size) const {
-        const auto lengths = graph_io_.shape(size);
+    /// Of so many images, or of as many as the graph takes.
+    ov::Shape shape(Size size, std::int64_t images) const {
+        const auto lengths = graph_io_.shape(size, std::max(images, graph_io_.batch));
         return {lengths.begin(), lengths.end()};
     }
 
@@ -122,8 +128,8 @@ private:
         const ov::element::Type type = type_of(graph_io_.io);
         const std::size_t vertical = graph_io_.io == Io::image ? 1 : 2;
         const bool image = port.get_element_type() == type && found.rank().compatible(4) &&
-                           found.compatible(graph_io_.io == Io::image ? ov::PartialShape{1, -1, -1, 3}
-                                                                      : ov::PartialShape{1, 3, -1, -1});
+                           found.compatible(graph_io_.io == Io::image ? ov::PartialShape{graph_io_.batch, -1, -1, 3}
+                                                                      : ov::PartialShape{graph_io_.batch, 3, -1, -1});
         DERAINER_CHECK(MismatchError, image,
                        path_ + ": expected tensors of " + type.get_type_name() + " as the manifest says, found " +
                            port.get_element_type().get_type_name() + " " + found.to_string());

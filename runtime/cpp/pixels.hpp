@@ -38,11 +38,12 @@ struct Image {
     std::uint8_t* out;
 };
 
-/// What a graph takes and gives: float32 or float16 (1, 3, H, W) RGB in [0, 1], or uint8 (1, H, W, 3) RGB.
+/// What a graph takes and gives: float32 or float16 (B, 3, H, W) RGB in [0, 1], or uint8 (B, H, W, 3) RGB.
 enum class Io { tensor, tensor16, image };
 
-/// Name of the second output of a graph of images, whose clamp hides NaN: float32 (1), finite exactly where every
-/// number of the answer was before it was clamped. Graphs that were exported before there was such have only `output`.
+/// Name of the second output of a graph of images, whose clamp hides NaN: float32 (B), finite exactly where every
+/// number of the answer to an image was before it was clamped. Graphs that were exported before there was such have
+/// only `output`.
 inline constexpr const char* kFinite = "finite";
 
 /// The bits of a float16.
@@ -69,11 +70,15 @@ inline float to_float(Half half) {
     return sign * std::ldexp(static_cast<float>(mantissa), std::max(exponent, 1) - 25);
 }
 
+/// In place of a number of images: any.
+inline constexpr std::int64_t kAny = -1;
+
 /// What a graph eats: tensors or images, whose height and width have to be multiples of `multiple`, which is 1 where
-/// any size will do.
+/// any size will do; `batch` of them at once, neither more nor less, or `kAny`.
 struct GraphIo {
     Io io;
     std::int64_t multiple;
+    std::int64_t batch = 1;
 
     /// The smallest size that the graph takes and that an image of this size fits into.
     Size padded(Size size) const {
@@ -81,13 +86,13 @@ struct GraphIo {
         return {rounded_up(size.height), rounded_up(size.width)};
     }
 
-    /// The shape of input and output for a height and width.
-    std::array<std::int64_t, 4> shape(Size size) const {
-        return io == Io::image ? std::array<std::int64_t, 4>{1, size.height, size.width, 3}
-                               : std::array<std::int64_t, 4>{1, 3, size.height, size.width};
+    /// The shape of input and output for so many images of a height and width.
+    std::array<std::int64_t, 4> shape(Size size, std::int64_t images = 1) const {
+        return io == Io::image ? std::array<std::int64_t, 4>{images, size.height, size.width, 3}
+                               : std::array<std::int64_t, 4>{images, 3, size.height, size.width};
     }
 
-    /// How much memory the input takes, and the output.
+    /// How much memory the input takes for each image, and the output.
     std::size_t bytes(Size size) const {
         const std::size_t of_one = io == Io::image      ? sizeof(std::uint8_t)
                                    : io == Io::tensor16 ? sizeof(Half)
@@ -95,7 +100,8 @@ struct GraphIo {
         return 3 * static_cast<std::size_t>(size.height) * static_cast<std::size_t>(size.width) * of_one;
     }
 
-    /// Which of the numbers of input and output is that of a channel (0 to 2) of the pixel in row `y` and column `x`.
+    /// Which of the numbers of an image, in input and output, is that of a channel (0 to 2) of the pixel in row `y` and
+    /// column `x`.
     std::size_t index(Size size, std::size_t channel, std::size_t y, std::size_t x) const {
         const auto height = static_cast<std::size_t>(size.height);
         const auto width = static_cast<std::size_t>(size.width);

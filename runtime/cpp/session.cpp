@@ -4,6 +4,7 @@
 #include <cmath>
 #include <deque>
 #include <memory>
+#include <utility>
 
 #include "check.hpp"
 
@@ -136,18 +137,24 @@ private:
     std::vector<float> sum_;  // (3, H, W) of the padded image
 };
 
-/// Tile `tile` of an image, in a lane.
-struct Job {
+/// A tile of an image.
+struct Part {
     std::shared_ptr<Restoration> restoration;
     std::size_t tile;
+};
+
+/// Tiles of one size that go through the network together, in a lane.
+struct Job {
+    std::vector<Part> parts;
+    Size size;
     std::size_t lane;
 };
 
 }  // namespace
 
-float Session::finite(std::size_t) { return 0; }
+const float* Session::finite(std::size_t) { return nullptr; }
 
-void Session::enqueue(const void*, void*, Size, CUstream_st*, float*) {
+void Session::enqueue(const void*, void*, Size, CUstream_st*, float*, std::int64_t) {
     throw InputError("expected a network on a GPU to work on a CUDA stream, found one on the CPU; use run", "enqueue");
 }
 
@@ -163,30 +170,68 @@ void check(const Image& image) {
                    "expected an image that memory can hold, found " + to_string(Size{image.height, image.width}));
 }
 
-void restore(Session& session, const std::vector<Task>& tasks) {
+void fill_up(void* input, std::size_t bytes, std::int64_t images, std::int64_t least) {
+    auto* place = static_cast<std::uint8_t*>(input) + index(images) * bytes;
+    for (; images < least; ++images) {
+        std::copy_n(place - bytes, bytes, place);
+        place += bytes;
+    }
+}
+
+void restore(Session& session, const std::vector<Task>& tasks, std::int64_t batch) {
+    const GraphIo graph_io = session.graph_io();
     std::deque<Job> pending;
     const auto finish_first = [&] {
         const Job& job = pending.front();
-        const void* output = session.finish(job.lane);
-        expect_finite(session.finite(job.lane));
-        job.restoration->take(job.tile, output);
+        const auto* output = static_cast<const std::uint8_t*>(session.finish(job.lane));
+        const float* finite = session.finite(job.lane);
+        for (std::size_t i = 0; i < job.parts.size(); ++i) {
+            expect_finite(finite == nullptr ? 0 : finite[i]);
+            job.parts[i].restoration->take(job.parts[i].tile, output + i * graph_io.bytes(job.size));
+        }
         pending.pop_front();
     };
-    std::size_t lane = 0;
+    Job next{{}, {}, 0};
+    const auto start = [&] {
+        if (next.parts.empty()) {
+            return;
+        }
+        if (pending.size() == session.lanes()) {
+            finish_first();
+        }
+        const auto images = static_cast<std::int64_t>(next.parts.size());
+        auto* input = static_cast<std::uint8_t*>(session.input(next.lane, next.size, images));
+        for (std::size_t i = 0; i < next.parts.size(); ++i) {
+            next.parts[i].restoration->feed(next.parts[i].tile, input + i * graph_io.bytes(next.size));
+        }
+        session.start(next.lane, next.size, images);
+        const std::size_t lane = (next.lane + 1) % session.lanes();
+        pending.push_back(std::exchange(next, {{}, {}, lane}));
+    };
+    const auto most_at_once = [&](Size size) {
+        const std::int64_t most = session.max_batch(size);
+        if (batch > 0) {
+            return std::min(batch, most);
+        }
+        return most == kUnlimited ? 1 : most;
+    };
     for (const Task& task : tasks) {
         check(task.image);
-        const auto restoration = std::make_shared<Restoration>(task, session.graph_io());
+        const auto restoration = std::make_shared<Restoration>(task, graph_io);
         for (std::size_t i = 0; i < restoration->tiles(); ++i) {
-            if (pending.size() == session.lanes()) {
-                finish_first();
-            }
             const Size size = restoration->size(i);
-            restoration->feed(i, session.input(lane, size));
-            session.start(lane, size);
-            pending.push_back({restoration, i, lane});
-            lane = (lane + 1) % session.lanes();
+            if (size != next.size) {
+                start();
+            }
+            next.size = size;
+            next.parts.push_back({restoration, i});
+            const std::int64_t most = restoration->tiles() == 1 ? most_at_once(size) : 1;
+            if (static_cast<std::int64_t>(next.parts.size()) >= most) {
+                start();
+            }
         }
     }
+    start();
     while (!pending.empty()) {
         finish_first();
     }

@@ -135,10 +135,13 @@ TrtSession::TrtSession(const Bundle& bundle, const Engine& engine, std::size_t s
                    cuda_engine_->getNbOptimizationProfiles() == static_cast<int>(engine_.profiles.size()),
                    path_ + ": expected the profiles of the manifest, found another number of them");
     std::size_t largest = 0;
+    std::size_t finite_bytes = 0;
     for (const Profile& profile : engine_.profiles) {
-        DERAINER_CHECK(InvalidModel, profile.max.height <= PTRDIFF_MAX / 12 / profile.max.width,
+        DERAINER_CHECK(InvalidModel, profile.max.height <= PTRDIFF_MAX / 12 / kMaxBatch / profile.max.width,
                        path_ + ": expected sizes that memory can hold, found " + to_string(profile.max));
-        largest = std::max(largest, graph_io_.bytes(profile.max));
+        const auto most = static_cast<std::size_t>(profile.batch[2]);
+        largest = std::max(largest, most * graph_io_.bytes(profile.max));
+        finite_bytes = std::max(finite_bytes, most * sizeof(float));
         limits_.push_back({profile.min, profile.max});
     }
     for (Lane& lane : lanes_) {
@@ -150,12 +153,12 @@ TrtSession::TrtSession(const Bundle& bundle, const Engine& engine, std::size_t s
         lane.host_input = allocate_pinned(largest);
         lane.host_output = allocate_pinned(largest);
         if (has_finite_) {
-            lane.finite = allocate(sizeof(float));
-            lane.host_finite = allocate_pinned(sizeof(float));
+            lane.finite = allocate(finite_bytes);
+            lane.host_finite = allocate_pinned(finite_bytes);
         }
     }
     if (has_finite_) {
-        unread_finite_ = allocate(sizeof(float));
+        unread_finite_ = allocate(finite_bytes);
     }
     cudaEvent_t event = nullptr;
     CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
@@ -169,19 +172,21 @@ TrtSession::~TrtSession() {
     static_cast<void>(cudaEventSynchronize(done_.get()));
 }
 
-void* TrtSession::input(std::size_t lane, Size) { return lanes_[lane].host_input.get(); }
+void* TrtSession::input(std::size_t lane, Size, std::int64_t) { return lanes_[lane].host_input.get(); }
 
-void TrtSession::start(std::size_t i, Size size) {
+void TrtSession::start(std::size_t i, Size size, std::int64_t images) {
     Lane& lane = lanes_[i];
     cudaStream_t stream = lane.stream.get();
-    const std::size_t bytes = graph_io_.bytes(size);
-    Context& context = prepare(size, i);
+    const std::int64_t count = std::max(images, profile_for(size, images).batch[0]);
+    fill_up(lane.host_input.get(), graph_io_.bytes(size), images, count);
+    const std::size_t bytes = static_cast<std::size_t>(count) * graph_io_.bytes(size);
+    Context& context = prepare(size, count, i);
     CUDA_CHECK(cudaMemcpyAsync(lane.input.get(), lane.host_input.get(), bytes, cudaMemcpyHostToDevice, stream));
     launch(context, stream);
     CUDA_CHECK(cudaMemcpyAsync(lane.host_output.get(), lane.output.get(), bytes, cudaMemcpyDeviceToHost, stream));
     if (has_finite_) {
-        CUDA_CHECK(
-            cudaMemcpyAsync(lane.host_finite.get(), lane.finite.get(), sizeof(float), cudaMemcpyDeviceToHost, stream));
+        const std::size_t numbers = static_cast<std::size_t>(count) * sizeof(float);
+        CUDA_CHECK(cudaMemcpyAsync(lane.host_finite.get(), lane.finite.get(), numbers, cudaMemcpyDeviceToHost, stream));
     }
 }
 
@@ -190,11 +195,12 @@ const void* TrtSession::finish(std::size_t lane) {
     return lanes_[lane].host_output.get();
 }
 
-float TrtSession::finite(std::size_t lane) {
-    return has_finite_ ? *static_cast<const float*>(lanes_[lane].host_finite.get()) : 0;
+const float* TrtSession::finite(std::size_t lane) {
+    return has_finite_ ? static_cast<const float*>(lanes_[lane].host_finite.get()) : nullptr;
 }
 
-void TrtSession::enqueue(const void* input, void* output, Size size, cudaStream_t stream, float* finite) {
+void TrtSession::enqueue(const void* input, void* output, Size size, cudaStream_t stream, float* finite,
+                         std::int64_t images) {
     DERAINER_CHECK(InputError, finite == nullptr || has_finite_,
                    path_ +
                        ": expected a graph that says whether its answer is finite, found one without `finite`; "
@@ -202,7 +208,11 @@ void TrtSession::enqueue(const void* input, void* output, Size size, cudaStream_
     DERAINER_CHECK(InputError, is_multiple(size, graph_io_.multiple),
                    "expected height and width in multiples of " + std::to_string(graph_io_.multiple) + ", found " +
                        to_string(size));
-    Context& context = prepare(size, kCallers);
+    const std::int64_t least = profile_for(size, images).batch[0];
+    DERAINER_CHECK(InputError, images >= least,
+                   path_ + " takes at least " + std::to_string(least) + " images of " + to_string(size) +
+                       " at once, found " + std::to_string(images));
+    Context& context = prepare(size, images, kCallers);
     set_addresses(context, input, output, finite == nullptr ? unread_finite_.get() : finite);
     launch(context, stream);
 }
@@ -218,25 +228,32 @@ std::unique_ptr<nvinfer1::ICudaEngine> TrtSession::deserialize(const Bundle& bun
     return engine;
 }
 
-/// The context for a size in a lane, ready to run.
-TrtSession::Context& TrtSession::prepare(Size size, std::size_t lane) {
-    const auto known = std::find_if(contexts_.begin(), contexts_.end(),
-                                    [&](const Context& c) { return c.size == size && c.lane == lane; });
+const Profile& TrtSession::profile_for(Size size, std::int64_t images) const {
+    const std::optional<std::size_t> profile = engine_.profile_for(size, images);
+    DERAINER_CHECK(InputError, profile.has_value(),
+                   path_ + " takes images of height x width " + to_string(limits_) + ", found " +
+                       (images == 1 ? "" : std::to_string(images) + " at once of ") + to_string(size) +
+                       "; build it with another --min and --max, or --batch");
+    return engine_.profiles[*profile];
+}
+
+/// The context for so many images of a size in a lane, ready to run.
+TrtSession::Context& TrtSession::prepare(Size size, std::int64_t images, std::size_t lane) {
+    const auto known = std::find_if(contexts_.begin(), contexts_.end(), [&](const Context& c) {
+        return c.size == size && c.images == images && c.lane == lane;
+    });
     if (known != contexts_.end()) {
         contexts_.splice(contexts_.begin(), contexts_, known);
         return contexts_.front();
     }
-    const std::optional<std::size_t> profile = engine_.profile_for(size);
-    DERAINER_CHECK(InputError, profile.has_value(),
-                   path_ + " takes images of height x width " + to_string(limits_) + ", found " + to_string(size) +
-                       "; build it with another --min and --max");
-    Context context{size, lane, library_.create_context(), false, nullptr};
+    const auto profile = static_cast<int>(&profile_for(size, images) - engine_.profiles.data());
+    Context context{size, images, lane, library_.create_context(), false, nullptr};
     TENSORRT_CHECK(context.execution != nullptr);
     cudaStream_t stream = lanes_[0].stream.get();
-    TENSORRT_CHECK(context.execution->setOptimizationProfileAsync(static_cast<int>(*profile), stream));
+    TENSORRT_CHECK(context.execution->setOptimizationProfileAsync(profile, stream));
     CUDA_CHECK(cudaStreamSynchronize(stream));
-    TENSORRT_CHECK(context.execution->setInputShape(kInput, dims(size)));
-    TENSORRT_CHECK(same(context.execution->getTensorShape(kOutput), dims(size)));
+    TENSORRT_CHECK(context.execution->setInputShape(kInput, dims(size, images)));
+    TENSORRT_CHECK(same(context.execution->getTensorShape(kOutput), dims(size, images)));
     if (lane != kCallers) {
         set_addresses(context, lanes_[lane].input.get(), lanes_[lane].output.get(), lanes_[lane].finite.get());
     }
@@ -304,8 +321,8 @@ GraphExec TrtSession::capture(Context& context, cudaStream_t stream) {
 /// Until no context is at work any more.
 void TrtSession::wait() const { CUDA_CHECK(cudaEventSynchronize(done_.get())); }
 
-nvinfer1::Dims TrtSession::dims(Size size) const {
-    const auto [a, b, c, d] = graph_io_.shape(size);
+nvinfer1::Dims TrtSession::dims(Size size, std::int64_t images) const {
+    const auto [a, b, c, d] = graph_io_.shape(size, images);
     return nvinfer1::Dims4{a, b, c, d};
 }
 
@@ -331,11 +348,15 @@ public:
     GraphIo graph_io() const override { return session_->graph_io(); }
     std::size_t lanes() const override { return session_->lanes(); }
     const std::vector<Limits>& limits() const override { return session_->limits(); }
-    void* input(std::size_t lane, Size size) override { return session_->input(lane, size); }
+    std::int64_t max_batch(Size size) const override { return session_->max_batch(size); }
 
-    void start(std::size_t lane, Size size) override {
+    void* input(std::size_t lane, Size size, std::int64_t images) override {
+        return session_->input(lane, size, images);
+    }
+
+    void start(std::size_t lane, Size size, std::int64_t images) override {
         const OnDevice on_device(device_);
-        session_->start(lane, size);
+        session_->start(lane, size, images);
     }
 
     const void* finish(std::size_t lane) override {
@@ -343,11 +364,12 @@ public:
         return session_->finish(lane);
     }
 
-    float finite(std::size_t lane) override { return session_->finite(lane); }
+    const float* finite(std::size_t lane) override { return session_->finite(lane); }
 
-    void enqueue(const void* input, void* output, Size size, cudaStream_t stream, float* finite) override {
+    void enqueue(const void* input, void* output, Size size, cudaStream_t stream, float* finite,
+                 std::int64_t images) override {
         const OnDevice on_device(device_);
-        session_->enqueue(input, output, size, stream, finite);
+        session_->enqueue(input, output, size, stream, finite, images);
     }
 
 private:

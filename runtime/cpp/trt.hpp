@@ -92,7 +92,8 @@ private:
 
 /// All contexts work in one block of memory, one at a time: each waits for the event that its predecessor leaves, so
 /// that copies of one lane may go on beside the work of the other. A CUDA graph is spoilt when the context or the
-/// addresses that it was captured with change, so every size has a context of its own in each lane.
+/// addresses that it was captured with change, so every size and number of images has a context of its own in each
+/// lane.
 class TrtSession final : public Session {
 public:
     /// `engine`: of the bundle, for this GPU and library; `sizes`: for how many image sizes the contexts, and with them
@@ -107,29 +108,32 @@ public:
     std::string identity() const override { return identity_; }
     GraphIo graph_io() const override { return graph_io_; }
     std::size_t lanes() const override { return lanes_.size(); }
-    void* input(std::size_t lane, Size size) override;
-    void start(std::size_t lane, Size size) override;
+    std::int64_t max_batch(Size size) const override { return engine_.max_batch(size); }
+    void* input(std::size_t lane, Size size, std::int64_t images) override;
+    void start(std::size_t lane, Size size, std::int64_t images) override;
     const void* finish(std::size_t lane) override;
-    float finite(std::size_t lane) override;
+    const float* finite(std::size_t lane) override;
 
     const std::vector<Limits>& limits() const override { return limits_; }
-    void enqueue(const void* input, void* output, Size size, cudaStream_t stream, float* finite) override;
+    void enqueue(const void* input, void* output, Size size, cudaStream_t stream, float* finite,
+                 std::int64_t images) override;
 
 private:
-    /// What a tile needs on its way through the GPU, for the largest size.
+    /// What images need on their way through the GPU, for the most of the largest size.
     struct Lane {
         Stream stream;
         DeviceMemory input;
         DeviceMemory output;
         PinnedMemory host_input;
         PinnedMemory host_output;
-        DeviceMemory finite;  // for one number, where the engine tells it
+        DeviceMemory finite;  // for a number of each image, where the engine tells it
         PinnedMemory host_finite;
     };
 
-    /// What is set up for one size in one lane. `warm` once it has run.
+    /// What is set up for so many images of one size in one lane. `warm` once it has run.
     struct Context {
         Size size;
+        std::int64_t images;
         std::size_t lane;
         std::unique_ptr<nvinfer1::IExecutionContext> execution;
         bool warm = false;
@@ -140,12 +144,13 @@ private:
     static constexpr std::size_t kCallers = kLanes;  // in place of a lane: memory and stream of who calls `enqueue`
 
     std::unique_ptr<nvinfer1::ICudaEngine> deserialize(const Bundle& bundle);
-    Context& prepare(Size size, std::size_t lane);
+    const Profile& profile_for(Size size, std::int64_t images) const;
+    Context& prepare(Size size, std::int64_t images, std::size_t lane);
     void set_addresses(Context& context, const void* input, void* output, void* finite);
     void launch(Context& context, cudaStream_t stream);
     GraphExec capture(Context& context, cudaStream_t stream);
     void wait() const;
-    nvinfer1::Dims dims(Size size) const;
+    nvinfer1::Dims dims(Size size, std::int64_t images) const;
 
     // In the order of their making; each needs those above it.
     const Engine engine_;

@@ -18,10 +18,9 @@ def write_network(path, scale=0.5, kind=FLOAT, shape=None, names=("input", "outp
     constants = [helper.make_tensor("scale", FLOAT, [], [scale])]
     inputs, outputs = ([helper.make_tensor_value_info(name, kind, shape)] for name in names)
     if finite:
-        nodes.append(helper.make_node("ReduceSum", ["b"], ["sum"], keepdims=0))
-        nodes.append(helper.make_node("Unsqueeze", ["sum", "axes"], ["finite"]))
-        outputs.append(helper.make_tensor_value_info("finite", FLOAT, (1,)))
-        constants.append(helper.make_tensor("axes", TensorProto.INT64, [1], [0]))
+        nodes.append(helper.make_node("ReduceSum", ["b", "axes"], ["finite"], keepdims=0))
+        outputs.append(helper.make_tensor_value_info("finite", FLOAT, shape[:1]))
+        constants.append(helper.make_tensor("axes", TensorProto.INT64, [3], [1, 2, 3]))
     graph = helper.make_graph(nodes, "test", inputs, outputs, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     helper.set_model_props(model, {"size_multiple": "8"} if metadata is None else metadata)

@@ -359,12 +359,13 @@ class Library(ModuleType):
 PROFILES = (Profile((8, 8), (16, 16), (32, 32)), Profile((8, 40), (8, 64), (16, 128)))
 
 
-def make_bundle(folder: Path, *engines: dict, io: IO = "tensor", plan: bytes = b"plan") -> Bundle:
-    """With an engine for each of `engines`, which say how it differs from the usual one."""
+def make_bundle(folder: Path, *engines: dict, io: IO = "tensor", plan: bytes = b"plan", batch: int = 1) -> Bundle:
+    """With an engine for each of `engines`, which say how it differs from the usual one, of a model of `batch` images
+    at once."""
     folder.mkdir(exist_ok=True)
     (folder / "model.onnx").write_bytes(b"weights")
     model = describe_file(folder / "model.onnx", "onnx")
-    shape, dtype = (1, -1, -1, 3) if io == "image" else (1, 3, -1, -1), DTYPES[io].name
+    shape, dtype = (batch, -1, -1, 3) if io == "image" else (batch, 3, -1, -1), DTYPES[io].name
     described = Model(
         "model.onnx",
         io,

@@ -30,7 +30,7 @@ public:
     /// `canary` does; `drift` may describe what was judged.
     void write_manifest(const std::string& io, const std::string& engine = "", const std::string& canary = "",
                         const std::string& drift = "") const {
-        const std::string tensor = R"("dtype": "any", "shape": [1, 3, -1, -1]})";
+        const std::string tensor = R"("dtype": "any", "shape": [)" + std::to_string(batch) + ", 3, -1, -1]}";
         write("manifest.json", R"({"schema": 1, "created_by": "test", "drift": [)" + drift +
                                    R"(], "model": {"file": "model.onnx",
             "input": {"name": "input", )" +
@@ -47,6 +47,7 @@ public:
     }
 
     std::filesystem::path folder;
+    int batch = 1;  // images that the model takes at once
 
 private:
     std::string entry(const std::string& name, const std::string& role) const {

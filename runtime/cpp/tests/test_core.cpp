@@ -99,6 +99,41 @@ TEST_CASE("several images come out as each of them, and nothing between rows is 
     }
 }
 
+TEST_CASE("neighbours of one padded size go together, and come out as each of them") {
+    const Plan whole{{16, 24}, {16, 24}, 0};
+    const Plan wide{{16, 32}, {16, 32}, 0};
+    const Plan tiled{{32, 24}, {16, 24}, 4};
+    const std::vector<Plan> plans{whole, whole, whole, wide, tiled, whole, whole};
+    const auto run = [&](HostSession& session, std::int64_t batch) {
+        std::vector<std::vector<std::uint8_t>> images;
+        std::vector<Task> tasks;
+        for (std::size_t i = 0; i < plans.size(); ++i) {
+            images.push_back(golden_image(13 + i, 24, 72));
+            tasks.push_back({{images[i].data(), 13, 24, 72, images[i].data()}, plans[i]});
+        }
+        restore(session, tasks, batch);
+        return images;
+    };
+    HostSession single(stand_in);
+    const auto expected = run(single, 0);
+    CHECK(single.started == std::vector<std::int64_t>(plans.size() + 2, 1));  // three tiles
+    using Counts = std::vector<std::int64_t>;
+    for (const auto& [most, batch, counts] : std::vector<std::tuple<std::int64_t, std::int64_t, Counts>>{
+             {2, 0, {2, 1, 1, 1, 1, 1, 2}},
+             {8, 0, {3, 1, 1, 1, 1, 2}},
+             {8, 2, {2, 1, 1, 1, 1, 1, 2}},
+             {kUnlimited, 0, Counts(9, 1)},
+             {kUnlimited, 3, {3, 1, 1, 1, 1, 2}},
+         }) {
+        HostSession session(stand_in, 2, most);
+        CHECK(run(session, batch) == expected);
+        CHECK(session.started == counts);
+    }
+    std::uint8_t levels[] = {1, 2, 3, 4, 0, 0, 0, 0};
+    fill_up(levels, 2, 2, 4);
+    CHECK(std::vector<std::uint8_t>(levels, levels + 8) == std::vector<std::uint8_t>{1, 2, 3, 4, 3, 4, 3, 4});
+}
+
 TEST_CASE("what is no image is refused") {
     HostSession session(stand_in);
     std::uint8_t pixel[3] = {};
@@ -262,7 +297,7 @@ TEST_CASE("what goes wrong has its type") {
     const Plan whole{{1, 1}, {1, 1}, 0};
     CHECK_THROWS_AS(restore(session, {{{pixel, 0, 1, 3, pixel}, whole}}), InvalidImage);
     CHECK_THROWS_AS(restore(session, {{{pixel, 1, 1, 3, pixel}, whole}}), InvalidModel);
-    CHECK_THROWS_AS(session.enqueue(pixel, pixel, {1, 1}, nullptr, nullptr), InputError);
+    CHECK_THROWS_AS(session.enqueue(pixel, pixel, {1, 1}, nullptr, nullptr, 1), InputError);
     CHECK_THROWS_AS(parse("{}"), InvalidModel);
     CHECK_THROWS_AS(choose_engine(bundle_of({}), "8.6", "rtx", "1"), DeviceError);
     CHECK_THROWS_AS(plan({8, 8}, 8, limits, Size{8, 8}), InputError);

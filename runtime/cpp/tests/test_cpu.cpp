@@ -86,6 +86,53 @@ TEST_CASE("images of any size, again and again, in place and with rows apart") {
     CHECK_THROWS_AS(derain.enqueue(nullptr, nullptr, 8, 8, nullptr), InputError);
 }
 
+TEST_CASE("several images of a size at once, filled up where the graph takes no fewer") {
+    const CpuBundle alone;
+    Derainer one(alone.folder, on_cpu());
+    for (const int batch : {-1, 4}) {
+        CpuBundle bundle(onnx_network::mean(batch < 0 ? 0 : 4));
+        bundle.batch = batch;
+        bundle.write_manifest("tensor");
+        for (const std::int64_t most : {0, 1, 3}) {
+            Options options = on_cpu();
+            options.batch = most;
+            Derainer derain(bundle.folder, options);
+            CHECK(derain.graph_io().batch == batch);
+            std::vector<Pixels> images;
+            std::vector<Image> all;
+            for (std::size_t i = 0; i < 6; ++i) {  // the last of another size
+                images.push_back(golden_image(33 + i, i == 5 ? 24 : 47, 141));
+            }
+            for (std::size_t i = 0; i < 6; ++i) {
+                all.push_back({images[i].data(), 33, i == 5 ? 24 : 47, 141, images[i].data()});
+            }
+            derain.run(all);
+            for (std::size_t i = 0; i < 6; ++i) {
+                Pixels expected = golden_image(33 + i, i == 5 ? 24 : 47, 141);
+                one.run(expected.data(), 33, i == 5 ? 24 : 47, 141, expected.data());
+                CHECK(images[i] == expected);
+            }
+        }
+        derainer_options options = c_options("cpu");
+        options.batch = 2;
+        const Handle handle(bundle.folder.string(), &options);
+        REQUIRE(handle.status == DERAINER_OK);
+        Pixels first = golden_image(16, 24, 72);
+        Pixels second = first;
+        const derainer_image images[] = {{first.data(), 16, 24, 72, first.data()},
+                                         {second.data(), 16, 24, 72, second.data()}};
+        CHECK(derainer_restore_batch(handle.handle, images, 2) == DERAINER_OK);
+        CHECK(first == run(one, 16, 24));
+        CHECK(second == first);
+        CHECK(derainer_restore_batch(handle.handle, nullptr, 0) == DERAINER_OK);
+        CHECK(derainer_restore_batch(handle.handle, nullptr, 1) == DERAINER_INVALID_ARGUMENT);
+        CHECK(derainer_restore_batch(nullptr, images, 2) == DERAINER_INVALID_ARGUMENT);
+    }
+    Options options = on_cpu();
+    options.batch = -1;
+    CHECK_THROWS_AS(Derainer(alone.folder, options), InputError);
+}
+
 TEST_CASE("threads share one, and one that is moved goes on") {
     const CpuBundle bundle;
     Options options = on_cpu();

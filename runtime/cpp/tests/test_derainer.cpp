@@ -23,7 +23,8 @@ using Pixels = std::vector<std::uint8_t>;
 /// A bundle with an engine of two profiles, 8x8 to 32x40 and 8x48 to 16x128, in a folder of its own.
 class TestBundle : public BundleFolder {
 public:
-    explicit TestBundle(const std::string& plan = "tensor", const std::string& flags = "{}") {
+    explicit TestBundle(const std::string& plan = "tensor", const std::string& flags = "{}",
+                        const std::string& more = "") {
         fake = Fake();
         write("model.onnx", "weights");
         write("plan.engine", plan);
@@ -36,7 +37,8 @@ public:
                   sha256("weights") +
                   R"(", "profiles": [
             {"min": [8, 8], "opt": [32, 40], "max": [32, 40]}, {"min": [8, 48], "opt": [8, 48],
-            "max": [16, 128]}]})";
+            "max": [16, 128])" +
+                  more + "}]}";
         write_manifest(io, engine_);
     }
 
@@ -102,6 +104,55 @@ TEST_CASE("images come out restored, again and again, at several sizes") {
     CHECK(fake.count("capture") == (Library::jit ? 0 : 3));  // in the second run of each size
     CHECK(fake.count("launch") == (Library::jit ? 0 : 6));
     CHECK(fake.cuda_graphs == Library::jit);
+}
+
+TEST_CASE("images of one size go through the profile that takes so many") {
+    for (const std::string plan : {"tensor", "image"}) {
+        const TestBundle bundle(plan, "{}", R"(, "batch": [2, 4, 4])");
+        fake.has_finite = plan == "image";
+        Derainer derain(bundle.folder);
+        std::vector<Pixels> images;
+        std::vector<Image> all;
+        for (std::size_t i = 0; i < 7; ++i) {
+            images.push_back(golden_image(16, 48, 3 * 48));
+        }
+        for (Pixels& image : images) {
+            all.push_back({image.data(), 16, 48, 3 * 48, image.data()});
+        }
+        derain.run(all);
+        const Pixels alone = run(derain, 16, 48);  // filled up
+        if (plan == "tensor") {
+            CHECK(alone == expected(16, 48));
+        }
+        CHECK(images == std::vector<Pixels>(7, alone));
+        CHECK(fake.count("enqueue") == 3);
+        CHECK(fake.contexts == 3);  // four, three and two at once
+        if (plan == "image") {
+            fake.finite = NAN;
+            CHECK_THROWS_AS(derain.run(all), InvalidModel);
+        }
+    }
+}
+
+TEST_CASE("as many images as the engine takes go on the caller's stream") {
+    const TestBundle bundle("tensor", "{}", R"(, "batch": [2, 4, 4])");
+    Derainer derain(bundle.folder);
+    cudaStream_t stream = nullptr;
+    cudaStreamCreateWithFlags(&stream, 0);
+    std::vector<float> input(4 * 3 * 8 * 48, 0.5F);
+    std::vector<float> output(input.size());
+    std::vector<float> answer(input.size());
+    for (std::size_t place = 0; place < input.size(); place += 3 * 8 * 48) {
+        stand_in(input.data() + place, answer.data() + place, 8, 48);
+    }
+    derain.enqueue(input.data(), output.data(), 8, 48, stream, nullptr, 4);
+    cudaStreamSynchronize(stream);
+    CHECK(output == answer);
+    CHECK(contains(refusal([&] { derain.enqueue(input.data(), output.data(), 8, 48, stream); }),
+                   "takes at least 2 images of 8x48 at once, found 1"));
+    CHECK(contains(refusal([&] { derain.enqueue(input.data(), output.data(), 8, 48, stream, nullptr, 5); }),
+                   "found 5 at once of 8x48; build it with another --min and --max, or --batch"));
+    cudaStreamDestroy(stream);
 }
 
 TEST_CASE("larger images are cut into the golden tiles") {

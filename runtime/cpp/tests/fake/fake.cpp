@@ -288,7 +288,7 @@ std::size_t IExecutionContext::updateDeviceMemorySizeForShapes() noexcept {
     if (fake.activations == 0) {
         logger->log(ILogger::Severity::kERROR, "no memory\nplan");
     }
-    return fake.activations * static_cast<std::size_t>(dims_.d[1] * dims_.d[2] * dims_.d[3]);
+    return fake.activations * static_cast<std::size_t>(dims_.d[0] * dims_.d[1] * dims_.d[2] * dims_.d[3]);
 }
 
 void IExecutionContext::setDeviceMemoryV2(void* memory, std::int64_t bytes) noexcept {
@@ -307,20 +307,24 @@ bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
             return;
         }
         if (fake.has_finite) {
-            *static_cast<float*>(finite) = fake.finite;
+            std::fill_n(static_cast<float*>(finite), dims.d[0], 0.0F);
+            static_cast<float*>(finite)[dims.d[0] - 1] = fake.finite;
         }
+        const auto numbers = static_cast<std::size_t>(dims.d[0] * dims.d[1] * dims.d[2] * dims.d[3]);
         if (type == DataType::kFLOAT) {
             const auto height = static_cast<std::size_t>(dims.d[2]);
             const auto width = static_cast<std::size_t>(dims.d[3]);
             auto* answer = static_cast<float*>(output);
-            stand_in(static_cast<const float*>(input), answer, height, width);
+            for (std::size_t place = 0; place < numbers; place += 3 * height * width) {
+                stand_in(static_cast<const float*>(input) + place, answer + place, height, width);
+            }
             answer[height * width] += wrong_channel ? 0.3F : 0.0F;
             answer[0] += wrong_replay ? 0.3F : 0.0F;
         } else if (type == DataType::kHALF) {
-            std::memcpy(output, input, sizeof(std::uint16_t) * static_cast<std::size_t>(dims.d[2] * dims.d[3] * 3));
+            std::memcpy(output, input, sizeof(std::uint16_t) * numbers);
         } else {
             const auto* levels = static_cast<const std::uint8_t*>(input);
-            std::transform(levels, levels + dims.d[1] * dims.d[2] * 3, static_cast<std::uint8_t*>(output),
+            std::transform(levels, levels + numbers, static_cast<std::uint8_t*>(output),
                            [](std::uint8_t level) { return static_cast<std::uint8_t>(255 - level); });
         }
     };

@@ -13,7 +13,7 @@ struct Fake {
     bool wrong_channel = false;                 // what runs answers with another green
     bool wrong_replay = false;                  // what runs a second time answers with another red
     bool has_finite = false;                    // whether engines say whether their answer was finite
-    float finite = 0;                           // what they say then
+    float finite = 0;                           // what they say then of the last image
     int driver = 13000;
     std::string kernels;  // what the cache of TensorRT for RTX was given, and gives
 
