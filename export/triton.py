@@ -142,7 +142,7 @@ def export(
         expect_multiples("tile", options.tile, model.size_multiple)
     engines = _engines(opened, options)
     lines = [*_interface(options, model, engines), *_execution(options, model, engines)]
-    if options.backend != "python" and FINITE in _outputs(opened):
+    if options.backend != "python" and model.io == "image" and FINITE in _outputs(opened):
         lines.append(f'output {{ name: "{FINITE}" data_type: {DATA_TYPES["float32"]} dims: [1] }}')
 
     output.mkdir(parents=True, exist_ok=True)
