@@ -150,7 +150,7 @@ def export(
     if options.batch > 1:
         _expect_batches(opened, options, engines)
     lines = [*_interface(options, model, engines), *_execution(options, model, engines)]
-    if options.backend != "python" and FINITE in _outputs(opened):
+    if options.backend != "python" and model.io == "image" and FINITE in _outputs(opened):
         dims = "[1] reshape { shape: [] }" if options.batch > 1 else f"[{model.graph_io.batch}]"
         lines.append(f'output {{ name: "{FINITE}" data_type: {DATA_TYPES["float32"]} dims: {dims} }}')
 

@@ -16,7 +16,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from runtime import Derainer, DeviceError, InputError, trt
+from runtime import Derainer, DeviceError, InputError, ort, trt
 from runtime.bundle import Bundle, describe_file, load, save
 from runtime.derain import DerainOptions, derain
 from runtime.errors import MismatchError
@@ -524,6 +524,8 @@ def test_model_runs_where_no_engine_can(bundle, monkeypatch, caplog):
     assert isinstance(open_session(bundle, "auto"), OrtSession)
     assert refusal(open_session, bundle, "tensorrt") == "CUDA finds no GPU"
     assert not caplog.records
+    monkeypatch.setattr(ort, "installed", lambda: ["cpu"])
+    assert refusal(open_session, bundle, "auto", device=1) == "CUDA finds no GPU"
     monkeypatch.setattr(trt, "gpu", lambda: "8.9")
     assert isinstance(open_session(bundle, "auto"), OrtSession)
     assert [record.getMessage() for record in caplog.records] == [
