@@ -506,7 +506,7 @@ USED = {
     "HardwareCompatibilityLevel": "AMPERE_PLUS",
     "IBuilderConfig": "add_optimization_profile create_timing_cache get_timing_cache hardware_compatibility_level "
     "num_compute_capabilities progress_monitor set_compute_capability set_flag set_timing_cache",
-    "ICudaEngine": "create_execution_context create_runtime_config",
+    "ICudaEngine": "create_execution_context create_runtime_config get_tensor_name num_io_tensors",
     "IExecutionContext": "execute_async_v3 set_device_memory set_input_shape set_optimization_profile_async "
     "set_tensor_address update_device_memory_size_for_shapes",
     "IHostMemory": "nbytes",
