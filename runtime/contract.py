@@ -24,6 +24,14 @@ class Session(Protocol):
             for several, uint8 (B, H, W, 3) -> the same.
         max_batch: Method that says how many images of a (height, width) `run` takes at once at most. A session
             without it takes one.
+        enqueue: Method `enqueue(input, output, stream=0, finite=None)`, for what is on a GPU already. It runs the
+            network from one array to another, both as the graph has them (`graph_io`), where the session runs (on the
+            host for the CPU), of any library that has DLPack or `__cuda_array_interface__`. In the order of `stream`,
+            a CUDA stream's number: after what was enqueued there before, and before what will be. It may come back
+            earlier, so the arrays have to stay until the stream is done. Nothing is added to the graph: no padding, no
+            tiles, and around a graph of tensors no clamping, rounding or check for NaN. Into `finite`, an array like
+            the others, goes what a graph of images says of its answer (`runtime.pixels.FINITE`); who leaves that out is
+            told nothing. Raises InvalidImage for other arrays.
         identity: Names and versions of the library, the device and its driver, by which `runtime.canary` knows a
             machine again. What lacks it, or leaves one of them empty, has to answer the canaries every time.
     """

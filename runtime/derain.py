@@ -96,6 +96,7 @@ class DerainOptions:
         provider: Where it runs; auto is a GPU where there is one, with an engine of the bundle if one fits, else the
             CPU. tensorrt is the bundle's engine, ort-tensorrt ONNX Runtime's TensorRT provider.
         threads: CPU threads; 0 is one for each core.
+        device: CUDA's number of the GPU; the first one if not given.
         public_key: Refuse the bundle unless this key's owner signed it; see runtime/bundle.py.
         canary: When what runs has to answer the bundle's canaries as its model does: the first time on this machine,
             always or never.
@@ -114,6 +115,7 @@ class DerainOptions:
     model: Path | None = None
     provider: Provider = "auto"
     threads: int = 0
+    device: int | None = None
     public_key: Path | None = None
     canary: When = "first"
     require_proof: bool = False
@@ -158,7 +160,13 @@ def derain(
         expect_between("max_pixels", options.max_pixels, 1)
         Image.MAX_IMAGE_PIXELS = options.max_pixels
     session = open_session(
-        options.model, options.provider, options.threads, options.public_key, options.canary, options.require_proof
+        options.model,
+        options.provider,
+        options.threads,
+        options.public_key,
+        options.canary,
+        options.require_proof,
+        options.device,
     )
     derainer = Derainer(session, memory=options.memory, tile=options.tile, batch=options.batch)
     _refuse_unwritable(output if input.is_dir() else files[0][1].parent)

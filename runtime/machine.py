@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
+
+from .errors import DeviceError
 
 
 def processor() -> str:
@@ -15,6 +19,46 @@ def processor() -> str:
     except OSError:
         found = None
     return found[1] if found else platform.processor() or platform.machine()
+
+
+def cuda_device(index: int) -> str | None:
+    """Name and UUID of the GPU to which CUDA gives this number; None where there is no such. Asks the driver, since
+    nvidia-smi counts in another order and knows nothing of CUDA_VISIBLE_DEVICES."""
+    try:
+        driver = _cuda_driver()
+    except OSError:
+        return None
+    device, name, uuid = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.create_string_buffer(16)
+    if (
+        driver.cuInit(0)
+        or driver.cuDeviceGet(ctypes.byref(device), index)
+        or driver.cuDeviceGetName(name, len(name), device)
+        or driver.cuDeviceGetUuid_v2(uuid, device)
+    ):
+        return None
+    return f"{name.value.decode(errors='replace')} {uuid.raw.hex()}"
+
+
+def wait_for_stream(index: int, stream: int) -> None:
+    """Wait until a GPU, by CUDA's number, has done what is on a stream of it, whichever is the calling thread's current
+    one. Raises DeviceError."""
+    driver, device, context = _cuda_driver(), ctypes.c_int(), ctypes.c_void_p()
+    code = (
+        driver.cuInit(0)
+        or driver.cuDeviceGet(ctypes.byref(device), index)
+        or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)  # that of CUDA's runtime
+        or driver.cuCtxPushCurrent_v2(context)
+        or driver.cuStreamSynchronize(ctypes.c_void_p(stream))
+    )
+    if context:
+        driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+        driver.cuDevicePrimaryCtxRelease_v2(device)
+    if code:
+        raise DeviceError(f"CUDA failed with {code} where it had to wait for stream {stream} of GPU {index}")
+
+
+def _cuda_driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
 def nvidia(query: str) -> str | None:

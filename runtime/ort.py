@@ -16,11 +16,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from .arrays import arrays_of
 from .bundle import Bundle
-from .errors import DeviceError, InputError, InvalidImage, InvalidModel, device_error, one_line
-from .machine import nvidia, processor
+from .errors import DeviceError, InputError, InvalidImage, InvalidModel, device_error, expect_between, one_line
+from .machine import cuda_device, nvidia, processor, wait_for_stream
 from .manifest import Tensor, read_graph_io
-from .pixels import ANY, GraphIO, Size, filled
+from .pixels import ANY, FINITE, GraphIO, Size, filled
 
 EXECUTION_PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -63,11 +64,12 @@ class OrtSession:
         model: Path of the .onnx file, or a bundle that has one; None is the network that ships with the project.
         provider: "auto" takes CUDA where it works, else the CPU; "cpu"; "cuda"; "ort-tensorrt".
         threads: How many CPU threads one run uses; 0 is one for each core.
+        device: CUDA's number of the GPU; None is the first one.
 
     Raises:
         InvalidModel: For a file that is missing, broken, another network or other than its bundle says.
         DeviceError: For a provider that is not there.
-        InputError: For an unknown provider, and a number of threads that cannot be.
+        InputError: For an unknown provider, a number of threads that cannot be, and a GPU where the CPU runs.
     """
 
     multiple: int
@@ -82,7 +84,11 @@ class OrtSession:
     identity: dict[str, str]
 
     def __init__(
-        self, model: str | os.PathLike[str] | Bundle | None = None, provider: str = "auto", threads: int = 0
+        self,
+        model: str | os.PathLike[str] | Bundle | None = None,
+        provider: str = "auto",
+        threads: int = 0,
+        device: int | None = None,
     ) -> None:
         options = ort.SessionOptions()
         if isinstance(model, Bundle):
@@ -105,12 +111,16 @@ class OrtSession:
         options.enable_mem_pattern = False  # is no faster here, and takes twice the memory from the second image on
         options.log_severity_level = 3  # errors; the warnings are about the graph's inner names
         wanted = _choose(provider)
+        gpu = device or 0
+        expect_between("device", gpu, 0)
+        providers = [(EXECUTION_PROVIDERS[name], {} if name == "cpu" else {"device_id": str(gpu)}) for name in wanted]
         try:
-            engine = ort.InferenceSession(content, options, providers=[EXECUTION_PROVIDERS[p] for p in wanted])
+            engine = ort.InferenceSession(content, options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no base of their own
             raise InvalidModel(
                 f"{self.path} is not an ONNX model that ONNX Runtime can load: {one_line(error)}"
             ) from error
+        engine.disable_fallback()  # in a run, to another provider or GPU
         self._engine: ort.InferenceSession | None = engine
         running = engine.get_providers()
         self.provider = next(name for name in wanted if EXECUTION_PROVIDERS[name] in running)
@@ -119,7 +129,10 @@ class OrtSession:
                 f"the provider {provider} does not start: see the lines above for what it misses, or use "
                 f"the provider {self.provider}"
             )
-        self.identity = {"library": f"ONNX Runtime {ort.__version__}", **_device(self.provider)}
+        if gpu and self.provider == "cpu":
+            raise InputError(f"`device`: expected none with the provider cpu, which alone runs here, found {device}")
+        self._gpu = None if self.provider == "cpu" else gpu
+        self.identity = {"library": f"ONNX Runtime {ort.__version__}", **_device(self.provider, gpu)}
         self.metadata = engine.get_modelmeta().custom_metadata_map
         tensors = [_describe(node) for node in (*engine.get_inputs(), *engine.get_outputs())]
         try:
@@ -162,27 +175,55 @@ class OrtSession:
         """How many images `run` takes at once at most, whatever the size."""
         return sys.maxsize if self.graph_io.batch == ANY else self.graph_io.batch
 
+    def enqueue(self, input: object, output: object, stream: int = 0, finite: object | None = None) -> None:
+        """See `runtime.contract.Session`. ONNX Runtime has streams of its own: this waits for the caller's first, and
+        then for the answer."""
+        tells = FINITE in self._outputs
+        arrays = arrays_of(self.graph_io, tells, self._gpu, stream, input, output, finite)
+        shape = arrays["input"].shape
+        engine, place = self._engine_for(shape), ("cpu", 0) if self._gpu is None else ("cuda", self._gpu)
+        if self._gpu is not None:
+            for each in {stream, *(array.stream for array in arrays.values() if array.stream is not None)}:
+                wait_for_stream(self._gpu, each)
+        try:
+            binding = engine.io_binding()
+            for name, array in arrays.items():
+                bind = binding.bind_input if name == "input" else binding.bind_output
+                bind(name, *place, np.dtype(array.dtype), array.shape, array.pointer)
+            engine.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+            raise self._failed(shape, error) from error
+
     def _call(self, array: np.ndarray) -> list[np.ndarray]:
         """The graph's outputs."""
-        (H, W), (height, width) = self.graph_io.size(array.shape), self.graph_io.size(self.input.shape)
+        engine = self._engine_for(array.shape)
+        try:
+            answers = [np.asarray(answer) for answer in engine.run(self._outputs, {"input": array})]
+        except Exception as error:  # ONNX Runtime's exceptions have no base of their own
+            raise self._failed(array.shape, error) from error
+        if answers[0].shape != array.shape:
+            raise InvalidModel(f"{self.path}: expected an output of shape {array.shape}, found {answers[0].shape}")
+        return answers
+
+    def _engine_for(self, shape: tuple[int, ...]) -> ort.InferenceSession:
+        """What runs inputs of this shape. Raises InvalidImage where nothing does."""
+        (H, W), (height, width) = self.graph_io.size(shape), self.graph_io.size(self.input.shape)
         if height not in (-1, H) or width not in (-1, W):
             raise InvalidImage(
                 f"{self.path} takes only images of {width}x{height} pixels, found {W}x{H} after padding "
                 f"to a multiple of {self.multiple}; export it without --height and --width"
             )
-        if self.graph_io.batch not in (ANY, len(array)):
+        if self.graph_io.batch not in (ANY, shape[0]):
             raise InvalidImage(
-                f"{self.path} takes {self.graph_io.batch} images at once, found {len(array)}; export it with --batch"
+                f"{self.path} takes {self.graph_io.batch} images at once, found {shape[0]}; export it with --batch"
             )
         if self._engine is None:
             raise RuntimeError("the session is closed")
-        try:
-            answers = [np.asarray(answer) for answer in self._engine.run(self._outputs, {"input": array})]
-        except Exception as error:  # ONNX Runtime's exceptions have no base of their own
-            raise device_error(f"{self.path} failed on {W}x{H} pixels", error) from error
-        if answers[0].shape != array.shape:
-            raise InvalidModel(f"{self.path}: expected an output of shape {array.shape}, found {answers[0].shape}")
-        return answers
+        return self._engine
+
+    def _failed(self, shape: tuple[int, ...], error: Exception) -> DeviceError:
+        H, W = self.graph_io.size(shape)
+        return device_error(f"{self.path} failed on {W}x{H} pixels", error)
 
 
 def installed() -> list[str]:
@@ -208,11 +249,11 @@ def _choose(provider: str) -> list[str]:
     return wanted
 
 
-def _device(provider: str) -> dict[str, str]:
-    """Where a provider runs: the processor, or the GPUs and their driver."""
+def _device(provider: str, gpu: int) -> dict[str, str]:
+    """Where a provider runs: the processor, or the GPU of this number and its driver."""
     if provider == "cpu":
         return {"device": processor()}
-    return {"device": nvidia("name,uuid") or "", "driver": nvidia("driver_version") or ""}
+    return {"device": cuda_device(gpu) or "", "driver": nvidia("driver_version") or ""}
 
 
 def _describe(node: ort.NodeArg) -> Tensor:

@@ -73,12 +73,13 @@ class Derainer:
         threads: CPU threads, 0 for all cores.
         batch: Images that `run_batch` hands to the network at once, if that takes so many; None is as many as it
             takes, or `BATCH` of a graph that takes any number.
+        device: CUDA's number of the GPU, see `open_session`.
 
     Raises:
         InvalidModel: For a model that cannot be loaded, and a bundle whose files are not those of its manifest, or not
             proven where that is required.
         DeviceError: For a provider that is not there, or that answers a canary wrongly.
-        InputError: For a memory, tile, overlap or batch that cannot be.
+        InputError: For a memory, tile, overlap or batch that cannot be, and a GPU with the provider cpu.
     """
 
     session: Session
@@ -95,6 +96,7 @@ class Derainer:
         require_proof: bool = False,
         threads: int = 0,
         batch: int | None = None,
+        device: int | None = None,
     ) -> None:
         if batch is not None:
             expect_between("batch", batch, 1)
@@ -103,7 +105,7 @@ class Derainer:
         if overlap is not None and not tile:
             raise InputError("expected an overlap only with a tile")
         if model is None or isinstance(model, (str, os.PathLike)):
-            model = open_session(model, provider, threads, public_key, canary, require_proof)
+            model = open_session(model, provider, threads, public_key, canary, require_proof, device)
         elif public_key is not None or require_proof:
             raise InputError("expected the path of a bundle, whose signature or proof is demanded, found a session")
         self.session = model
@@ -305,6 +307,7 @@ def open_session(
     public_key: str | os.PathLike[str] | None = None,
     canary: When = "first",
     require_proof: bool = False,
+    device: int | None = None,
 ) -> OrtSession | TrtSession:
     """The network at a path, ready to run.
 
@@ -319,12 +322,14 @@ def open_session(
         canary: When what runs has to answer the bundle's canaries, see `runtime.canary`: "first", "always" or "never".
             Where it does not, "auto" goes on with what it takes next.
         require_proof: Run only files of the bundle that were judged against the full model, as its manifest records.
+        device: CUDA's number of the GPU, as CUDA_VISIBLE_DEVICES has them. None is the first one; for an engine, the
+            calling thread's current one.
 
     Raises:
         InvalidModel: The model cannot be loaded, a bundle's files are not those of its manifest, or none is proven.
         DeviceError: The provider is not there.
         CanaryError: What runs here answers a canary wrongly.
-        InputError: The provider is unknown, or the public key cannot be used.
+        InputError: The provider is unknown, the public key cannot be used, or a GPU was asked for where the CPU runs.
     """
     if provider not in PROVIDERS:
         raise InputError(f"`provider`: expected one of {', '.join(PROVIDERS)}, found {provider!r}")
@@ -343,8 +348,8 @@ def open_session(
 
         if require_proof:
             raise UnprovenError(f"expected a bundle, whose manifest records proofs, found {model or 'no model named'}")
-        return OrtSession(model, provider, threads)
-    ways = _ways(model, provider, threads)
+        return OrtSession(model, provider, threads, device)
+    ways = _ways(model, provider, threads, device)
     for i, (title, way) in enumerate(ways, 1):
         try:
             session = way()
@@ -364,28 +369,30 @@ def open_session(
     raise AssertionError  # the last way returns or raises
 
 
-def _ways(bundle: Bundle, provider: str, threads: int) -> list[tuple[str, Callable[[], OrtSession | TrtSession]]]:
+def _ways(
+    bundle: Bundle, provider: str, threads: int, device: int | None
+) -> list[tuple[str, Callable[[], OrtSession | TrtSession]]]:
     """What a provider may run of a bundle, the best first."""
     from .ort import OrtSession, installed
 
     ways: list[tuple[str, Callable[[], OrtSession | TrtSession]]] = []
     if bundle.manifest.engines and provider in ("auto", "tensorrt"):
-        ways.append(("its engine", lambda: open_engine(bundle)))
+        ways.append(("its engine", lambda: open_engine(bundle, device)))
     if provider == "auto":
         names = [name for name in ("cuda", "cpu") if name in installed()]
     else:
         names = [] if provider == "tensorrt" else [provider]
     for name in names:
-        ways.append((f"its model on {name}", functools.partial(OrtSession, bundle, name, threads)))
+        ways.append((f"its model on {name}", functools.partial(OrtSession, bundle, name, threads, device)))
     return ways
 
 
-def open_engine(bundle: Bundle, sizes: int = 8, cuda_graphs: bool = True) -> TrtSession:
+def open_engine(bundle: Bundle, device: int | None = None, sizes: int = 8, cuda_graphs: bool = True) -> TrtSession:
     """The engine of a bundle for the GPU and the libraries of this machine; for the rest see `runtime.trt.TrtSession`.
-    Raises DeviceError where there is none, or no GPU."""
+    Raises DeviceError where there is none, or no such GPU."""
     from .trt import TrtSession, gpu, library_version
 
-    return TrtSession(bundle, choose_engine(bundle, gpu(), library_version), sizes, cuda_graphs)
+    return TrtSession(bundle, choose_engine(bundle, gpu(device), library_version), device, sizes, cuda_graphs)
 
 
 def describe_onnx(path: Path) -> Manifest:

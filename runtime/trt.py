@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import arrays_of
 from .bundle import Bundle
 from .errors import DeviceError, InvalidImage, InvalidModel, device_error, one_line
 from .files import read_own, writing
@@ -116,10 +117,10 @@ def load_cuda() -> Any:
         raise DeviceError(f"CUDA bindings are not installed ({one_line(error)}): pip install cuda-bindings") from error
 
 
-def gpu() -> str:
-    """Compute capability of the calling thread's current GPU, such as "8.9". That is the first of those in
-    CUDA_VISIBLE_DEVICES, unless cudaSetDevice or torch.cuda.set_device chose another. Raises DeviceError where there is
-    none."""
+def gpu(device: int | None = None) -> str:
+    """Compute capability of a GPU by CUDA's number, such as "8.9". None is the calling thread's current one: the first
+    of those in CUDA_VISIBLE_DEVICES, unless cudaSetDevice or torch.cuda.set_device chose another. Raises DeviceError
+    where there is no such."""
     cuda = load_cuda()
     code, count = cuda.cudaGetDeviceCount()
     if code or not count:
@@ -127,7 +128,11 @@ def gpu() -> str:
             f"CUDA finds no NVIDIA GPU with a driver ({code.name}); expected one: see that nvidia-smi "
             "shows it, or run the ONNX model with the provider cpu"
         )
-    device, attributes = _check(cuda.cudaGetDevice()), cuda.cudaDeviceAttr
+    if device is None:
+        device = _check(cuda.cudaGetDevice())
+    elif not 0 <= device < count:
+        raise DeviceError(f"`device`: expected a GPU from 0 to {count - 1}, found {device}")
+    attributes = cuda.cudaDeviceAttr
     major = _check(cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMajor, device))
     minor = _check(cuda.cudaDeviceGetAttribute(attributes.cudaDevAttrComputeCapabilityMinor, device))
     return f"{major}.{minor}"
@@ -136,14 +141,15 @@ def gpu() -> str:
 class TrtSession:
     """A `runtime.session.Session` on an engine of a bundle.
 
-    The GPU is the current one of the thread that makes the session, whichever threads run it (see `gpu`). The first run
-    at a new size sets up, and with TensorRT for RTX compiles kernels, which are kept in a file beside the bundle (see
-    `cache_path`). Memory on the GPU: input and output for the largest size of the engine's profiles, and for the rest
-    what the largest image so far needs. `close`, not during a run, frees it; so does the end of the session's life.
+    The session stays on its GPU, whichever threads run it. The first run at a new size sets up, and with TensorRT for
+    RTX compiles kernels, which are kept in a file beside the bundle (see `cache_path`). Memory on the GPU: input and
+    output for the largest size of the engine's profiles, and for the rest what the largest image so far needs. `close`,
+    not during a run, frees it; so does the end of the session's life.
 
     Args:
         bundle: From `runtime.bundle.load`.
         engine: One of its engines, for the GPU and the library that are here, see `runtime.choice`.
+        device: CUDA's number of the GPU; None is the calling thread's current one (see `gpu`).
         sizes: For how many image sizes (and numbers of images) the context, and with it the CUDA graph, is kept; the
             longest unused goes first.
         cuda_graphs: Replay the launches of a size from its second run on.
@@ -156,8 +162,10 @@ class TrtSession:
 
     provider = "tensorrt"
 
-    def __init__(self, bundle: Bundle, engine: Engine, sizes: int = 8, cuda_graphs: bool = True) -> None:
-        gpu()  # before TensorRT is touched, which may crash where there is no driver
+    def __init__(
+        self, bundle: Bundle, engine: Engine, device: int | None = None, sizes: int = 8, cuda_graphs: bool = True
+    ) -> None:
+        gpu(device)  # before TensorRT is touched, which may crash where there is no driver
         self.bundle, self.engine = bundle, engine
         self.path = bundle.folder / self.engine.file
         self.multiple = bundle.manifest.model.size_multiple
@@ -168,7 +176,8 @@ class TrtSession:
         self._cuda_graphs = cuda_graphs
         self._lock = threading.Lock()
         self._cuda = load_cuda()
-        self._on_device = functools.partial(_on_device, self._cuda, _check(self._cuda.cudaGetDevice()))
+        self._device = _check(self._cuda.cudaGetDevice()) if device is None else device
+        self._on_device = functools.partial(_on_device, self._cuda, self._device)
         self._log = new_log(trt)
         pixels = max(profile.batch[2] * profile.max[0] * profile.max[1] for profile in self.engine.profiles)
         size = pixels * 3 * self.graph_io.dtype.itemsize
@@ -179,12 +188,13 @@ class TrtSession:
             self._config = self._configure(trt, bundle, resources)
             self._stream = _check(self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking))
             resources.callback(self._cuda.cudaStreamDestroy, self._stream)
+            self._done, self._ready = (_event(self._cuda, resources) for _ in range(2))
             self._input, self._output = (_Buffer(self._cuda, size, resources) for _ in range(2))
             names = [self._cuda_engine.get_tensor_name(i) for i in range(self._cuda_engine.num_io_tensors)]
             most = max(profile.batch[2] for profile in self.engine.profiles)
             self._finite = _Buffer(self._cuda, 4 * most, resources) if FINITE in names else None
-        self.identity = {"library": f"{self._library.title} {trt.__version__}", **_device(self._cuda)}
-        self._contexts = _Contexts(self._cuda, sizes)
+        self.identity = {"library": f"{self._library.title} {trt.__version__}", **_device(self._cuda, self._device)}
+        self._contexts = _Contexts(self._cuda, sizes, self._done)
         resources.callback(self._contexts.close)
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -211,20 +221,48 @@ class TrtSession:
         """How many images of a (height, width) `run` takes at once at most."""
         return self.engine.max_batch(*size)
 
+    def enqueue(self, input: object, output: object, stream: int = 0, finite: object | None = None) -> None:
+        """See `runtime.contract.Session`. Comes back at once. A size that is new waits for the GPU, so `stream` must
+        not be in capture. No CUDA graph is captured, since one has the addresses of then; whether TensorRT for RTX
+        captures one is its own affair. On the default stream, 0, TensorRT waits more than it has to."""
+        with self._locked():
+            arrays = arrays_of(self.graph_io, self._finite is not None, self._device, stream, input, output, finite)
+            shape = arrays["input"].shape
+            profile = self._profile(shape[0], *self.graph_io.size(shape))
+            if (least := self.engine.profiles[profile].batch[0]) > shape[0]:
+                raise InvalidImage(f"{self.path} takes at least {least} images at once, found {shape[0]}")
+            context = self._context(profile, shape, callers=True)
+            places = {name: array.pointer for name, array in arrays.items()}
+            if self._finite and finite is None:
+                places[FINITE] = self._finite.device  # where nobody reads it
+            for name, place in places.items():
+                if not context.execution.set_tensor_address(name, place):
+                    raise self._failed(shape)
+            for array in arrays.values():
+                if array.stream is not None:
+                    _check(self._cuda.cudaEventRecord(self._ready, array.stream))
+                    _check(self._cuda.cudaStreamWaitEvent(stream, self._ready, 0))
+            self._launch(context, stream)
+
     def _call(self, feed: np.ndarray) -> list[np.ndarray]:
         """The graph's outputs."""
-        if not self.close.alive:
-            raise RuntimeError("the session is closed")
-        profile = self._profile(len(feed), *self.graph_io.size(feed.shape))
-        feed = filled(feed, self.engine.profiles[profile].batch[0])
-        with self._lock, self._on_device():
-            context = self._contexts.get(feed.shape) or self._prepare(profile, feed.shape)
+        with self._locked():
+            profile = self._profile(len(feed), *self.graph_io.size(feed.shape))
+            feed = filled(feed, self.engine.profiles[profile].batch[0])
+            context = self._context(profile, feed.shape)
             self._input.upload(feed, self._stream)
-            self._launch(context)
+            self._launch(context, self._stream)
             answers = [self._output.download(feed.shape, feed.dtype, self._stream)]
             if self._finite:
                 answers.append(self._finite.download(feed.shape[:1], np.dtype(np.float32), self._stream))
             return answers
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        if not self.close.alive:
+            raise RuntimeError("the session is closed")
+        with self._lock, self._on_device():
+            yield
 
     def _deserialize(self, trt: Any, bundle: Bundle) -> Any:
         self._runtime = trt.Runtime(self._log)
@@ -265,6 +303,10 @@ class TrtSession:
         resources.callback(_save_cache, cache, path, known)
         return config
 
+    def _context(self, profile: int, shape: tuple[int, ...], callers: bool = False) -> _Context:
+        """What runs inputs of this shape, in the session's own memory or in that of its callers."""
+        return self._contexts.get(shape, callers) or self._prepare(profile, shape, callers)
+
     def _profile(self, images: int, H: int, W: int) -> int:
         """Index of the profile for so many images of this size."""
         profile = self.engine.profile_for(H, W, images)
@@ -277,7 +319,7 @@ class TrtSession:
             )
         return profile
 
-    def _prepare(self, profile: int, shape: tuple[int, ...]) -> _Context:
+    def _prepare(self, profile: int, shape: tuple[int, ...], callers: bool) -> _Context:
         context = self._cuda_engine.create_execution_context(self._config)
         if (
             context is None
@@ -289,19 +331,25 @@ class TrtSession:
             or not (needed := context.update_device_memory_size_for_shapes())  # 0 for an error
         ):
             raise self._failed(shape)
-        return self._contexts.add(shape, context, needed)
+        return self._contexts.add(shape, callers, context, needed)
 
-    def _launch(self, context: _Context) -> None:
-        """Run a context on the stream. Graphs are captured in the second run: the first one completes the set-up, which
-        must not be captured, and is the only one for many an image in a folder."""
-        if self._cuda_graphs and not self._library.jit and context.warm and context.graph is None:
+    def _launch(self, context: _Context, stream: Any) -> None:
+        """Run a context on a stream, after the one before, since they share their memory. Graphs are captured in the
+        second run: the first one completes the set-up, which must not be captured, and is the only one for many an
+        image in a folder."""
+        _check(self._cuda.cudaStreamWaitEvent(stream, self._done, 0))
+        capturing = self._cuda_graphs and not self._library.jit and not context.callers
+        if capturing and context.warm and context.graph is None:
             context.graph = self._capture(context)
-        if context.graph is not None:
-            _check(self._cuda.cudaGraphLaunch(context.graph, self._stream))
-        elif context.execution.execute_async_v3(self._stream):
-            context.warm = True
-        else:
-            raise self._failed(context.shape)
+        try:
+            if context.graph is not None:
+                _check(self._cuda.cudaGraphLaunch(context.graph, stream))
+            elif context.execution.execute_async_v3(stream):
+                context.warm = True
+            else:
+                raise self._failed(context.shape)
+        finally:  # behind what failed halfway, too
+            _check(self._cuda.cudaEventRecord(self._done, stream))
 
     def _capture(self, context: _Context) -> Any:
         cuda = self._cuda
@@ -352,9 +400,11 @@ class _Buffer:
 
 @dataclass
 class _Context:
-    """What is set up for one shape of the input. `warm` once it has run, `graph` once it is captured."""
+    """What is set up for one shape of the input, in the session's own memory or in that of its `callers`. `warm` once
+    it has run, `graph` once it is captured."""
 
     shape: tuple[int, ...]
+    callers: bool
     execution: Any
     warm: bool = False
     graph: Any = None
@@ -362,20 +412,22 @@ class _Context:
 
 class _Contexts:
     """The contexts by the shape of the input, and the memory in which they all work, one at a time. Where one needs
-    more than there is, the others go, because its address is in their graphs."""
+    more than there is, the others go, because its address is in their graphs. None goes before `done`, the event behind
+    the last work."""
 
-    def __init__(self, cuda: Any, limit: int) -> None:
+    def __init__(self, cuda: Any, limit: int, done: Any) -> None:
         self._cuda = cuda
         self._limit = limit
-        self._contexts: OrderedDict[tuple[int, ...], _Context] = OrderedDict()
+        self._done = done
+        self._contexts: OrderedDict[tuple[tuple[int, ...], bool], _Context] = OrderedDict()
         self._memory, self._bytes = 0, 0
 
-    def get(self, shape: tuple[int, ...]) -> _Context | None:
-        if shape in self._contexts:
-            self._contexts.move_to_end(shape)
-        return self._contexts.get(shape)
+    def get(self, shape: tuple[int, ...], callers: bool) -> _Context | None:
+        if (shape, callers) in self._contexts:
+            self._contexts.move_to_end((shape, callers))
+        return self._contexts.get((shape, callers))
 
-    def add(self, shape: tuple[int, ...], execution: Any, needed: int) -> _Context:
+    def add(self, shape: tuple[int, ...], callers: bool, execution: Any, needed: int) -> _Context:
         """`needed`: bytes of memory that it works in."""
         if needed > self._bytes:
             self.close()
@@ -383,21 +435,28 @@ class _Contexts:
         execution.set_device_memory(int(self._memory), self._bytes)
         if len(self._contexts) == self._limit:
             self._drop(next(iter(self._contexts)))
-        self._contexts[shape] = _Context(shape, execution)
-        return self._contexts[shape]
+        context = self._contexts[shape, callers] = _Context(shape, callers, execution)
+        return context
 
     def close(self) -> None:
         """Free everything; it can be filled again."""
-        for shape in list(self._contexts):
-            self._drop(shape)
+        for key in list(self._contexts):
+            self._drop(key)
         if self._bytes:
             _check(self._cuda.cudaFree(self._memory))
         self._memory, self._bytes = 0, 0
 
-    def _drop(self, shape: tuple[int, ...]) -> None:
-        context = self._contexts.pop(shape)
+    def _drop(self, key: tuple[tuple[int, ...], bool]) -> None:
+        _check(self._cuda.cudaEventSynchronize(self._done))
+        context = self._contexts.pop(key)
         if context.graph is not None:
             _check(self._cuda.cudaGraphExecDestroy(context.graph))
+
+
+def _event(cuda: Any, resources: contextlib.ExitStack) -> Any:
+    event = _check(cuda.cudaEventCreateWithFlags(cuda.cudaEventDisableTiming))
+    resources.callback(cuda.cudaEventDestroy, event)
+    return event
 
 
 def cache_path(bundle: Bundle, engine: Engine) -> Path:
@@ -406,9 +465,9 @@ def cache_path(bundle: Bundle, engine: Engine) -> Path:
     return bundle.beside(engine.file, "cache")
 
 
-def _device(cuda: Any) -> dict[str, str]:
-    """The current GPU, by its name and UUID, and its driver."""
-    properties = _check(cuda.cudaGetDeviceProperties(_check(cuda.cudaGetDevice())))
+def _device(cuda: Any, device: int) -> dict[str, str]:
+    """A GPU, by its name and UUID, and its driver."""
+    properties = _check(cuda.cudaGetDeviceProperties(device))
     name = properties.name.decode(errors="replace").rstrip("\0")
     return {
         "device": f"{name} {bytes(properties.uuid.bytes).hex()}",

@@ -77,7 +77,7 @@ def engine(monkeypatch):
     def engine(fault: str) -> list[Engine]:
         opened: list[Engine] = []
 
-        def open_engine(bundle: Bundle) -> Engine:
+        def open_engine(bundle: Bundle, device: int | None) -> Engine:
             opened.append(Engine(bundle, fault))
             return opened[-1]
 
@@ -141,7 +141,7 @@ def test_a_right_engine_is_asked_once_on_a_machine(bundle, engine):
 def test_it_is_asked_again_where_something_has_changed(bundle, monkeypatch, what):
     sessions = []
 
-    def open_engine(opened):
+    def open_engine(opened, device):
         sessions.append(Engine(opened))
         sessions[-1].identity[what] += str(len(sessions) // 2)
         return sessions[-1]
@@ -158,7 +158,7 @@ def test_it_is_asked_again_where_something_has_changed(bundle, monkeypatch, what
 def test_who_does_not_tell_where_it_runs_is_asked_every_time(bundle, monkeypatch):
     sessions = []
 
-    def open_engine(opened):
+    def open_engine(opened, device):
         sessions.append(Engine(opened))
         sessions[-1].identity["driver"] = ""
         return sessions[-1]

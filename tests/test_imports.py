@@ -22,7 +22,7 @@ PACKAGES = {
 
 RUNTIME = [
     *("version", "lazy", "errors", "files", "progress", "pixels"),  # the ground
-    *("memory", "machine", "contract", "tiling"),
+    *("arrays", "memory", "machine", "contract", "tiling"),
     *("manifest", "bundle"),
     *("ort", "trt", "choice", "canary", "footprint"),
     *("session", "images", "pipeline", "hlg", "video"),  # the roof, and the files that it restores

@@ -498,7 +498,7 @@ class Plan:
 
     multiple, provider = 4, "tensorrt"
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, device: int | None) -> None:
         self.path, self.engine, self.bundle = bundle.folder / ENGINES[0], bundle.manifest.engines[0], bundle
         self.plan = bundle.read(ENGINES[0])
 
@@ -517,7 +517,7 @@ def test_engine_runs_where_it_can(bundle, monkeypatch):
 
 def test_model_runs_where_no_engine_can(bundle, monkeypatch, caplog):
     class Missing(Plan):
-        def __init__(self, bundle: Bundle) -> None:
+        def __init__(self, bundle: Bundle, device: int | None) -> None:
             raise DeviceError("CUDA finds no GPU")
 
     monkeypatch.setattr("runtime.session.open_engine", Missing)

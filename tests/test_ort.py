@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from runtime import Derainer, DerainError, DeviceError, InputError, InvalidImage, InvalidModel
+from runtime import Derainer, DerainError, DeviceError, InputError, InvalidImage, InvalidModel, machine
 from runtime.manifest import Tensor, read_graph_io
 from runtime.ort import SHIPPED, OrtSession
 from runtime.pixels import ANY, GraphIO
@@ -180,6 +180,41 @@ def test_threads(tmp_path):
     assert "found -1" in refusal(path, threads=-1)
 
 
+def test_a_gpu_is_not_for_the_cpu(tmp_path):
+    path = write_network(tmp_path / "m.onnx")
+    assert OrtSession(path, "cpu", device=0).provider == "cpu"
+    assert "`device`: expected none with the provider cpu" in refusal(path, provider="cpu", device=1)
+    assert "`device`: expected at least 0, found -1" in refusal(path, provider="cpu", device=-1)
+    with pytest.raises(InputError, match="`device`"):
+        Derainer(path, "auto", device=1)
+
+
+def test_the_gpu_is_the_one_to_which_cuda_gives_the_number(monkeypatch):
+    """And not the one of nvidia-smi, which counts otherwise."""
+    names = [b"Slow", b"Fast"]
+
+    class Driver:
+        def cuInit(self, flags):  # noqa: N802
+            return 0
+
+        def cuDeviceGet(self, device, index):  # noqa: N802
+            device._obj.value = index
+            return 0 if index < len(names) else 101
+
+        def cuDeviceGetName(self, name, size, device):  # noqa: N802
+            name.value = names[device.value]
+            return 0
+
+        def cuDeviceGetUuid_v2(self, uuid, device):  # noqa: N802
+            uuid.raw = bytes([device.value]) * 16
+            return 0
+
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Driver())
+    assert [machine.cuda_device(i) for i in range(3)] == ["Slow " + "00" * 16, "Fast " + "01" * 16, None]
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    assert machine.cuda_device(0) is None  # without a driver
+
+
 def test_refuses_an_unknown_provider(tmp_path):
     assert "auto, cpu, cuda" in refusal(write_network(tmp_path / "m.onnx"), provider="tpu")
 
@@ -200,7 +235,7 @@ def test_tensorrt_falls_back_to_cuda_and_auto_does_without(tmp_path, monkeypatch
     class Engine(onnxruntime.InferenceSession):
         def __init__(self, path, options, providers):
             asked.append(providers)
-            super().__init__(path, options, ["CPUExecutionProvider"])
+            super().__init__(path, options, providers=["CPUExecutionProvider"])
 
     every = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: every)
@@ -210,7 +245,9 @@ def test_tensorrt_falls_back_to_cuda_and_auto_does_without(tmp_path, monkeypatch
     assert "ort-tensorrt does not start" in refusal(path, provider="ort-tensorrt")
     OrtSession(path, provider="auto")
     OrtSession(path, provider="cpu")
-    assert asked == [every, every[1:], every[2:]]
+    assert [[name for name, _ in providers] for providers in asked] == [every, every[1:], every[2:]]
+    assert "expected none with the provider cpu" in refusal(path, provider="auto", device=2)
+    assert asked[-1] == [("CUDAExecutionProvider", {"device_id": "2"}), ("CPUExecutionProvider", {})]
 
 
 def test_cuda_that_does_not_start(tmp_path, monkeypatch, capsys):
@@ -218,7 +255,7 @@ def test_cuda_that_does_not_start(tmp_path, monkeypatch, capsys):
 
     class Engine(onnxruntime.InferenceSession):
         def __init__(self, path, options, providers):
-            assert providers == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+            assert [name for name, _ in providers] == ["CUDAExecutionProvider", "CPUExecutionProvider"]
             super().__init__(path, options, ["CPUExecutionProvider"])
 
     monkeypatch.setattr(

@@ -339,6 +339,22 @@ def test_a_session_stays_on_the_gpu_that_was_current(bundle, install, explicit):
     assert (cuda.current, cuda.used, cuda.blocks) == (0, {1}, {})
 
 
+def test_the_gpu_that_is_asked_for(bundle, install):
+    cuda, library = install(Cuda((7, 5), (8, 6)))
+    for device in (2, -1):
+        with pytest.raises(DeviceError, match=f"`device`: expected a GPU from 0 to 1, found {device}"):
+            open_engine(bundle, device)
+    assert library.runtimes == []
+    session = open_engine(bundle, 1)
+    assert session.identity["device"] == "Stand-in 8.6 " + "01" * 16
+    check(session, 8, 8)
+    assert cuda.current == 0
+    session.close()
+    library.contexts.clear()
+    assert (cuda.used, cuda.blocks) == ({1}, {})
+    np.testing.assert_array_equal(Derainer(bundle.folder, "tensorrt", device=1)(np.zeros((8, 8, 3), np.uint8)), 255)
+
+
 def test_tensorrt_without_runtime_configs(tmp_path, install):
     _, library = install(version="10.1.0")
     check(open_engine(make_bundle(tmp_path / "bundle", {"version": "10.1.0"})), 8, 8)

@@ -3,6 +3,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <string>
 #include <utility>
 
 #include "backends.hpp"
@@ -41,8 +42,11 @@ Opened open_engine(const Bundle& bundle, const Options& options) {
     return {accepted(open_tensorrt(bundle, options), bundle, options), "tensorrt", {}};
 }
 
-/// On the CPU, for this reason.
+/// On the CPU, for this reason, which is under way.
 Opened fall_back(const Bundle& bundle, const Options& options, const DerainError& reason) {
+    if (options.device != 0) {
+        throw;  // a GPU was asked for
+    }
     try {
         return {accepted(open_cpu(bundle, options), bundle, options), "cpu", reason.message()};
     } catch (const OutOfMemory&) {
@@ -61,6 +65,8 @@ Opened open(const Bundle& bundle, const Options& options) {
         return open_engine(bundle, options);
     }
     if (options.provider == "cpu") {
+        DERAINER_CHECK(InputError, options.device == 0,
+                       "expected no device with the provider cpu, found " + std::to_string(options.device));
         return {accepted(open_cpu(bundle, options), bundle, options), "cpu", {}};
     }
     DERAINER_CHECK(InputError, options.provider == "auto",

@@ -47,7 +47,7 @@ typedef struct derainer_options {
     size_t size;            /* sizeof(derainer_options), by which a later version knows what the caller knows */
     const char* provider;   /* "auto", "tensorrt" or "cpu"; NULL: "auto", the engine where it runs, or else the CPU */
     const char* public_key; /* path of the key of the one who has to have signed the bundle (PEM, Ed25519), or NULL */
-    int32_t device;         /* CUDA's number of the GPU */
+    int32_t device;         /* CUDA's number of the GPU; with another than 0, "auto" does not go on to the CPU */
     int32_t threads;        /* of the CPU; 0: all cores */
     int64_t tile_height;    /* of the tiles into which larger images are cut; 0 with width 0: as large as it takes */
     int64_t tile_width;

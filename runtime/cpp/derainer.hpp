@@ -68,7 +68,7 @@ struct Options {
     std::string canary = "first";
     /// Run only a file that was judged against the full model, as the manifest records.
     bool require_proof = false;
-    /// CUDA's number of the GPU.
+    /// CUDA's number of the GPU. With another than the first, "auto" does not go on to the CPU.
     int device = 0;
     /// Of the CPU; 0 for all cores.
     int threads = 0;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import functools
 import importlib
 import threading
 from pathlib import Path
@@ -28,11 +29,28 @@ class Code(enum.IntEnum):
     cudaErrorStreamCaptureInvalidated = 901  # noqa: N815
 
 
+class Queue:
+    """Work that is done in order, up to a position that somebody waits for."""
+
+    def __init__(self) -> None:
+        self.works: list = []
+        self.done = 0
+
+    def run_until(self, position: int) -> None:
+        while self.done < position:
+            self.done += 1
+            self.works[self.done - 1]()
+
+
 class Cuda(ModuleType):
     """`cuda.bindings.runtime` with GPUs whose memory is the host's. Functions record their names in `calls`, and in
-    `used` the GPU that was current in the calling thread; where things are is in `places`."""
+    `used` the GPU that was current in the calling thread; where things are is in `places`.
+
+    What is enqueued on a stream of `callers_stream` happens as late as it may: when somebody waits for it. On other
+    streams it happens at once."""
 
     cudaStreamNonBlocking = 1  # noqa: N815
+    cudaEventDisableTiming = 2  # noqa: N815
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down")  # noqa: N815
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal="local")  # noqa: N815
     cudaDeviceAttr = SimpleNamespace(  # noqa: N815
@@ -54,6 +72,8 @@ class Cuda(ModuleType):
         self.graphs: dict[int, list] = {}
         self.capturing: list | None = None
         self.spoilt = False
+        self.queues: dict[int, Queue] = {}
+        self.events: dict[int, tuple[Queue, int]] = {}
 
     @property
     def current(self) -> int:
@@ -90,10 +110,47 @@ class Cuda(ModuleType):
         self.places[7] = self.current
         return self._call("stream", 7)
 
+    def callers_stream(self) -> int:
+        stream = 70 + len(self.queues)
+        self.places[stream], self.queues[stream] = self.current, Queue()
+        return stream
+
+    def enqueue(self, stream, work) -> None:
+        if stream in self.queues:
+            self.queues[stream].works.append(work)
+        else:
+            work()
+
+    def cudaEventCreateWithFlags(self, flags):  # noqa: N802
+        event = 500 + len(self.events)
+        self.events[event] = (Queue(), 0)
+        return Code.cudaSuccess, event
+
+    def cudaEventDestroy(self, event):  # noqa: N802
+        del self.events[event]
+        return (Code.cudaSuccess,)
+
+    def cudaEventRecord(self, event, stream):  # noqa: N802
+        queue = self.queues.get(stream, Queue())
+        self.events[event] = (queue, len(queue.works))
+        return (Code.cudaSuccess,)
+
+    def cudaEventSynchronize(self, event):  # noqa: N802
+        queue, position = self.events[event]
+        queue.run_until(position)
+        return (Code.cudaSuccess,)
+
+    def cudaStreamWaitEvent(self, stream, event, flags):  # noqa: N802
+        queue, position = self.events[event]
+        self.enqueue(stream, lambda: queue.run_until(position))
+        return (Code.cudaSuccess,)
+
     def cudaStreamDestroy(self, stream):  # noqa: N802
         return self._call("destroy stream")
 
     def cudaStreamSynchronize(self, stream):  # noqa: N802
+        if stream in self.queues:
+            self.queues[stream].run_until(len(self.queues[stream].works))
         return self._call("synchronize")
 
     def cudaMalloc(self, size):  # noqa: N802
@@ -197,17 +254,21 @@ class Context:
         assert self.memory[0] in self.cuda.blocks
         assert self.memory[1] >= self.update_device_memory_size_for_shapes()
         self.cuda.calls.append("enqueue")
-        work = self.compute
-        (self.cuda.capturing.append if self.cuda.capturing is not None else lambda w: w())(work)
+        work = functools.partial(self.compute, dict(self.addresses), self.memory)
+        if self.cuda.capturing is not None:
+            self.cuda.capturing.append(work)
+        else:
+            self.cuda.enqueue(stream, work)
         return True
 
-    def compute(self):
+    def compute(self, addresses, memory):
         dtype = self.library.dtype
-        source, target = (self.cuda.blocks[self.addresses[name]] for name in ("input", "output"))
+        source, target = (self.cuda.blocks[addresses[name]] for name in ("input", "output"))
+        self.cuda.blocks[memory[0]][:] = 0  # it works there
         size = int(np.prod(self.shape)) * np.dtype(dtype).itemsize
         target[:size].view(dtype)[:] = (255 if dtype == "uint8" else 1) - source[:size].view(dtype)
         if self.library.finite is not None:
-            self.cuda.blocks[self.addresses["finite"]].view(np.float32)[:] = self.library.finite
+            self.cuda.blocks[addresses["finite"]].view(np.float32)[:] = self.library.finite
 
 
 class Config:

@@ -349,6 +349,9 @@ TEST_CASE("the GPU that is asked for, and the current one afterwards") {
     Options options;
     options.device = 2;
     CHECK(contains(refusal([&] { Derainer(bundle.folder, options); }), "expected a GPU from 0 to 0, found 2"));
+    options.provider = "cpu";
+    CHECK(contains(refusal([&] { Derainer(bundle.folder, options); }), "expected no device with the provider cpu"));
+    options.provider = "auto";
     fake.devices = 3;
     fake.device = 1;
     {
