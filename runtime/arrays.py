@@ -90,7 +90,7 @@ def arrays_of(
         stream: CUDA stream on which it runs. Libraries with DLPack order their work on an array before it.
         input: Array as the graph has it.
         output: Another one of the same shape and type.
-        finite: float32, one for each image, or None.
+        finite: float32 (B,), a number for each image, or None.
 
     Raises:
         InvalidImage: One of them is no such array, or is elsewhere.
@@ -102,11 +102,12 @@ def arrays_of(
             "the output, or export the graph again with --io image"
         )
     source = read("input", input, stream)
-    images, size = (source.shape[0], graph_io.size(source.shape)) if len(source.shape) == 4 else (0, (0, 0))
-    fits = source.shape == graph_io.shape(size, images) and graph_io.batch in (ANY, images) and images > 0
+    size = graph_io.size(source.shape) if len(source.shape) == 4 else (0, 0)
+    images = source.shape[:1]  # none where it is no array of images
+    fits = images > (0,) and source.shape == graph_io.shape(size, images[0]) and graph_io.batch in (ANY, images[0])
     fits = fits and all(side > 0 and side % graph_io.multiple == 0 for side in size)
-    count = "B" if graph_io.batch == ANY else graph_io.batch
-    shape = f"({count}, H, W, 3)" if graph_io.io == "image" else f"({count}, 3, H, W)"
+    batch = "B" if graph_io.batch == ANY else graph_io.batch
+    shape = f"({batch}, H, W, 3)" if graph_io.io == "image" else f"({batch}, 3, H, W)"
     sizes = f"{shape}, H and W multiples of {graph_io.multiple}," if graph_io.multiple > 1 else shape
     _expect("input", source, fits, graph_io.dtype, sizes, device)
     target = read("output", output, stream)
@@ -114,7 +115,7 @@ def arrays_of(
     if finite is None:
         return {"input": source, "output": target}
     told = read(FINITE, finite, stream)
-    _expect(FINITE, told, told.shape == (images,) and told.writable, np.dtype(np.float32), (images,), device)
+    _expect(FINITE, told, told.shape == images and told.writable, np.dtype(np.float32), images, device)
     return {"input": source, "output": target, FINITE: told}
 
 

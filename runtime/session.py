@@ -71,9 +71,9 @@ class Derainer:
         canary: See `open_session`, as for the next two; not for a session.
         require_proof: Run only what the bundle's manifest says was judged against the full model.
         threads: CPU threads, 0 for all cores.
-        device: CUDA's number of the GPU, see `open_session`.
         batch: Images that `run_batch` hands to the network at once, if that takes so many; None is as many as it
             takes, or `BATCH` of a graph that takes any number.
+        device: CUDA's number of the GPU, see `open_session`.
 
     Raises:
         InvalidModel: For a model that cannot be loaded, and a bundle whose files are not those of its manifest, or not
@@ -95,8 +95,8 @@ class Derainer:
         canary: When = "first",
         require_proof: bool = False,
         threads: int = 0,
-        device: int | None = None,
         batch: int | None = None,
+        device: int | None = None,
     ) -> None:
         if batch is not None:
             expect_between("batch", batch, 1)
@@ -380,8 +380,6 @@ def _ways(
         ways.append(("its engine", lambda: open_engine(bundle, device)))
     if provider == "auto":
         names = [name for name in ("cuda", "cpu") if name in installed()]
-        if device and (ways or len(names) > 1):
-            names.remove("cpu")  # a GPU was asked for, and what is tried before says what it lacks
     else:
         names = [] if provider == "tensorrt" else [provider]
     for name in names:

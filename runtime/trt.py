@@ -227,13 +227,17 @@ class TrtSession:
         captures one is its own affair. On the default stream, 0, TensorRT waits more than it has to."""
         with self._locked():
             arrays = arrays_of(self.graph_io, self._finite is not None, self._device, stream, input, output, finite)
-            context = self._context(arrays["input"].shape, callers=True)
+            shape = arrays["input"].shape
+            profile = self._profile(shape[0], *self.graph_io.size(shape))
+            if (least := self.engine.profiles[profile].batch[0]) > shape[0]:
+                raise InvalidImage(f"{self.path} takes at least {least} images at once, found {shape[0]}")
+            context = self._context(profile, shape, callers=True)
             places = {name: array.pointer for name, array in arrays.items()}
             if self._finite and finite is None:
                 places[FINITE] = self._finite.device  # where nobody reads it
             for name, place in places.items():
                 if not context.execution.set_tensor_address(name, place):
-                    raise self._failed(context.shape)
+                    raise self._failed(shape)
             for array in arrays.values():
                 if array.stream is not None:
                     _check(self._cuda.cudaEventRecord(self._ready, array.stream))
@@ -243,9 +247,9 @@ class TrtSession:
     def _call(self, feed: np.ndarray) -> list[np.ndarray]:
         """The graph's outputs."""
         with self._locked():
-            least, *_ = self.engine.profiles[self._profile(feed.shape)].batch
-            feed = filled(feed, least)
-            context = self._context(feed.shape)
+            profile = self._profile(len(feed), *self.graph_io.size(feed.shape))
+            feed = filled(feed, self.engine.profiles[profile].batch[0])
+            context = self._context(profile, feed.shape)
             self._input.upload(feed, self._stream)
             self._launch(context, self._stream)
             answers = [self._output.download(feed.shape, feed.dtype, self._stream)]
@@ -299,13 +303,12 @@ class TrtSession:
         resources.callback(_save_cache, cache, path, known)
         return config
 
-    def _context(self, shape: tuple[int, ...], callers: bool = False) -> _Context:
+    def _context(self, profile: int, shape: tuple[int, ...], callers: bool = False) -> _Context:
         """What runs inputs of this shape, in the session's own memory or in that of its callers."""
-        return self._contexts.get(shape, callers) or self._prepare(shape, callers)
+        return self._contexts.get(shape, callers) or self._prepare(profile, shape, callers)
 
-    def _profile(self, shape: tuple[int, ...]) -> int:
-        """Index of the profile for inputs of this shape."""
-        images, (H, W) = shape[0], self.graph_io.size(shape)
+    def _profile(self, images: int, H: int, W: int) -> int:
+        """Index of the profile for so many images of this size."""
         profile = self.engine.profile_for(H, W, images)
         if profile is None:
             ranges = " or ".join(map(str, self.engine.profiles))
@@ -316,8 +319,7 @@ class TrtSession:
             )
         return profile
 
-    def _prepare(self, shape: tuple[int, ...], callers: bool) -> _Context:
-        profile = self._profile(shape)
+    def _prepare(self, profile: int, shape: tuple[int, ...], callers: bool) -> _Context:
         context = self._cuda_engine.create_execution_context(self._config)
         if (
             context is None

@@ -395,3 +395,18 @@ def test_torch_on_a_gpu(tmp_path, on_default_stream):
             assert finite.isnan().all()
     with pytest.raises(InvalidImage, match="on the host"):
         tensors.enqueue(source.cpu(), target)
+
+
+def test_several_images_at_once(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 16, 3), dtype=np.uint8)
+    output, finite = np.empty_like(images), np.full(3, np.nan, np.float32)
+    some = OrtSession(write_network(tmp_path / "any.onnx", 0.5, UINT8, shape=("B", "H", "W", 3), finite=True), "cpu")
+    some.enqueue(images, output, finite=finite)
+    np.testing.assert_array_equal(output, images // 2)
+    assert np.isfinite(finite).all()
+    with pytest.raises(InvalidImage, match=r"`finite`: expected .*\(3,\)"):
+        some.enqueue(images, output, finite=finite[:1])
+    two = OrtSession(write_network(tmp_path / "two.onnx", 0.5, UINT8, shape=(2, "H", "W", 3)), "cpu")
+    with pytest.raises(InvalidImage, match=r"`input`: expected .*\(2, H, W, 3\)"):
+        two.enqueue(images, output)
+    two.enqueue(images[:2], output[:2])
