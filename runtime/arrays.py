@@ -137,13 +137,13 @@ def read(name: str, array: Any, stream: int = 0) -> Array:
 
 def _from_dlpack(array: Any, stream: int) -> Array:
     kind, _ = array.__dlpack_device__()
+    if kind not in (HOST, CUDA, CUDA_HOST, CUDA_MANAGED):
+        raise ValueError(f"memory of the host or of CUDA is expected, not of DLPack's kind {kind}")
     on_gpu = kind in (CUDA, CUDA_MANAGED)
     capsule = array.__dlpack__(stream=stream or 1) if on_gpu else array.__dlpack__()  # 1: the default stream, CUDA's 0
     get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
     get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
     tensor = DLTensor.from_address(get_pointer(capsule, b"dltensor"))  # it goes with the capsule, which stays unused
-    if kind not in (HOST, CUDA, CUDA_HOST, CUDA_MANAGED):
-        raise ValueError(f"memory of the host or of CUDA is expected, not of DLPack's kind {kind}")
     lanes = f"x{tensor.lanes}" if tensor.lanes != 1 else ""
     return Array(
         (tensor.data or 0) + tensor.offset,

@@ -43,18 +43,22 @@ def wait_for_stream(index: int, stream: int) -> None:
     """Wait until a GPU, by CUDA's number, has done what is on a stream of it, whichever is the calling thread's current
     one. Raises DeviceError."""
     driver, device, context = _cuda_driver(), ctypes.c_int(), ctypes.c_void_p()
-    code = (
-        driver.cuInit(0)
-        or driver.cuDeviceGet(ctypes.byref(device), index)
-        or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)  # that of CUDA's runtime
-        or driver.cuCtxPushCurrent_v2(context)
-        or driver.cuStreamSynchronize(ctypes.c_void_p(stream))
-    )
-    if context:
-        driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+    def check(code: int) -> None:
+        if code:
+            raise DeviceError(f"CUDA failed with {code} where it had to wait for stream {stream} of GPU {index}")
+
+    check(driver.cuInit(0))
+    check(driver.cuDeviceGet(ctypes.byref(device), index))
+    check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))  # that of CUDA's runtime
+    try:
+        check(driver.cuCtxPushCurrent_v2(context))
+        try:
+            check(driver.cuStreamSynchronize(ctypes.c_void_p(stream)))
+        finally:
+            driver.cuCtxPopCurrent_v2(ctypes.byref(context))
+    finally:
         driver.cuDevicePrimaryCtxRelease_v2(device)
-    if code:
-        raise DeviceError(f"CUDA failed with {code} where it had to wait for stream {stream} of GPU {index}")
 
 
 def _cuda_driver() -> ctypes.CDLL:
