@@ -211,6 +211,6 @@ def time_in_turn(reference: Observed, candidate: Observed, on_progress: OnProgre
     calls = [partial(Derainer(observed.session), image) for observed in both]
     taken = 1000 * alternate(calls, TIMED_SECONDS, TIMED_ROUNDS, on_progress)
     places = [observed.description.partition(",")[0] for observed in both]
-    medians = np.median(taken, axis=1).tolist()
-    ratio = np.median(taken[1] / taken[0]).item()
-    return Timing((height, width), taken.shape[1], places[0], places[1], medians[0], medians[1], ratio)
+    first, second = np.median(taken, axis=1).round(3).tolist()
+    ratio = round(np.median(taken[1] / taken[0]).item(), 4)
+    return Timing((height, width), taken.shape[1], places[0], places[1], first, second, ratio)

@@ -259,8 +259,6 @@ def _check(candidate: Path, options: ValidateOptions) -> None:
     """Raise InputError, before the work, for options that cannot be used."""
     if options.report_file:
         import export.report  # noqa: F401 - so that a package that it lacks is told
-
-        expect_writable(options.report_file.parent)
     if options.limit is not None:
         expect_between("limit", options.limit, 1)
     if options.sign and not options.record:
@@ -275,6 +273,8 @@ def _check(candidate: Path, options: ValidateOptions) -> None:
         load_to_change(candidate, options.sign)
         if options.sign:
             private_key(options.sign)
+    if options.report_file:
+        expect_writable(options.report_file.parent)
 
 
 def model_of(candidate: Path) -> Path:
