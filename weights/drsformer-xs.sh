@@ -7,8 +7,8 @@
 # some more on a CPU. The logs of the run that made the shipped file are beside this script. That run scored itself on
 # the first 6 pairs of each val folder in the first stage and not at all in the next two, put no drawn streaks on
 # photographs before the third stage, and in the first cut rendered rain off at a mean brightness of 72 instead of 90.
-# In all of it a quarter of the rendered layers was turned and none scaled, none was drawn densely, and compressed
-# patches went through JPEG only.
+# No more than a quarter of the rendered layers was turned, none was scaled or drawn densely, and compressed patches went
+# through JPEG only.
 set -euo pipefail
 data=$1 runs=$2
 common=(
