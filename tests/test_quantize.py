@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
-from compress.int8 import Feeds, Mixtures, cpu_kernels
+from compress.int8 import Feeds, Mixtures, Samples, best_scale, cpu_kernels
 from compress.quantize import Quantised, QuantizeOptions, quantize
 from compress.quantize import run as command_line
 from drsformer import checkpoint
@@ -170,6 +170,46 @@ def test_concatenations_are_bounded_by_what_int8_can_hold_before_they_are_rounde
     for node, maker in bounds:
         assert makers[maker.input[0]].op_type == "Concat"
         assert values[maker.input[1]] == -128 * values[node.input[1]]
+
+
+def test_scales_clip_what_is_rare_and_nothing_else():
+    largest = np.asarray(8 / 127, np.float32)
+    even = np.linspace(-8, 8, 10000, dtype=np.float32)
+    assert best_scale(even, largest) == largest
+    rare = np.append(np.random.default_rng(0).normal(size=10**6), 8).astype(np.float32)
+    scale = best_scale(rare, largest)
+    lost, before = (
+        np.square(step * np.clip(np.rint(rare / step), -128, 127) - rare).mean() for step in (scale, largest)
+    )
+    assert lost < before / 2
+    assert best_scale(np.zeros(10, np.float32), largest) == largest
+
+
+def test_samples_are_few_and_of_all_images_alike(folder, monkeypatch):
+    monkeypatch.setattr("compress.int8.SAMPLES", 100)
+    images = [np.full((40, 48, 3), i, np.uint8) for i in range(1, 6)]
+    feeds = Feeds(OrtSession(folder / "model.onnx", "cpu"), images)
+    samples = Samples(onnx.load(folder / "model.onnx"), ["input"], feeds)
+    while samples.get_next() is not None:
+        assert len(samples.values["input"]) <= 100
+    _, counts = np.unique(samples.values["input"], return_counts=True)
+    assert len(counts) == len(images)
+    assert counts.max() <= counts.min() + 1
+
+
+def test_activations_have_scales_that_lose_less_than_those_of_extremes(folder, mixtures, monkeypatch):
+    monkeypatch.setattr("compress.int8.CLIPPING", np.ones(1))
+    images = [np.random.default_rng(i).integers(0, 256, (H, W, 3), dtype=np.uint8) for i, (H, W) in enumerate(SIZES)]
+    model, session = onnx.load(folder / "model.onnx"), OrtSession(folder / "model.onnx", "cpu")
+    extremes = Mixtures(model, Feeds(session, images))
+    tight, wide = (
+        {node.input[0]: values[node.input[1]] for node in graph.node if node.op_type == "QuantizeLinear"}
+        for graph in (each.mixed(list(each.groups)).graph for each in (mixtures, extremes))
+        for values in [{tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}]
+    )
+    assert tight.keys() == wide.keys()
+    assert all(tight[tensor] <= wide[tensor] for tensor in wide)
+    assert any(tight[tensor] < 0.9 * wide[tensor] for tensor in wide)
 
 
 def test_openvino_rounds_as_onnx_runtime_does(folder, mixtures, tmp_path):
