@@ -35,7 +35,8 @@ shipped one 1.8 to 2.1 kB from 256x256 to 640x640."""
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a process takes at most, in bytes: `fixed` with the network loaded, `per_pixel` of its input besides."""
+    """What a process takes at most, in bytes: `fixed` with the network loaded, `per_pixel` of its input besides, of all
+    images of a batch."""
 
     fixed: int
     per_pixel: float

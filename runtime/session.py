@@ -161,8 +161,8 @@ class Derainer:
 
         Those that are equally large once they are padded go through the network together, `batch_size` at once; those
         that need tiles go one by one, and so do those whose batch exhausts the memory. Where a graph takes one at a
-        time, all go one by one. In ONNX Runtime on the CPU the answers are those of calls to the byte; other engines
-        may take other kernels for a batch, which round otherwise.
+        time, all go one by one, and the answers are those of calls to the byte. An engine may work on a batch in other
+        blocks, which round otherwise: ONNX Runtime on the CPU differed by a level of 255 in a few pixels.
 
         Raises:
             InvalidImage: For any other array, before one is restored.

@@ -173,7 +173,7 @@ def any_batch(everything, tmp_path_factory) -> Exported:
 
 
 def test_a_batch_is_answered_as_its_images_one_by_one(everything, any_batch):
-    """To the byte; and as by the graph that takes one at a time."""
+    """At this size to the byte; and as by the graph that takes one at a time."""
     of_one, of_any = OrtSession(everything[1].output, "cpu"), OrtSession(any_batch.output, "cpu")
     assert (of_one.graph_io.batch, of_any.graph_io.batch) == (1, ANY)
     assert of_any.input.shape == of_any.output.shape == (ANY, 3, ANY, ANY)
