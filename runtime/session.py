@@ -380,6 +380,8 @@ def _ways(
         ways.append(("its engine", lambda: open_engine(bundle, device)))
     if provider == "auto":
         names = [name for name in ("cuda", "cpu") if name in installed()]
+        if device and (ways or len(names) > 1):
+            names.remove("cpu")  # a GPU was asked for, and what is tried before says what it lacks
     else:
         names = [] if provider == "tensorrt" else [provider]
     for name in names:

@@ -239,7 +239,7 @@ def test_installed_package_is_derainer_and_nothing_else(on_fakes):
     assert set(re.findall(r"derainer::\w+|nlohmann", without_parameters)) == {
         f"derainer::{name}" for name in ("Derainer", *errors)
     }
-    functions = ("open", "restore", "provider", "fallback_reason", "close", "error", "version")
+    functions = ("open", "restore", "restore_batch", "provider", "fallback_reason", "close", "error", "version")
     assert set(re.findall(r" T (derainer_\w+)", symbols)) == {f"derainer_{name}" for name in functions}
 
 
