@@ -34,7 +34,7 @@ floors-test: $(FLOORS)/installed
 
 $(FLOORS)/installed: runtime/pyproject.toml constraints-floors.txt
 	$(PYTHON) -m venv $(FLOORS)
-	$(FLOORS)/bin/pip install --quiet --constraint constraints-floors.txt --editable './runtime[cli,sign,video]' \
+	$(FLOORS)/bin/pip install --quiet --constraint constraints-floors.txt --editable './runtime[cli,report,sign,video]' \
 		pytest hypothesis onnx
 	touch $@
 
