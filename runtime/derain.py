@@ -270,10 +270,6 @@ class _Job:
     milliseconds: float = 0.0
     tiles: int = 1
 
-    def done(self, rgb: NDArray[np.uint8], milliseconds: float, tiles: int = 1) -> _Job:
-        assert isinstance(self.photo, Photo)
-        return replace(self, restored=replace(self.photo, rgb=rgb), milliseconds=milliseconds, tiles=tiles)
-
 
 def _restore(
     derainer: Derainer, files: list[tuple[Path, Path]], on_progress: OnProgress, gallery: Gallery | None = None
@@ -302,7 +298,7 @@ def _restore(
                 restored = iter(derainer.run_batch(images))
                 milliseconds = 1000 * (time.perf_counter() - started) / len(images)
                 return [
-                    job if isinstance(job.photo, DerainError) else job.done(next(restored), milliseconds)
+                    job if isinstance(job.photo, DerainError) else done(job, next(restored), milliseconds)
                     for job in jobs
                 ]
         return [restore(job) for job in jobs]
@@ -326,7 +322,13 @@ def _restore(
         except MemoryError:
             told = f"{job.source}: not enough memory; cut it into tiles by --memory or --tile"
             return replace(job, photo=OutOfMemory(told))
-        return job.done(restored, 1000 * (time.perf_counter() - started), tiles)
+        return done(job, restored, 1000 * (time.perf_counter() - started), tiles)
+
+    def done(job: _Job, rgb: NDArray[np.uint8], milliseconds: float, tiles: int = 1) -> _Job:
+        assert isinstance(job.photo, Photo)
+        restored = replace(job.photo, rgb=rgb)
+        rainy = job.photo if gallery else restored  # the pixels of a photo that nobody asks for are let go
+        return replace(job, photo=rainy, restored=restored, milliseconds=milliseconds, tiles=tiles)
 
     def write(jobs: list[_Job]) -> None:
         nonlocal tiled
