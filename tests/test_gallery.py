@@ -20,7 +20,7 @@ from runtime.cli import EXTRAS
 from runtime.derain import DerainOptions, derain
 from runtime.errors import InputError
 from runtime.gallery import PICTURES_SHOWN, THUMBNAILS_SHOWN, Gallery
-from tests.support.browser import needs_chromium, opened
+from tests.support.browser import at_any_width, expect_fit, needs_chromium, opened
 from tests.support.commands import command
 from tests.support.images import noise, random_image, save
 from tests.support.onnx_files import write_network
@@ -156,11 +156,9 @@ def test_the_csv_has_every_image(page):
 
 
 @needs_chromium
-@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (400, "dark")])
-def test_the_page_fits_any_width(page, width, scheme):
-    page.set_viewport_size({"width": width, "height": 900})
-    page.emulate_media(color_scheme=scheme)
-    assert page.evaluate("document.documentElement.scrollWidth") == width
+@at_any_width
+def test_the_page_fits_any_width_and_follows_the_readers_colours(page, width, scheme):
+    expect_fit(page, width, scheme)
 
 
 def test_one_image_by_the_command(network, photos, tmp_path, monkeypatch, capsys):

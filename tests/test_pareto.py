@@ -10,7 +10,7 @@ from urllib.request import urlopen
 import pytest
 
 from compress.pareto import Candidate, front, render
-from tests.support.browser import needs_chromium, opened
+from tests.support.browser import at_any_width, expect_fit, needs_chromium, opened
 
 FACTS = {"pairs": "light/val: 2, <b>heavy</b>: 3"}
 
@@ -109,8 +109,6 @@ def test_the_table_sorts_and_its_csv_has_every_network(page):
 
 
 @needs_chromium
-@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (400, "dark")])
-def test_the_page_fits_any_width(page, width, scheme):
-    page.set_viewport_size({"width": width, "height": 900})
-    page.emulate_media(color_scheme=scheme)
-    assert page.evaluate("document.documentElement.scrollWidth") == width
+@at_any_width
+def test_the_page_fits_any_width_and_follows_the_readers_colours(page, width, scheme):
+    expect_fit(page, width, scheme)

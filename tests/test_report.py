@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import re
 from collections.abc import Iterator
 from urllib.request import urlopen
 
@@ -15,7 +14,7 @@ import pytest
 from export.comparison import Comparison, Extent, Validation
 from export.report import render
 from export.validate import _picture
-from tests.support.browser import needs_chromium, opened
+from tests.support.browser import at_any_width, expect_fit, needs_chromium, opened
 from tests.support.images import random_image
 
 pytestmark = needs_chromium
@@ -137,13 +136,9 @@ def test_the_csv_has_every_image(page):
     assert [float(line[header.index("drop_db")]) for line in lines] == [1.625, 0.25, 0, -0.125]
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (400, "dark")])
+@at_any_width
 def test_the_page_fits_any_width_and_follows_the_readers_colours(page, width, scheme):
-    page.set_viewport_size({"width": width, "height": 900})
-    page.emulate_media(color_scheme=scheme)
-    assert page.evaluate("document.documentElement.scrollWidth") == width
-    ink = [int(part) for part in re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).color"))]
-    assert (max(ink) < 80) == (scheme == "light")
+    expect_fit(page, width, scheme)
 
 
 def test_distribution_has_every_image_and_the_percentiles(page):

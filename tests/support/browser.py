@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,18 @@ FLAGS = [
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None and "CI" not in os.environ, reason="no Chromium; apt install chromium"
 )
+
+at_any_width = pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (400, "dark")])
+
+
+def expect_fit(page: Any, width: int, scheme: str) -> None:
+    """Fail unless a page is no wider than its window, and its text is dark where the reader wants light pages, else
+    light."""
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    ink = [int(part) for part in re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).color"))]
+    assert (max(ink) < 80) == (scheme == "light")
 
 
 @contextmanager
