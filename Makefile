@@ -51,8 +51,9 @@ $(SERVE)/installed: pyproject.toml runtime/pyproject.toml constraints-serve.txt
 		nvidia-pytriton
 	touch $@
 
-serve-test: $(SERVE)/installed
-	$(SERVE)/bin/python -m tests.serve
+serve-test: $(SERVE)/installed .venv/installed
+	$(BIN)/python -m export.onnx --weights weights/drsformer-xs.safetensors --output $(DEMO)/several.onnx --batch any
+	$(SERVE)/bin/python -m tests.serve --several $(DEMO)/several.onnx
 
 clean:
 	rm -rf .venv $(FLOORS) $(SERVE) $(DEMO) runtime/build
