@@ -103,6 +103,7 @@ class BenchOptions:
         size: Heights and widths of the images, each as HxW.
         provider: Where both run, see runtime.derain.
         threads: CPU threads of each; 0 is one for each core.
+        device: CUDA's number of the GPU; the first one if not given.
         seconds: How long to time at one size; at least 11 rounds are run.
         rounds: How many rounds to run at one size, in place of seconds.
 
@@ -115,6 +116,7 @@ class BenchOptions:
     size: tuple[Annotated[Size, hxw("size")], ...] = ((256, 256),)
     provider: Provider = "auto"
     threads: int = 0
+    device: int | None = None
     seconds: float = 10.0
     rounds: int | None = None
 
@@ -135,14 +137,15 @@ def bench(options: BenchOptions = BenchOptions(), on_progress: OnProgress = sile
         InputError: A network cannot be loaded or fails.
     """
     model, vs, provider, threads = options.model, options.vs, options.provider, options.threads
+    device = options.device
     facts = machine()
     models = [model] if vs is None else [model, vs]
-    sessions = [open_session(path, provider, threads) for path in models]
+    sessions = [open_session(path, provider, threads, device=device) for path in models]
     derainers = [Derainer(session) for session in sessions]
     timings, ratios = [], []
     for done, (height, width) in enumerate(options.size):
         on_progress("Sizes", done, len(options.size))
-        peaks = [alone(peak_memory, path, provider, threads, height, width) for path in models]
+        peaks = [alone(peak_memory, path, provider, threads, height, width, device) for path in models]
         calls = [functools.partial(derain, noise(height, width)) for derain in derainers]
         seconds = 0 if options.rounds else options.seconds
         taken = alternate(calls, seconds, options.rounds or MIN_ROUNDS, on_progress)
@@ -171,11 +174,11 @@ def bench(options: BenchOptions = BenchOptions(), on_progress: OnProgress = sile
 
 
 def peak_memory(
-    model: Path | None, provider: Provider, threads: int, height: int, width: int
+    model: Path | None, provider: Provider, threads: int, height: int, width: int, device: int | None = None
 ) -> tuple[int | None, int | None]:
     """Peak memory of this process in MiB, before it loads a network and after that has restored an image twice."""
     idle = peak_mib()
-    derain = Derainer(open_session(model, provider, threads))
+    derain = Derainer(open_session(model, provider, threads, device=device))
     for _ in range(2):
         derain(noise(height, width))
     return idle, peak_mib()

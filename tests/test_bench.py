@@ -140,6 +140,11 @@ def test_rounds_are_as_many_as_asked_for():
         BenchOptions(rounds=0)
 
 
+def test_gpu_where_the_cpu_runs_is_refused():
+    with pytest.raises(InputError, match="device"):
+        bench.bench(BenchOptions(size=((16, 16),), provider="cpu", device=1))
+
+
 @pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
 def test_seconds_that_are_none(seconds):
     with pytest.raises(InputError, match="0 to 3600"):
