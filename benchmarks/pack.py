@@ -5,13 +5,14 @@
 
 What comes out has the folders that went in, so training and evaluation read it as they read the original: pairs under
 NAME/train and NAME/val for every NAME, and the images of `clean` and `streaks`. Small enough to carry to a machine
-without a network: a pair is stored as its background and the grey layer of rain that was added to it.
+without a network: a pair is stored as its background and the grey layer of rain that was added to it, or where its rain
+is no such layer, as in Rain800, as its two images.
 
 Validation pairs come back bit for bit. Of the rest something is given up: backgrounds of training pairs are WebP in
-quality 92, their layers are rounded down to multiples of 4 (input and target still differ by exactly that layer), and
-of the streak images every tenth is kept, in quality 80. Photographs in `clean` keep their bytes, and a training
-background that is one of them is stored once. The same data gives the same file, byte for byte, with the same
-version of Pillow.
+quality 92, their layers are rounded down to multiples of 4 (input and target still differ by exactly that layer); where
+there are two images, both are in quality 85; and of the streak images every tenth is kept, in quality 80. Photographs
+in `clean` keep their bytes, and a training background that is one of them is stored once. The same data gives the same
+file, byte for byte, with the same version of Pillow.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from runtime.files import writing
 DATA = Path(os.environ.get("DRSFORMER_DATA", "../shared/data"))
 """What is packed if nothing is named."""
 
-FORMAT = 1
+FORMAT = 2
 """Version of the manifest."""
 
 MANIFEST = "manifest.json"
@@ -52,6 +53,7 @@ LAYER_STEP = 4
 
 LOSSLESS: dict[str, Any] = dict(lossless=True, quality=75, method=4)
 BACKGROUND: dict[str, Any] = dict(quality=92, method=6)
+BOTH: dict[str, Any] = dict(quality=85, method=6)
 STREAKS: dict[str, Any] = dict(quality=80, method=6)
 """Options of Pillow's WebP encoder."""
 
@@ -110,15 +112,19 @@ def unpack(file: Path, output: Path) -> dict[str, Any]:
             if _sha256(content) != manifest["files"][name]["sha256"]:
                 raise InputError(f"{file}: {name} is damaged; pack the data again")
         for parts in manifest["pairs"].values():
-            if not files.keys() >= {parts["target"], parts["layer"], parts.get("input", parts["target"])}:
+            if not files.keys() >= {parts["target"], parts["input"] if "input" in parts else parts["layer"]}:
                 raise InputError(f"{file}: expected all parts of its pairs, found some missing; pack the data again")
     except (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: expected a pack made by benchmarks.pack, found something else ({error})") from None
     with progress() as bar:
         for place, parts in bar.track(manifest["pairs"].items(), description="Unpacking"):
             folder, _, name = place.rpartition("/")
-            target, layer = (_decode(files[parts[key]]) for key in ("target", "layer"))
-            rainy = _decode(files[parts["input"]]) if "input" in parts else add_rain(target, _layer(layer, parts))
+            target = _decode(files[parts["target"]])
+            if "input" in parts:
+                rainy = _decode(files[parts["input"]])
+            else:
+                layer = _decode(files[parts["layer"]])[..., 0].astype(np.float32)
+                rainy = add_rain(target, layer * parts["step"])
             for kind, image in (("input", rainy), ("target", target)):
                 with writing(output / folder / kind / f"{name}.png") as temporary:
                     Image.fromarray(image).save(temporary, compress_level=1)
@@ -135,25 +141,22 @@ def _pack_pair(
     """What the manifest says of a pair, and the files that this adds to the pack."""
     rainy, clean = pair.load()
     layer = rain_of_pair(rainy, clean)
-    parts: dict[str, Any] = {"target": f"{place}.target.webp", "layer": f"{place}.layer.png"}
-    known = photographs.get(_sha256(clean.tobytes()))
-    if exact:
-        files = {parts["target"]: _webp(clean, LOSSLESS), parts["layer"]: _png(layer)}
-        if not np.array_equal(add_rain(clean, layer.astype(np.float32)), rainy):  # not one grey layer
-            parts["input"] = f"{place}.input.webp"
-            files[parts["input"]] = _webp(rainy, LOSSLESS)
-        return parts, files
-    parts["step"] = LAYER_STEP
-    files = {parts["layer"]: _png(layer // LAYER_STEP)}
-    if known:
+    files: dict[str, bytes] = {}
+    parts: dict[str, Any] = {}
+    if np.array_equal(add_rain(clean, layer.astype(np.float32)), rainy):
+        parts |= {"layer": f"{place}.layer.png", "step": 1 if exact else LAYER_STEP}
+        files[parts["layer"]] = _png(layer // parts["step"])
+        webp = LOSSLESS if exact else BACKGROUND
+    else:
+        webp = LOSSLESS if exact else BOTH
+        parts["input"] = f"{place}.input.webp"
+        files[parts["input"]] = _webp(rainy, webp)
+    if not exact and (known := photographs.get(_sha256(clean.tobytes()))):
         parts["target"] = f"clean/{known}"
     else:
-        files[parts["target"]] = _webp(clean, BACKGROUND)
+        parts["target"] = f"{place}.target.webp"
+        files[parts["target"]] = _webp(clean, webp)
     return parts, files
-
-
-def _layer(stored: NDArray[np.uint8], parts: dict[str, Any]) -> NDArray[np.float32]:
-    return stored[..., 0].astype(np.float32) * parts.get("step", 1)
 
 
 def _chosen(folder: Path) -> list[Path]:

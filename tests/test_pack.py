@@ -58,6 +58,20 @@ def test_the_same_folders_come_out(data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out/clean/2.jpg").read_bytes() == (data / "clean/2.jpg").read_bytes()
 
 
+def test_rain_that_is_no_grey_layer_comes_back_as_it_was(tmp_path: Path) -> None:
+    """Contrast that moves with the rain, as in Rain800: no layer that is added to the target could tell it."""
+    rows, columns = np.mgrid[:64, :96]
+    clean = np.stack([columns * 2, rows * 3, columns + rows], axis=2).astype(np.uint8)
+    rainy = (0.6 * clean + 60).astype(np.uint8)
+    save(tmp_path / "data/slanted/train/target/0.png", clean)
+    save(tmp_path / "data/slanted/train/input/0.png", rainy)
+    pack(tmp_path / "data", tmp_path / "pack.zip")
+    unpack(tmp_path / "pack.zip", tmp_path / "out")
+    (pair,) = find_pairs(tmp_path / "out/slanted/train")
+    for image, restored in zip((rainy, clean), pair.load(), strict=True):
+        assert np.abs(image.astype(int) - restored).mean() < 3
+
+
 def test_the_same_data_gives_the_same_bytes(data: Path, tmp_path: Path) -> None:
     for name in ("a.zip", "b.zip"):
         pack(data, tmp_path / name)
@@ -79,9 +93,10 @@ def test_a_pack_that_was_changed_is_refused(data: Path, tmp_path: Path) -> None:
     [
         {"files": {}},
         [1],
-        {"format": 2, "files": {}, "pairs": {}},
+        {"format": FORMAT - 1, "files": {}, "pairs": {}},
         {"format": FORMAT, "files": [], "pairs": []},
         {"format": FORMAT, "files": {}, "pairs": {"a/train/0": {"target": "x", "layer": "y"}}},
+        {"format": FORMAT, "files": {}, "pairs": {"a/train/0": {"target": "x", "input": "y"}}},
         {"format": FORMAT, "files": {"clean/../../x": {}}, "pairs": {}},
         {"format": FORMAT, "files": {}, "pairs": {"../train/0": {}}},
     ],
