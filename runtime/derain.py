@@ -389,7 +389,7 @@ def _tell_what_is_left_out(folder: Path) -> None:
     videos = [path for path in others if path.suffix.lower() in VIDEOS]
     for reason, paths in (
         ("videos, to be restored one by one", videos),
-        ("no images by their names", [path for path in others if path not in videos]),
+        ("no PNG, JPEG, WebP, BMP or TIFF by their names", [path for path in others if path not in videos]),
     ):
         if paths:
             names = ", ".join(path.name for path in paths[:NAMED])

@@ -102,7 +102,7 @@ def test_broken_images_are_named_and_the_others_done(network, photos, tmp_path, 
     assert sorted(path.name for path in output.iterdir()) == ["a.png", "b.JPG", "c.webp"]
     printed = capsys.readouterr()
     remark, *lines = printed.err.splitlines()
-    assert remark == f"remark: {photos}: left out as no images by their names: notes.txt"
+    assert remark == f"remark: {photos}: left out as no PNG, JPEG, WebP, BMP or TIFF by their names: notes.txt"
     assert len(lines) == 3, printed.err
     for line, name in zip(lines, ("aa.png", "d.jpg", "e.jpg"), strict=True):
         assert line.startswith("error: ")
@@ -163,7 +163,8 @@ def test_what_is_left_out_of_a_folder_is_named(session, photos, tmp_path, caplog
     assert [path.name for path in report.restored] == ["a.png", "b.JPG", "c.webp", "e.jfif"]
     assert caplog.messages == [
         f"{photos}: left out as videos, to be restored one by one: clip.MP4, old.avi",
-        f"{photos}: left out as no images by their names: 0.gif, 1.gif, 2.gif, 3.gif, 4.gif and 2 more",
+        f"{photos}: left out as no PNG, JPEG, WebP, BMP or TIFF by their names: "
+        "0.gif, 1.gif, 2.gif, 3.gif, 4.gif and 2 more",
     ]
 
 

@@ -78,7 +78,10 @@ def rows(page) -> list[list[str]]:
 @needs_chromium
 def test_every_image_is_there_with_what_there_is_to_say_of_it(page, photos):
     assert page.locator("h1").inner_text() == "4 of 5 images restored, 1 not"
-    assert page.locator("header .soft").inner_text() == f"{photos}: left out as no images by their names: notes.txt"
+    assert (
+        page.locator("header .soft").inner_text()
+        == f"{photos}: left out as no PNG, JPEG, WebP, BMP or TIFF by their names: notes.txt"
+    )
     broken, *others = rows(page)
     assert broken[:3] == ["broken.png", "", ""]
     assert broken[3] == "not a PNG, JPEG, WebP, BMP or TIFF image, or cut off at its start"
@@ -172,7 +175,10 @@ def test_one_image_by_the_command(network, photos, tmp_path, monkeypatch, capsys
 
 def test_the_command_tells_in_the_page_what_a_folder_has_besides(network, photos, tmp_path, monkeypatch):
     assert command(monkeypatch, photos, tmp_path / "out", "--model", network, "--report", tmp_path / "out") == 1
-    assert "left out as no images by their names: notes.txt" in (tmp_path / "out" / "report.html").read_text()
+    assert (
+        "left out as no PNG, JPEG, WebP, BMP or TIFF by their names: notes.txt"
+        in (tmp_path / "out" / "report.html").read_text()
+    )
 
 
 def test_the_page_keeps_what_changed_most_and_few_thumbnails(tmp_path):
