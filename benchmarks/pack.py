@@ -53,7 +53,7 @@ LAYER_STEP = 4
 
 LOSSLESS: dict[str, Any] = dict(lossless=True, quality=75, method=4)
 BACKGROUND: dict[str, Any] = dict(quality=92, method=6)
-BOTH: dict[str, Any] = dict(quality=85, method=6)
+IMAGES: dict[str, Any] = dict(quality=85, method=6)
 STREAKS: dict[str, Any] = dict(quality=80, method=6)
 """Options of Pillow's WebP encoder."""
 
@@ -141,14 +141,14 @@ def _pack_pair(
     """What the manifest says of a pair, and the files that this adds to the pack."""
     rainy, clean = pair.load()
     layer = rain_of_pair(rainy, clean)
+    grey = np.array_equal(add_rain(clean, layer.astype(np.float32)), rainy)
+    webp = LOSSLESS if exact else BACKGROUND if grey else IMAGES
     files: dict[str, bytes] = {}
     parts: dict[str, Any] = {}
-    if np.array_equal(add_rain(clean, layer.astype(np.float32)), rainy):
+    if grey:
         parts |= {"layer": f"{place}.layer.png", "step": 1 if exact else LAYER_STEP}
         files[parts["layer"]] = _png(layer // parts["step"])
-        webp = LOSSLESS if exact else BACKGROUND
     else:
-        webp = LOSSLESS if exact else BOTH
         parts["input"] = f"{place}.input.webp"
         files[parts["input"]] = _webp(rainy, webp)
     if not exact and (known := photographs.get(_sha256(clean.tobytes()))):
