@@ -14,9 +14,9 @@ folders and scored on whole images of the val folders. Rows, for each fraction:
     random       its structure from random weights, after as many steps
     trained on   the whole network, after as many steps
 
-Each is scored by the paper's PSNR and SSIM and by the PSNR between its images and those of the whole network, and timed
-in ONNX Runtime in turn with the whole network. OUTPUT/compression-NAME.json, the same as a table in .md and the curves
-in .png are written row by row; the same command goes on where it was stopped.
+Each is exported and run in ONNX Runtime: scored by the paper's PSNR and SSIM and by the PSNR between its images and
+those of the whole network, and timed in turn with that. OUTPUT/compression-NAME.json, the same as a table in .md and
+the curves in .png are written row by row; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ from drsformer.data import Pair, dataset_name, find_pairs
 from drsformer.metrics import psnr, psnr_rgb, ssim
 from drsformer.model import DRSformer
 from drsformer.recipe import Hardware, Recipe, Schedule
-from drsformer.session import TorchSession
 from drsformer.train import training_shown
-from export.folding import fold
 from runtime.cli import main, progress_shown
 from runtime.errors import InputError, expect_between
 from runtime.files import writing
@@ -109,28 +107,30 @@ Images = list[NDArray[np.uint8]]
 
 
 class Judge:
-    """Scores networks beside the whole one, whose images and session are made once."""
+    """Scores networks beside the whole one, which is exported and restores the images once."""
 
     def __init__(self, whole: DRSformer, places: Sequence[Path], limit: int) -> None:
         self.whole = whole
         self.folders = {dataset_name(place): find_pairs(place)[:limit] for place in places}
 
     @functools.cached_property
-    def images(self) -> dict[str, Images]:
-        """What the whole network makes of each folder."""
-        return {name: _restore(self.whole, pairs, name) for name, pairs in self.folders.items()}
-
-    @functools.cached_property
     def session(self) -> OrtSession:
         """The whole network in ONNX Runtime."""
-        return export_session(self.whole, SIZE)
+        return _export(self.whole)
+
+    @functools.cached_property
+    def images(self) -> dict[str, Images]:
+        """What the whole network makes of each folder."""
+        return {name: _restore(self.session, pairs, name) for name, pairs in self.folders.items()}
 
     def score(self, network: DRSformer) -> Row:
         """Size, quality, likeness and time of a network."""
         row: Row = {"M parameters": counts.params(network.config) / 1e6, "GMAC": counts.macs(network.config) / 1e9}
+        session = self.session if network is self.whole else _export(network)
         likeness = []
         for name, pairs in self.folders.items():
-            whole, restored = self.images[name], _restore(network, pairs, name)
+            whole = self.images[name]
+            restored = whole if network is self.whole else _restore(session, pairs, name)
             clean = [pair.load()[1] for pair in pairs]
             mean = float(np.mean([psnr(*each) for each in zip(restored, clean, strict=True)]))
             before = float(np.mean([psnr(*each) for each in zip(whole, clean, strict=True)]))
@@ -141,13 +141,18 @@ class Judge:
             likeness += [psnr_rgb(*each) for each in zip(restored, whole, strict=True)]
         if network is not self.whole:
             row |= {"to whole, mean": round(float(np.mean(likeness)), 2), "worst": round(min(likeness), 2)}
-            whole, own = time_sessions([self.session, export_session(network, SIZE)], SIZE)
+            whole, own = time_sessions([self.session, session], SIZE)
             row |= {"ms": round(own.ms, 1), "whole ms": round(whole.ms, 1), "time": round(own.ms / whole.ms, 3)}
         return row
 
 
-def _restore(network: DRSformer, pairs: Sequence[Pair], name: str) -> Images:
-    derain = Derainer(TorchSession(fold(network)))
+def _export(network: DRSformer) -> OrtSession:
+    with progress_shown() as on_progress:
+        return export_session(network, None, on_progress)
+
+
+def _restore(session: OrtSession, pairs: Sequence[Pair], name: str) -> Images:
+    derain = Derainer(session)
     with progress_shown() as on_progress:
         return [derain(pair.load()[0]) for pair in track(pairs, len(pairs), f"Restoring {name}", on_progress)]
 

@@ -49,8 +49,8 @@ class Latency:
         return f"{self.ms:.1f} ms (quartiles {self.low:.1f} to {self.high:.1f}, {self.runs} runs)"
 
 
-def export_session(network: DRSformer, size: Size, on_progress: OnProgress = silent) -> OrtSession:
-    """The network as `export.onnx` exports it, for images of this size, in ONNX Runtime on the CPU."""
+def export_session(network: DRSformer, size: Size | None, on_progress: OnProgress = silent) -> OrtSession:
+    """The network as `export.onnx` exports it, for images of this size or of any, in ONNX Runtime on the CPU."""
     on_progress("Exporting", 0, 1)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "network.onnx"
