@@ -129,7 +129,7 @@ class Candidates:
         }
 
     def _keep(self, kind: str, file: str | None, measure: Callable[[], dict[str, Any]]) -> Candidate:
-        measured = self.cache.json(f"candidate{len(self.rows)}", measure)
+        measured = self.cache.json(f"{kind}{len(self.rows)}", measure)
         whole = self.rows[0].psnr if self.rows else measured["psnr"]
         drop = max(whole[folder] - psnr for folder, psnr in measured["psnr"].items())
         candidate = Candidate(kind, file, **measured, drop_db=drop)

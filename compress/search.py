@@ -7,10 +7,11 @@
     python -m compress.search --weights W --data DIR --max-drop-db 0.2 --macs 0.5 --quantize --output bundle
 
 First each kind of pruning group is pruned by itself; a kind whose loss makes the exported graph no faster is left alone
-(`compress.prune --sensitivity`). Then, step by step, a fraction of what the network still costs is pruned, and what is
-left is distilled against the whole network (`compress.distill`). That ends when --macs or --latency is reached, or at
-the first network that loses more than the budget after distillation; the one before it is taken. It is exported,
-quantised if that is asked for and pays, and proved in its bundle against the whole network (`export.validate`).
+(`compress.prune --sensitivity`). Then, step by step, a fraction of what the network still costs is pruned
+(`compress.prune`, which repairs what is left), and a network that is outside the budget is distilled against the whole
+one (`compress.distill`). That ends when --macs or --latency is reached, or at the first network that is still outside
+after distillation; the one before it is taken, and distilled if it has not been. It is exported, quantised if that is
+asked for and pays, and proved in its bundle against the whole network (`export.validate`).
 
 The drop is the PSNR of the whole network minus that of the candidate, the mean over the images of a folder, and the
 budget holds in every folder of --validate. Latency is that of the exported graph in ONNX Runtime on the CPU, timed in
@@ -62,6 +63,9 @@ logger = logging.getLogger("compress.search")  # also where this file is the com
 
 SAMPLES = 16
 """Patches that importance is measured on."""
+
+PRUNED_FILE = "pruned.safetensors"
+"""The pruned network of a step, in the folder of that."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +224,9 @@ def search(
             "try more `iterations`, a larger `step` or a larger budget; all networks are in "
             f"{work}, see {TABLE_FILE} and {PAGE_FILE} there"
         )
+    if best.kind == "pruned":
+        best = min(_distilled(candidates, best, data, options, on_progress), best, key=lambda each: each.drop_db)
+    assert best.file
     found, model = work / best.file, work / "model.onnx"
     if not model.exists():
         export(found, model, on_progress=on_progress)
@@ -277,8 +284,8 @@ def _descend(
     scope: tuple[Kind, ...],
     on_progress: OnProgress,
 ) -> tuple[Candidate, str | None]:
-    """Prune and distil, step by step, until the target is reached: the last network within the budget, and why the
-    steps ended if not for the target."""
+    """Prune step by step, and distil where that leaves the budget, until the target is reached: the last network within
+    the budget, and why the steps ended if not for the target."""
     from compress.selection import TOLERANCE
 
     name, goal = options.target
@@ -301,11 +308,34 @@ def _descend(
             before = candidates.work / best.file if best.file else candidates.weights
             prune(before, data, path, how, on_progress)
 
+    number = 1
+    while True:
+        if best.file and goal and getattr(best, name) <= goal * (1 + TOLERANCE):
+            return best, None
+        try:
+            found = candidates.add("pruned", f"step{number}/{PRUNED_FILE}", thin)
+        except GateError as error:
+            return best, f"nothing more can be removed ({error})"
+        if found.macs >= best.macs:
+            return best, "nothing more can be removed"
+        if found.drop_db > options.max_drop_db:
+            found = _distilled(candidates, found, data, options, on_progress)
+        if found.drop_db > options.max_drop_db:
+            return best, f"the next step, {found}, is outside it, {candidates.excess(found)}"
+        best, number = found, number + 1
+
+
+def _distilled(
+    candidates: Candidates, pruned: Candidate, data: Sequence[Path], options: SearchOptions, on_progress: OnProgress
+) -> Candidate:
+    """A pruned candidate, distilled against the whole network."""
+    assert pruned.file
+
     def teach(path: Path) -> None:
         how = DistillOptions(
             path.parent,
             candidates.weights,
-            str(path.with_name("pruned.safetensors")),
+            str(path.with_name(PRUNED_FILE)),
             [*data],
             data_options=DataOptions(protocol=options.protocol),
             recipe=options.recipe,
@@ -314,20 +344,8 @@ def _descend(
         )
         distill(how, on_progress)
 
-    number = 1
-    while True:
-        if best.file and goal and getattr(best, name) <= goal * (1 + TOLERANCE):
-            return best, None
-        try:
-            pruned = candidates.add("pruned", f"step{number}/pruned.safetensors", thin)
-        except GateError as error:
-            return best, f"nothing more can be removed ({error})"
-        if pruned.macs >= best.macs:
-            return best, "nothing more can be removed"
-        distilled = candidates.add("distilled", f"step{number}/last.safetensors", teach, like=pruned)
-        if distilled.drop_db > options.max_drop_db:
-            return best, f"the next step, {distilled}, is outside it, {candidates.excess(distilled)}"
-        best, number = distilled, number + 1
+    file = Path(pruned.file).with_name("last.safetensors").as_posix()
+    return candidates.add("distilled", file, teach, like=pruned)
 
 
 def _quantized(
