@@ -25,7 +25,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import torch
@@ -52,7 +52,10 @@ from runtime.ort import OrtSession
 from runtime.progress import track
 from runtime.session import Derainer
 
-PRUNED = {
+Kind = Literal["taylor", "pruned", "recovered", "distilled", "random", "trained on"]
+"""The rows, see above."""
+
+PRUNED: dict[Kind, PruneOptions] = {
     "taylor": PruneOptions(importance="taylor", recover=False),
     "pruned": PruneOptions(recover=False),
     "recovered": PruneOptions(),
@@ -73,8 +76,8 @@ class Curve:
         run_dir: Folder for the networks.
         output: Folder for the results.
         macs: Fractions of the MACs.
-        kinds: Which of the first three rows.
-        iterations: Steps of the trainings; without, there are none.
+        kinds: Which of the rows.
+        iterations: Steps of the trainings; without, there are none of the last three rows.
         patch: Height and width of the patches in these steps.
         batch: Patches in a step.
         lr: Learning rate of a distillation at the start; from random weights, five times as much.
@@ -89,7 +92,7 @@ class Curve:
     run_dir: Path
     output: Path
     macs: tuple[float, ...] = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1)
-    kinds: tuple[Literal["taylor", "pruned", "recovered"], ...] = ("taylor", "pruned", "recovered")
+    kinds: tuple[Kind, ...] = get_args(Kind)
     iterations: int = 0
     patch: int = 128
     batch: int = 4
@@ -182,7 +185,7 @@ def curve(options: Annotated[Curve, tyro.conf.OmitArgPrefixes, tyro.conf.arg(nam
         with writing(sheet.path.with_suffix(".png")) as temporary:
             _plot(sheet.rows, options).savefig(temporary, format="png", dpi=150)
 
-    def pruned(fraction: float, kind: str) -> Path:
+    def pruned(fraction: float, kind: Kind) -> Path:
         path = run_dir / f"{fraction:g}-{kind}.safetensors"
         if not path.exists():
             with progress_shown() as on_progress:
@@ -215,19 +218,25 @@ def curve(options: Annotated[Curve, tyro.conf.OmitArgPrefixes, tyro.conf.arg(nam
             distill(task, on_progress)
         return output / "last.safetensors"
 
+    def fresh(fraction: float) -> Path:
+        path = run_dir / f"{fraction:g}-fresh.safetensors"
+        if not path.exists():
+            torch.manual_seed(0)
+            checkpoint.save(path, DRSformer(checkpoint.load(pruned(fraction, "recovered")).model.config), {})
+        return path
+
     sheet.measure("whole", lambda: judge.score(judge.whole))
+    kinds = [kind for kind in options.kinds if kind in PRUNED or options.iterations]
     for fraction in options.macs:
-        for kind in options.kinds:
-            measure(f"{fraction:g} {kind}", pruned(fraction, kind))
-        if options.iterations:
-            recovered = pruned(fraction, "recovered")
-            measure(f"{fraction:g} distilled", trained(f"{fraction:g} distilled", recovered, options.lr))
-            fresh = run_dir / f"{fraction:g}-fresh.safetensors"
-            if not fresh.exists():
-                torch.manual_seed(0)
-                checkpoint.save(fresh, DRSformer(checkpoint.load(recovered).model.config), {})
-            measure(f"{fraction:g} random", trained(f"{fraction:g} random", fresh, 5 * options.lr))
-    if options.iterations:
+        for kind in kinds:
+            row = f"{fraction:g} {kind}"
+            if kind in PRUNED:
+                measure(row, pruned(fraction, kind))
+            elif kind == "distilled":
+                measure(row, trained(row, pruned(fraction, "recovered"), options.lr))
+            elif kind == "random":
+                measure(row, trained(row, fresh(fraction), 5 * options.lr))
+    if "trained on" in kinds:
         measure("trained on", trained("trained on", options.weights, options.lr))
     return sheet.summary()
 
@@ -236,7 +245,7 @@ def _plot(rows: dict[str, Row], options: Curve) -> Figure:
     """The drop on each folder over the fraction of the MACs, one curve for each kind of row."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     columns = [column for column in rows.get("whole", {}) if column.endswith(" drop")]
-    kinds = [kind for kind in (*PRUNED, "distilled", "random") if any(key.endswith(f" {kind}") for key in rows)]
+    kinds = [kind for kind in get_args(Kind) if any(key.endswith(f" {kind}") for key in rows)]
     panels = np.atleast_1d(np.array(figure.subplots(1, max(1, len(columns)), sharey=True)))
     for axes, column in zip(panels, columns, strict=False):
         for kind in kinds:

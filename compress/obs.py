@@ -133,6 +133,8 @@ def _collect(
             x = args[0].view_as(args[0])  # so that the gradient is that by this layer alone
             pixels = _pixels(x.detach())
             _add(statistics.inputs, name, weight / pixels.shape[1] * (pixels @ pixels.T))
+            n = len(pixels)
+            statistics.felt.setdefault(name, torch.zeros(n, n, dtype=torch.float64))  # where nothing is felt of it
             x.register_hook(lambda slope: _add(statistics.felt, name, _gram(slope) / len(images)))
             return (x,)
 
@@ -201,8 +203,8 @@ def _inputs(group: PruningGroup, i: int, layers: Sequence[str]) -> list[Tensor |
     found: list[Tensor | None] = []
     for layer in layers:
         units = [part.units for part in dimension.slices if _is_read(part) and part.tensor == f"{layer}.weight"]
-        # An output that loses a weight counts as lost: it is the one to the left of those of the unit, see `_msfn`.
-        units += [units[0].amin(1, keepdim=True) - 1 for _ in dimension.zeroed]
+        # An output that loses a weight counts as lost: it is the one to the left of the unit's second, see `_msfn`.
+        units += [units[0].amax(1, keepdim=True) - 1 for _ in dimension.zeroed]
         found.append(torch.cat(units, dim=1) if units else None)
     return found
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from compress.groups import pruning_groups
-from compress.obs import RIDGE, Attended, _attended_costs, _collect, _greedy, _Reader, costs_after_repair
+from compress.obs import RIDGE, Attended, _attended_costs, _collect, _greedy, _inputs, _Reader, costs_after_repair
 from compress.options import KINDS
+from drsformer.config import NO_EXPERT, MEFCConfig
 from drsformer.model import DRSformer
 from runtime.errors import InputError
 from tests.support.networks import fill, image
@@ -90,6 +93,26 @@ def test_every_unit_has_a_cost(config):
         name.removesuffix(".weight") for name in network.state_dict() if "norm" in name and "weight" in name
     }
     assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_an_output_that_loses_a_weight_is_counted_with_the_unit():
+    (group,) = (group for group in pruning_groups(ODD) if group.name == "decoder_level1.0.ffn")
+    h = ODD.levels()["decoder_level1"].blocks[0].hidden
+    for half, dimension in enumerate(group.dims):
+        (zeroed,) = dimension.zeroed
+        own = dimension.slices[-1].units
+        (found,) = _inputs(group, half, ["decoder_level1.0.ffn.project_out"])
+        assert torch.equal(found, torch.cat([own, half * h + zeroed.units // 2], dim=1))  # outputs have two weights
+        assert ((half * h <= found) & (found < (half + 1) * h)).all()
+
+
+def test_what_nothing_reads_costs_nothing():
+    """A compensator whose only step has lost all of its experts: its gate is computed for nothing."""
+    config = dataclasses.replace(EVEN, mefc_early=MEFCConfig(4, ((NO_EXPERT, NO_EXPERT),)))
+    groups = pruning_groups(config)
+    scores, _ = costs_after_repair(fill(DRSformer(config)), groups, patches(1))
+    (gate,) = (name for name in scores if name.startswith("mefc_early.gate"))
+    assert float(sum(each.sum() for each in scores[gate])) == 0
 
 
 def test_what_is_there_twice_costs_least():
