@@ -42,6 +42,16 @@ def test_less_quality_is_more_noise(scene, code):
     assert psnr_rgb(code(scene[1], good), scene[1]) > psnr_rgb(code(scene[1], bad), scene[1]) + 3
 
 
+@pytest.mark.parametrize("size", [(64, 64), (96, 96), (57, 91)])
+def test_the_same_frames_give_the_same_bytes_whatever_the_memory_held_before(size):
+    frames = [np.roll(noise(0, 96, 96)[: size[0], : size[1]], 3 * i, (0, 1)) for i in range(FRAMES)]
+    found, held = set(), []
+    for seed in range(60):
+        found.add(np.stack(through_h264(frames, 26)).tobytes())
+        held = [*held[-20:], generator(seed).integers(0, 256, 5000 * (seed % 7 + 1), np.uint8)]
+    assert len(found) == 1
+
+
 def test_frames_come_back_in_their_order():
     frames = [np.full((16, 16, 3), 30 * i, np.uint8) for i in range(8)]
     assert [round(float(frame.mean()) / 30) for frame in through_h264(frames, 10)] == list(range(8))
