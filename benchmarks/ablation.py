@@ -169,10 +169,7 @@ def ablation(options: Annotated[Ablation, tyro.conf.OmitArgPrefixes, tyro.conf.a
     DataOptions(validate=options.test, validate_limit=1).validation()  # now and not after the first training
     sheet = Sheet(options.output, f"ablation-{options.table}", device, options.minutes)
     conditions = options.conditions()
-    for name, before in sheet.run["ceilings"].items():
-        if before != conditions[name]:
-            raise InputError(f"{sheet.path}: expected {name} {conditions[name]}, found {before}; give another `output`")
-    sheet.run["ceilings"] = conditions
+    sheet.depends_on(conditions)
     for name, entry in TABLES[options.table].items():
         if not sheet.wants(name):
             continue

@@ -14,6 +14,8 @@ folders and scored on whole images of the val folders. Rows, for each fraction:
     random       its structure from random weights, after as many steps
     trained on   the whole network, after as many steps
 
+The names of the last three say how many steps of how much they took.
+
 Each is exported and run in ONNX Runtime: scored by the paper's PSNR and SSIM and by the PSNR between its images and
 those of the whole network, and timed in turn with that. OUTPUT/compression-NAME.json, the same as a table in .md and
 the curves in .png are written row by row; the same command goes on where it was stopped.
@@ -178,12 +180,13 @@ def curve(options: Annotated[Curve, tyro.conf.OmitArgPrefixes, tyro.conf.arg(nam
     run_dir = options.run_dir / f"{name}-{whole.sha256[:8]}"
     run_dir.mkdir(parents=True, exist_ok=True)
     sheet = Sheet(options.output, f"compression-{name}", torch.device("cpu"), float("inf"))
+    sheet.depends_on({"weights": whole.sha256[:8], "pairs": options.limit})
     judge = Judge(whole.model, val, options.limit)
 
     def measure(row: str, path: Path) -> None:
         sheet.measure(row, lambda: judge.score(checkpoint.load(path).model))
         with writing(sheet.path.with_suffix(".png")) as temporary:
-            _plot(sheet.rows, options).savefig(temporary, format="png", dpi=150)
+            _plot(sheet.rows).savefig(temporary, format="png", dpi=150)
 
     def pruned(fraction: float, kind: Kind) -> Path:
         path = run_dir / f"{fraction:g}-{kind}.safetensors"
@@ -192,9 +195,10 @@ def curve(options: Annotated[Curve, tyro.conf.OmitArgPrefixes, tyro.conf.arg(nam
                 prune(options.weights, train, path, replace(PRUNED[kind], macs=fraction, limit=1), on_progress)
         return path
 
-    def trained(row: str, student: Path | str, rate: float) -> Path:
+    def trained(kind: str, student: Path, rate: float) -> tuple[str, Path]:
         steps = options.iterations
-        output = run_dir / f"{row.replace(' ', '-')}-{steps}"
+        row = f"{kind}, {steps} steps of {options.batch} patches of {options.patch}x{options.patch}"
+        output = run_dir / row.replace(",", "").replace(" ", "-")
         task = DistillOptions(
             output,
             options.weights,
@@ -210,13 +214,13 @@ def curve(options: Annotated[Curve, tyro.conf.OmitArgPrefixes, tyro.conf.arg(nam
                 clip=0.1,
                 ema=0.98,
             ),
-            loss_weights=LossWeights(l1_teacher=0) if row == "trained on" else LossWeights(),
+            loss_weights=LossWeights(l1_teacher=0) if kind == "trained on" else LossWeights(),
             hardware=Hardware(devices="1", channels_last=True),
             schedule=Schedule(log_every=max(1, steps // 10)),
         )
         with training_shown() as on_progress:
             distill(task, on_progress)
-        return output / "last.safetensors"
+        return row, output / "last.safetensors"
 
     def fresh(fraction: float) -> Path:
         path = run_dir / f"{fraction:g}-fresh.safetensors"
@@ -229,29 +233,38 @@ def curve(options: Annotated[Curve, tyro.conf.OmitArgPrefixes, tyro.conf.arg(nam
     kinds = [kind for kind in options.kinds if kind in PRUNED or options.iterations]
     for fraction in options.macs:
         for kind in kinds:
-            row = f"{fraction:g} {kind}"
             if kind in PRUNED:
-                measure(row, pruned(fraction, kind))
+                measure(f"{fraction:g} {kind}", pruned(fraction, kind))
             elif kind == "distilled":
-                measure(row, trained(row, pruned(fraction, "recovered"), options.lr))
+                measure(*trained(f"{fraction:g} {kind}", pruned(fraction, "recovered"), options.lr))
             elif kind == "random":
-                measure(row, trained(row, fresh(fraction), 5 * options.lr))
+                measure(*trained(f"{fraction:g} {kind}", fresh(fraction), 5 * options.lr))
     if "trained on" in kinds:
-        measure("trained on", trained("trained on", options.weights, options.lr))
+        measure(*trained("trained on", options.weights, options.lr))
     return sheet.summary()
 
 
-def _plot(rows: dict[str, Row], options: Curve) -> Figure:
+def _kind(row: str) -> str:
+    """What is left of the name of a row without the fraction, or all of it where it has none."""
+    fraction, _, kind = row.partition(" ")
+    return kind if fraction[0].isdigit() else row
+
+
+def _plot(rows: dict[str, Row]) -> Figure:
     """The drop on each folder over the fraction of the MACs, one curve for each kind of row."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     columns = [column for column in rows.get("whole", {}) if column.endswith(" drop")]
-    kinds = [kind for kind in get_args(Kind) if any(key.endswith(f" {kind}") for key in rows)]
+    kinds = list(dict.fromkeys(_kind(key) for key in rows if key[0].isdigit()))
     panels = np.atleast_1d(np.array(figure.subplots(1, max(1, len(columns)), sharey=True)))
     for axes, column in zip(panels, columns, strict=False):
         for kind in kinds:
-            found = [(x, row[column]) for x in options.macs if column in (row := rows.get(f"{x:g} {kind}", {}))]
+            found = [
+                (float(key.split()[0]), row[column])
+                for key, row in rows.items()
+                if _kind(key) == kind and column in row
+            ]
             if found:
-                axes.plot(*zip(*found, strict=True), marker="o", label=kind)
+                axes.plot(*zip(*sorted(found), strict=True), marker="o", label=kind)
         axes.set(title=column.removesuffix(" drop"), xlabel="fraction of the MACs", ylabel="dB lost")
         axes.grid(alpha=0.3)
         axes.legend()

@@ -37,7 +37,7 @@ from drsformer.session import TorchSession, torch_device
 from export.folding import fold
 from runtime import images
 from runtime.cli import main, progress_shown
-from runtime.errors import InputError, expect_between
+from runtime.errors import expect_between
 from runtime.progress import OnProgress, track
 from runtime.session import Derainer
 
@@ -164,10 +164,7 @@ def measure(
         loaded = checkpoint.load(path)
         restorers[f"{path.stem} {loaded.sha256[:8]}"] = Derainer(TorchSession(fold(loaded.model), str(place)))
     sheet = Sheet(output, "conditions", place, float("inf"))
-    settings = {"seeds": seeds, "pairs": limit}
-    if sheet.run["ceilings"] not in ({}, settings):
-        raise InputError(f"{sheet.path}: expected {sheet.run['ceilings']}, found {settings}; give another `output`")
-    sheet.run["ceilings"] = settings
+    sheet.depends_on({"seeds": seeds, "pairs": limit})
     with progress_shown() as on_progress:
         for title, condition in found.items():
             for name, restore in restorers.items():

@@ -78,6 +78,17 @@ class Sheet:
     def rows(self) -> dict[str, Row]:
         return self.run["rows"]
 
+    def depends_on(self, settings: Row) -> None:
+        """Note what the rows depend on. Raises InputError where those that are there depend on something else."""
+        before = self.run["ceilings"]
+        for name in settings:
+            if before and before.get(name) != settings[name]:
+                raise InputError(
+                    f"{self.path}: expected {name} {before.get(name)} as in its rows, found {settings[name]}; give "
+                    "another `output`"
+                )
+        self.run["ceilings"] = settings
+
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
 

@@ -17,7 +17,7 @@ from compress.step_cache import StepCache
 from drsformer import checkpoint, counts
 from drsformer.data import Pair, dataset_name
 from drsformer.evaluation import evaluate_model
-from drsformer.metrics import Protocol
+from drsformer.metrics import Protocol, lost_db
 from drsformer.model import DRSformer
 from export.validate import ValidateOptions, validate
 from runtime.files import writing
@@ -111,7 +111,7 @@ class Candidates:
     def excess(self, candidate: Candidate) -> str:
         """By how much a candidate that is outside the budget is so, and where, for people."""
         whole = self.rows[0].psnr
-        folder = max(candidate.psnr, key=lambda name: whole[name] - candidate.psnr[name])
+        folder = max(candidate.psnr, key=lambda name: lost_db(whole[name], candidate.psnr[name]))
         return f"{candidate.drop_db - self.budget_db:.3g} dB over the budget of {self.budget_db:g} dB on {folder}"
 
     def _whole(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class Candidates:
     def _keep(self, kind: str, file: str | None, measure: Callable[[], dict[str, Any]]) -> Candidate:
         measured = self.cache.json(f"{kind}{len(self.rows)}", measure)
         whole = self.rows[0].psnr if self.rows else measured["psnr"]
-        drop = max(whole[folder] - psnr for folder, psnr in measured["psnr"].items())
+        drop = max(lost_db(whole[folder], psnr) for folder, psnr in measured["psnr"].items())
         candidate = Candidate(kind, file, **measured, drop_db=drop)
         self.rows.append(candidate)
         logger.info(str(candidate))

@@ -221,7 +221,8 @@ def stream_maps(teacher: DRSformer, student: DRSformer, images: Sequence[Tensor]
                 sums[name] = before[0] + t @ s.T, before[1] + s @ s.T
     maps = {}
     for name, (mixed, gram) in sums.items():
-        ridge = MAP_RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        size = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny ** 0.5)  # a level may be all zero
+        ridge = MAP_RIDGE * size * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         maps[name] = torch.linalg.solve(gram + ridge, mixed.T).T.float()
     return maps
 

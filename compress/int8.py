@@ -26,6 +26,7 @@ import math
 import platform
 import re
 import tempfile
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from drsformer.data import Pair
-from drsformer.metrics import Protocol, luma, psnr
+from drsformer.metrics import Protocol, lost_db, luma, psnr
 from runtime.errors import DerainError, InputError
 from runtime.ort import OrtSession
 from runtime.pixels import Size
@@ -72,18 +73,19 @@ class Feeds(CalibrationDataReader, Session):
         self.multiple, self.limits = session.multiple, session.limits
         self._graph_io = session.graph_io
         self._images = iter(images)
-        self._feed: NDArray
+        self._feeds: deque[NDArray] = deque()  # several of an image that is cut into tiles
 
     def run(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        self._feed = self._graph_io.feed(batch)
+        self._feeds.append(self._graph_io.feed(batch))
         return batch
 
     def get_next(self) -> dict[str, NDArray] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        image = next(self._images, None)
-        if image is None:
-            return None
-        Derainer(self)(image)
-        return {"input": self._feed}
+        while not self._feeds:
+            image = next(self._images, None)
+            if image is None:
+                return None
+            Derainer(self)(image)
+        return {"input": self._feeds.popleft()}
 
 
 class Samples(CalibrationDataReader):
@@ -377,7 +379,7 @@ class Drop:
     def __call__(self, model: onnx.ModelProto, description: str) -> float:
         """The drop in dB, negative where the model is better."""
         drops = [
-            0.0 if before == after else before - after  # both may be infinite
+            lost_db(before, after)
             for before, after in zip(self._reference, self._psnr(_derainer(model), description), strict=True)
         ]
         return float(np.mean(drops))

@@ -81,9 +81,9 @@ def latency_model(
     """Estimate the milliseconds of networks pruned from this one: MACs and channels of the residual path, each counted
     with what one took where it is in the network.
 
-    Measured once, as what it adds to a network without blocks: for each level a block, the same with hardly any
-    feed-forward network, and with hardly any attention either, which leaves LayerNorms and additions; and the
-    compensators.
+    Measured once, as what it adds to a network without blocks: for each level a block of its largest widths,
+    the same with hardly any feed-forward network, and with hardly any attention either, which leaves LayerNorms and
+    additions; and the compensators.
 
     Args:
         config: Of the network that is to be pruned.
@@ -102,7 +102,10 @@ def latency_model(
         if module != encoder and level == config.levels()[encoder]:
             twins[module] = encoder
         elif level.blocks:
-            block = level.blocks[len(level.blocks) // 2]
+            most = {
+                name: max(getattr(block, name) for block in level.blocks) for name in ("heads", "head_dim", "hidden")
+            }
+            block = BlockConfig(**most)
             thin = replace(block, hidden=2 - block.hidden % 2)
             bare = replace(thin, heads=1, head_dim=1)
             for part, probe in (("ffn", block), ("attention", thin), ("stream", bare)):

@@ -99,7 +99,7 @@ def render(candidates: Sequence[Candidate], taken: Candidate | None, max_drop_db
             {"name": f"{i} {each.kind}", "cells": _cells(each), "taken": each == taken}
             for i, each in enumerate(candidates)
         ],
-        csv=page.data_uri("text/csv;charset=utf-8", _csv(candidates, folders).encode()),
+        csv=page.data_uri("text/csv;charset=utf-8", _csv(candidates, folders).encode(errors="backslashreplace")),
         facts=facts,
     )
 
@@ -126,7 +126,7 @@ def _plot(candidates: Sequence[Candidate], taken: Candidate | None, max_drop_db:
     """The drop in dB, better upwards, over the fraction of the time."""
     width, height = PLOT
     drops = [each.drop_db for each in candidates if math.isfinite(each.drop_db)]
-    top, bottom = min(0.0, *drops), max(max_drop_db, *drops)
+    top, bottom = min([0.0, *drops]), max([max_drop_db, *drops])
     margin = 0.06 * (bottom - top or 1.0)
     top, bottom, right = top - margin, bottom + margin, 1.06 * max(each.latency for each in candidates)
 

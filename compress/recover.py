@@ -164,7 +164,8 @@ class _Targets:
 
 
 class _NormalEquations(NamedTuple):
-    """Of a change in the weights of a map that is to make up for the error of its output, sums over pixels in float64.
+    """Of a change in the weights of a map that is to make up for the error of its output: sums over pixels, in float64
+    over images.
 
     Attributes:
         inputs: Of h h^T, h what the map reads at a pixel, (n, n).
@@ -216,7 +217,6 @@ def _ridge_regression(fit: _NormalEquations, check: _NormalEquations) -> Tensor 
             break
         change = torch.cholesky_solve(fit.error.T, factor).T
         left = check.left(change)
-        if left >= least:
-            break
-        best, least = change, left
+        if left < least:
+            best, least = change, left
     return best

@@ -49,7 +49,7 @@ from export.onnx import export
 from export.tensorrt import MODEL_FILE, BuildOptions, build
 from export.validate import ValidateOptions, validate
 from runtime.cli import hxw, main, table_of
-from runtime.errors import GateError, InputError, expect_between
+from runtime.errors import GateError, InputError, expect_between, expect_finite
 from runtime.manifest import MANIFEST
 from runtime.pixels import Size, size_text
 from runtime.progress import OnProgress, silent
@@ -63,6 +63,9 @@ logger = logging.getLogger("compress.search")  # also where this file is the com
 
 SAMPLES = 16
 """Patches that importance is measured on."""
+
+SCOPE_RATIO = 0.8
+"""Least fraction of the MACs at which the kinds of pruning groups are timed: each alone goes about as far."""
 
 PRUNED_FILE = "pruned.safetensors"
 """The pruned network of a step, in the folder of that."""
@@ -108,6 +111,7 @@ class SearchOptions:
     weights_key: str | None = None
 
     def __post_init__(self) -> None:
+        expect_finite("max_drop_db", self.max_drop_db)
         expect_between("max_drop_db", self.max_drop_db, 0)
         expect_between("round_to", self.round_to, 1)
         expect_between("limit", self.limit, 1)
@@ -245,6 +249,7 @@ def _scope(
     candidates: Candidates, data: Sequence[Path], options: SearchOptions, cache: StepCache, on_progress: OnProgress
 ) -> tuple[Kind, ...]:
     """The kinds of pruning groups without which the exported graph gets faster. Raises GateError for none."""
+    from compress.groups import pruning_groups
     from compress.obs import costs_after_repair
     from compress.sensitivity import measure_sensitivity
     from drsformer.patches import Patches
@@ -262,7 +267,7 @@ def _scope(
             ),
             options.size,
             output,
-            [options.step],
+            [max(options.step, SCOPE_RATIO)],
             round_to=options.round_to,
             protocol=options.protocol,
             cache=cache.within("sensitivity"),
@@ -270,11 +275,12 @@ def _scope(
         ),
     )
     slow = [row["kind"] for row in rows[1:] if row["latency"] >= 1]
-    if slow and len(slow) == len(rows) - 1:
+    scope: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind not in slow)
+    if not pruning_groups(candidates.network.config, scope):
         raise GateError(f"the exported graph gets no faster, whatever is removed; see {output}")
     if slow:
         logger.info(f"Left alone, since the exported graph gets no faster without: {', '.join(slow)}")
-    return tuple(kind for kind in KINDS if kind not in slow)
+    return scope
 
 
 def _descend(

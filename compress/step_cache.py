@@ -52,11 +52,12 @@ class StepCache:
                 f"{path}: expected the options of the steps in this folder, found something else; remove "
                 "the folder to start again"
             ) from error
-        for name in (name for name in wanted if wanted[name] != before.get(name)):
-            raise InputError(
-                f"{folder} holds steps with {name}={before.get(name)}, not {wanted[name]}; give the same "
-                "options to go on, or remove it to start again"
-            )
+        for name in {**wanted, **before}:
+            if wanted.get(name) != before.get(name):
+                raise InputError(
+                    f"{folder} holds steps with {name}={before.get(name)}, not {wanted.get(name)}; give the same "
+                    "options to go on, or remove it to start again"
+                )
 
     def within(self, name: str) -> StepCache:
         """The steps of a stage, in a folder of its own."""

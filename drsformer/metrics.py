@@ -130,6 +130,12 @@ def luma(image: NDArray[np.uint8], protocol: Protocol = "rain200") -> NDArray[np
     return 16 + ((weighted + 127_500) // 255_000 if protocol == "rain200" else weighted / 255_000).astype(np.float64)
 
 
+def lost_db(before: float, after: float) -> float:
+    """PSNR in dB that an image loses, negative where it gains, from its PSNR before and after. One that is without any
+    error afterwards loses nothing: an infinite gain would hide what all others lose."""
+    return 0.0 if after in (before, math.inf) else before - after
+
+
 def mean_gain(psnrs: Iterable[tuple[float, float]]) -> float:
     """By how much a network makes images better.
 

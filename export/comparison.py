@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from drsformer.metrics import mean_gain, shortfall
+from drsformer.metrics import lost_db, mean_gain, shortfall
 from runtime.pictures import Window
 from runtime.pixels import Size, size_text
 
@@ -48,10 +48,10 @@ class Comparison:
 
     @property
     def drop_db(self) -> float | None:
-        """PSNR that the candidate loses, in dB; negative where it gains."""
+        """PSNR that the candidate loses, in dB, see `drsformer.metrics.lost_db`."""
         if self.reference_psnr is None or self.candidate_psnr is None:
             return None
-        return 0.0 if self.reference_psnr == self.candidate_psnr else self.reference_psnr - self.candidate_psnr
+        return lost_db(self.reference_psnr, self.candidate_psnr)
 
     @property
     def badness(self) -> float:

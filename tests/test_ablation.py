@@ -86,7 +86,9 @@ def test_another_recipe_does_not_mix_with_a_table_and_time_that_is_up_leaves_row
     assert stopped["rows"] == 0
     assert stopped["unfinished"] == list(TABLES["3"])
     ablation.ablation(options)
-    with pytest.raises(InputError, match=r"expected network drsformer-tiny, found micro; give another `output`"):
+    with pytest.raises(
+        InputError, match=r"expected network micro as in its rows, found drsformer-tiny; give another `output`"
+    ):
         ablation.ablation(replace(options, network="drsformer-tiny"))
 
 

@@ -46,21 +46,24 @@ def test_a_curve_has_every_kind_of_network_once(tmp_path, monkeypatch):
     assert curve(options)["errors"] == []
     results = tmp_path / "compression-whole.json"
     rows = json.loads(results.read_text())["runs"][0]["rows"]
-    of_fraction = [f"0.9 {kind}" for kind in (*kinds, "distilled", "random")]
-    assert list(rows) == ["whole", *of_fraction, "trained on"]
+    steps = "1 steps of 1 patches of 16x16"
+    of_fraction = [*(f"0.9 {kind}" for kind in kinds), f"0.9 distilled, {steps}", f"0.9 random, {steps}"]
+    assert list(rows) == ["whole", *of_fraction, f"trained on, {steps}"]
     assert rows["whole"]["light/val drop"] == 0
     for key in of_fraction:
         assert rows[key]["GMAC"] / rows["whole"]["GMAC"] == pytest.approx(0.9, abs=0.04)
         drop = rows["whole"]["light/val PSNR"] - rows[key]["light/val PSNR"]
         assert rows[key]["light/val drop"] == pytest.approx(drop, abs=0.0011)
-    assert rows["trained on"]["GMAC"] == rows["whole"]["GMAC"]
-    assert rows["0.9 random"]["to whole, mean"] < rows["0.9 recovered"]["to whole, mean"]
+    assert rows[f"trained on, {steps}"]["GMAC"] == rows["whole"]["GMAC"]
+    assert rows[f"0.9 random, {steps}"]["to whole, mean"] < rows["0.9 recovered"]["to whole, mean"]
     assert (tmp_path / "compression-whole.png").stat().st_size > 1000
     before = results.read_text()
     monkeypatch.setattr(compression, "prune", None)  # everything is there already
     monkeypatch.setattr(compression, "distill", lambda *_: None)
     curve(options)
     assert results.read_text() == before
+    with pytest.raises(InputError, match=r"compression-whole\.json: expected pairs 20 as in its rows, found 2; give"):
+        curve(replace(options, limit=2))
 
 
 @pytest.mark.parametrize("macs", [(), (0.0,), (0.5, 1.0)])

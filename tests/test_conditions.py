@@ -89,5 +89,7 @@ def test_what_cannot_be_used_is_told_before_anything_is_measured(folders):
             run(folders, "same", **options)
     assert not (folders / "out").exists()
     run(folders)
-    with pytest.raises(InputError, match=r"conditions\.json: expected .*'seeds': 1.* another `output`"):
+    with pytest.raises(
+        InputError, match=r"conditions\.json: expected seeds 1 as in its rows, found 2; give another `output`"
+    ):
         run(folders, "same", seeds=2)

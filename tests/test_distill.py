@@ -228,6 +228,15 @@ def blockwise(teacher: DRSformer, student: DRSformer, steps: int = 1) -> Blockwi
     return BlockwiseDistillation(trainable(teacher), student, LossWeights(1, 1, 0.1), steps, maps)
 
 
+def test_a_level_that_is_all_zero_has_a_map():
+    teacher, narrow = network(), network(4)
+    for parameter in narrow.parameters():
+        torch.nn.init.zeros_(parameter)
+    maps = stream_maps(teacher, narrow, [image(16, 16)])
+    assert maps
+    assert all(each.isfinite().all() for each in maps.values())
+
+
 @torch.no_grad()
 def test_streams_are_compared_by_the_map_that_fits_best():
     """Where widths are equal, as they are: not even a rotation is made up for."""

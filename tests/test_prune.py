@@ -25,6 +25,7 @@ from compress.net2net import enlarge
 from compress.options import KINDS, Importance
 from compress.prune import PruneOptions
 from compress.selection import Target, choose, prune_network
+from compress.step_cache import StepCache
 from drsformer import checkpoint, counts
 from drsformer.config import LEVELS, DRSformerConfig, MEFCConfig, preset
 from drsformer.data import find_pairs
@@ -354,6 +355,21 @@ def test_latency_is_estimated_from_parts(monkeypatch, channel):
     assert estimate(pruned.config) / estimate(model.config) == pytest.approx(ratio, rel=0.03)
 
 
+def test_latency_is_that_of_the_widest_blocks(monkeypatch):
+    """One block of a level is as thin as can be, which tells nothing of what the others take."""
+    monkeypatch.setattr(latency, "time_networks", functools.partial(by_macs, channel=0.0))
+    config = network().config
+    levels = config.levels()
+    wide = levels["latent"].blocks[0]
+    level = dataclasses.replace(levels["latent"], blocks=(wide, dataclasses.replace(wide, hidden=2)))
+    config = config.with_levels({**levels, "latent": level})
+    estimate = latency_model(config, (64, 64))
+    thinner = dataclasses.replace(level, blocks=(dataclasses.replace(wide, hidden=wide.hidden // 2), level.blocks[1]))
+    after = config.with_levels({**levels, "latent": thinner})
+    saved = sum(2e-6 * (counts.macs(each, 64, 64)) for each in (config,)) - 2e-6 * counts.macs(after, 64, 64)
+    assert estimate(config) - estimate(after) == pytest.approx(saved, rel=0.03)
+
+
 FAST = dict(
     rounds=1,
     importance="magnitude",
@@ -422,6 +438,13 @@ def test_missed_latency_is_a_failed_gate_though_the_network_is_written(tmp_path,
     assert error.value.code == 1
     assert re.search(r"failed: --latency: expected 0\.800, measured 0\.9\d\d at best", capsys.readouterr().err)
     assert checkpoint.load(tmp_path / "p.safetensors")
+
+
+@pytest.mark.parametrize("other", [{"macs": 0.9}, {"macs": 0.9, "params": 0.5, "rounds": 2}])
+def test_steps_of_more_or_fewer_options_are_not_gone_on_with(tmp_path, other):
+    StepCache(tmp_path / "work", {"macs": 0.9, "params": 0.5})
+    with pytest.raises(InputError, match=r"holds steps with \w+=.*, not .*; give the same options"):
+        StepCache(tmp_path / "work", other)
 
 
 @pytest.mark.parametrize("what", ["macs", "latency", "sensitivity"])

@@ -197,6 +197,20 @@ def test_samples_are_few_and_of_all_images_alike(folder, monkeypatch):
     assert counts.max() <= counts.min() + 1
 
 
+def test_every_tile_of_a_large_image_counts(folder):
+    """A graph of one size, and an image of five times as much, black on the left and white on the right."""
+    session = OrtSession(folder / "model.onnx", "cpu")
+    wide = np.zeros((40, 200, 3), np.uint8)
+    wide[:, 100:] = 255
+    feeds, means = Feeds(session, [wide, wide[:, :48]]), []
+    while (feed := feeds.get_next()) is not None:
+        means.append(float(feed["input"].mean()))
+    assert means[0] == means[1] == 0
+    assert means[-2] == 1
+    assert means[-1] == 0  # the second image
+    assert len(means) > 4
+
+
 def test_activations_have_scales_that_lose_less_than_those_of_extremes(folder, mixtures, monkeypatch):
     monkeypatch.setattr("compress.int8.CLIPPING", np.ones(1))
     images = [np.random.default_rng(i).integers(0, 256, (H, W, 3), dtype=np.uint8) for i, (H, W) in enumerate(SIZES)]

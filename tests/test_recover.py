@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compress.groups import PrunedIndices, origins, pruning_groups, remove
 from compress.linear_maps import LinearMap, Passing
-from compress.recover import PIXELS, patch_weights, recover
+from compress.recover import PIXELS, _NormalEquations, _ridge_regression, patch_weights, recover
 from drsformer.model import DRSformer
 from runtime.errors import InputError
 from tests.support.networks import fill, image
@@ -146,3 +146,13 @@ def test_images_with_less_rain_count_more():
     assert weights[2] > weights[0] > weights[1]
     assert weights.mean() == pytest.approx(1)
     assert weights[2] < 30 * weights[1]
+
+
+def test_a_weaker_ridge_is_tried_where_a_stronger_one_is_worse():
+    """The first makes the held-out error larger than the one before it did, and one further on leaves least."""
+    inputs = torch.diag(torch.tensor([10.0, 0.01], dtype=torch.float64))
+    fit = _NormalEquations(inputs, torch.tensor([[1.0, 0.1]], dtype=torch.float64), 2.0)
+    check = _NormalEquations(inputs, torch.tensor([[-1.0, 0.1]], dtype=torch.float64), 2.0)
+    change = _ridge_regression(fit, check)
+    assert change is not None
+    assert check.left(change) < 1.4

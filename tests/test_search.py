@@ -415,16 +415,28 @@ def test_latency_is_reached_by_leaving_alone_what_takes_no_time(folder, by_size,
 
 
 def test_network_that_never_gets_faster_is_told(folder, by_size, monkeypatch):
-    rows = [{"kind": "nothing", "latency": 1.0}, {"kind": "ffn", "latency": 1.2}]
+    kinds = ("ffn", "heads", "width", "depth")
+    rows = [{"kind": "nothing", "latency": 1.0}, *({"kind": kind, "latency": 1.2} for kind in kinds)]
     monkeypatch.setattr(sensitivity, "measure_sensitivity", lambda *args, **options: rows)
     with pytest.raises(GateError, match="gets no faster, whatever is removed"):
         go(folder)
+
+
+def test_kind_that_was_not_timed_is_not_called_slow(folder, by_size, monkeypatch):
+    """One that does not reach the fraction by itself has no row."""
+    scopes, does = [], searching.prune
+    rows = [{"kind": "nothing", "latency": 1.0}, *({"kind": kind, "latency": 1.2} for kind in ("ffn", "depth"))]
+    monkeypatch.setattr(sensitivity, "measure_sensitivity", lambda *args, **options: rows)
+    monkeypatch.setattr(searching, "prune", lambda *args: (scopes.append(args[3].scope), does(*args)))
+    go(folder, macs=0.8)
+    assert scopes == [("heads", "experts", "width")]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"max_drop_db": -1.0}, "`max_drop_db`: expected at least 0"),
+        ({"max_drop_db": float("inf")}, "`max_drop_db`: expected a finite number, found inf"),
         ({"macs": 1.5}, "`macs`: expected a fraction"),
         ({"latency": 0.5}, "expected `macs` or `latency`, found both"),
         ({"step": 1.0}, "`step`: expected a fraction"),
