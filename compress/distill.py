@@ -30,7 +30,7 @@ from drsformer.recipe import DataOptions, Hardware, Recipe, Schedule
 from drsformer.train import first_process_summary, training_shown
 from runtime.cli import main
 from runtime.errors import InputError, expect_between
-from runtime.files import expect_other_files
+from runtime.files import expect_output
 from runtime.progress import OnProgress, silent
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def distill(options: DistillOptions, on_progress: OnProgress = silent) -> dict[s
     from export.folding import trainable
 
     recipe, data_options, hardware, data = options.recipe, options.data_options, options.hardware, options.data or []
-    expect_other_files(*network_files(options.output), teacher=options.teacher, student=options.student)
+    expect_output(*network_files(options.output), teacher=options.teacher, student=options.student)
     folders = [find_pairs(folder) for folder in data]
     validation = data_options.validation()
     patches = PatchesOfPhotographs(folders, recipe, **data_options.sources_of_patches())

@@ -18,7 +18,7 @@ import tyro
 from drsformer.counts import macs, params
 from runtime.cli import console, main
 from runtime.errors import InputError
-from runtime.files import expect_other_files
+from runtime.files import expect_output
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def grow(weights: Path, output: Path, options: GrowOptions) -> dict[str, float]:
 
     if output.suffix != ".safetensors":
         raise InputError(f"`output`: expected a name ending in .safetensors, found {output}")
-    expect_other_files(output, weights=weights)
+    expect_output(output, weights=weights)
     small = checkpoint.load(weights, options.weights_key)
     larger = enlarge(small.model, options.depths, options.hidden, seed=options.seed)
     checkpoint.save(output, larger, checkpoint.provenance_after(small, "compress.grow", asdict(options)))

@@ -10,10 +10,10 @@ Where it has lost more than it may, train it on (`drsformer.train --init`, `comp
 
 What can be removed, by --scope, is listed in `compress.groups`: hidden channels, heads and their channels, experts,
 channels of the residual paths, blocks. Greedily, that is removed next whose loss in importance is least for what it
-saves of the target and of the milliseconds, in --rounds between which importance is measured anew. Importance is what
-the image loses after the best repair (`compress.obs`), and after each round the weights that are left are solved anew
-for what the whole network does (`compress.recover`), which takes rainy images alone. Widths end where vectors do
-(--round-to); in an MSFN each of the four parts of the folded hidden layer does.
+saves of the target (with --weigh-time: and of the milliseconds), in --rounds between which importance is measured anew.
+Importance is what the image loses after the best repair (`compress.obs`), and after each round the weights that are
+left are solved anew for what the whole network does (`compress.recover`), which takes rainy images alone. Widths end
+where vectors do (--round-to); in an MSFN each of the four parts of the folded hidden layer does.
 
 Every finished round and measurement is kept, in OUTPUT.work or below --sensitivity, until all is done: after a kill the
 same command goes on from there.
@@ -40,7 +40,7 @@ from drsformer.metrics import Protocol
 from drsformer.recipe import Recipe
 from runtime.cli import as_options, console, hxw, main, progress_shown, table_of
 from runtime.errors import GateError, InputError, expect_between
-from runtime.files import expect_other_files
+from runtime.files import expect_output
 from runtime.pixels import Size, size_text
 from runtime.progress import OnProgress, silent
 
@@ -58,6 +58,9 @@ WORK_FOLDER = "work"
 
 SENSITIVITY_RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
 """Fractions of the MACs at which sensitivity is measured."""
+
+NOT_OF_SENSITIVITY = frozenset({"macs", "params", "latency", "weigh_time", "rounds", "recover", "calibration"})
+"""Options that sensitivity does not depend on."""
 
 LATENCY_ATTEMPTS = 3
 """How often a network is pruned anew to meet a latency, with a better estimate each time."""
@@ -247,11 +250,11 @@ def _repair(inputs: Inputs, options: PruneOptions, on_progress: OnProgress) -> R
     return functools.partial(remove_and_recover, whole=whole, patches=inputs.calibration, on_progress=on_progress)
 
 
-def expect_output(output: Path, weights: Path) -> None:
-    """Raise InputError where a pruned checkpoint cannot be written there."""
-    if output.suffix != ".safetensors" or output.is_dir():
+def expect_checkpoint(output: Path, weights: Path) -> None:
+    """Raise InputError or OSError where a pruned checkpoint cannot be written there."""
+    if output.suffix != ".safetensors":
         raise InputError(f"`output`: expected the name of a file ending in .safetensors, found {output}")
-    expect_other_files(output, weights=weights)
+    expect_output(output, weights=weights)
 
 
 def prune(
@@ -285,7 +288,7 @@ def prune(
 
     if not options.fractions:
         raise InputError("expected `macs`, `params` or `latency`, found none")
-    expect_output(output, weights)
+    expect_checkpoint(output, weights)
     inputs = read_inputs(weights, data, options)
     network = inputs.trained.model
     cache = StepCache(output.with_name(f"{output.name}.work"), inputs.key)  # which also shows that it can be written
@@ -343,7 +346,7 @@ def sensitivity_of(
         weights: Checkpoint, .safetensors or the authors' .pth.
         data: Folders of rainy and clean images, to measure importance and PSNR on.
         output: Folder that gets `sensitivity.json`, `.csv` and `.png`.
-        options: How to prune; targets, `weigh_time` and rounds do not count.
+        options: How to prune; `NOT_OF_SENSITIVITY` do not count.
         keep: Leave the measurements in OUTPUT/work, where the same call finds them.
         on_progress: See `runtime.progress`.
 
@@ -357,7 +360,8 @@ def sensitivity_of(
     from compress.step_cache import StepCache
 
     inputs = read_inputs(weights, data, options)
-    cache = StepCache(output / WORK_FOLDER, inputs.key)
+    key = {name: value for name, value in inputs.key.items() if name not in NOT_OF_SENSITIVITY}
+    cache = StepCache(output / WORK_FOLDER, key)
     rows = measure_sensitivity(
         inputs.trained.model,
         inputs.pairs,
@@ -443,7 +447,7 @@ def command(
     if bool(output) != bool(options.fractions) or not (output or sensitivity):
         raise InputError("expected --output with --macs, --params or --latency; or --sensitivity with a folder")
     if output:
-        expect_output(output, weights)
+        expect_checkpoint(output, weights)
     if sensitivity:
         with progress_shown() as on_progress:
             rows = sensitivity_of(weights, data, sensitivity, options, bool(output), on_progress)

@@ -33,8 +33,8 @@ from rich.table import Table
 from drsformer.counts import SIDE
 from drsformer.metrics import Protocol
 from runtime.cli import main, progress_shown, table_of
-from runtime.errors import GateError, InputError, expect_between
-from runtime.files import expect_other_files, writing
+from runtime.errors import GateError, InputError, expect_between, expect_finite
+from runtime.files import expect_output, writing
 from runtime.pixels import Size, size_text
 from runtime.progress import OnProgress, silent, track
 
@@ -74,8 +74,8 @@ class QuantizeOptions:
     full_range: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_drop_db < math.inf:
-            raise InputError(f"`max_drop_db`: expected 0 or more dB, found {self.max_drop_db}")
+        expect_finite("max_drop_db", self.max_drop_db)
+        expect_between("max_drop_db", self.max_drop_db, 0)
         expect_between("calibrate", self.calibrate, 1)
         if self.limit is not None:
             expect_between("limit", self.limit, 1)
@@ -164,7 +164,7 @@ def quantize(
     started = time.monotonic()
     if output.suffix != ".onnx":
         raise InputError(f"`output`: expected a name ending in .onnx, found {output}")
-    expect_other_files(output, model=model)
+    expect_output(output, model=model)
     source = read_float32(model)
     session = OrtSession(model, "cpu")
     pairs = find_pairs(data)[: options.limit]

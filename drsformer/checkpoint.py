@@ -240,8 +240,12 @@ def _parse(path: Path, description: str) -> tuple[DRSformerConfig, dict[str, Any
         parts = json.loads(description)
         if parts["format"] != FORMAT:
             raise InputError(f"{path}: expected format {FORMAT}, found {parts['format']!r}; update this program")
-        return DRSformerConfig.from_dict(parts["config"]), dict(parts["provenance"])
-    except (KeyError, TypeError, ValueError) as error:
+        provenance = dict(parts["provenance"])
+        for found, kind in ((provenance.get("trained_on") or [], str), (provenance.get("steps", []), dict)):
+            if not isinstance(found, list) or not all(isinstance(each, kind) for each in found):
+                raise ValueError(f"expected a list, found {found!r}")
+        return DRSformerConfig.from_dict(parts["config"]), provenance
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: its metadata cannot be read ({error})") from None
 
 

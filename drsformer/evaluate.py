@@ -37,7 +37,7 @@ from drsformer.data import dataset_name, find_pairs
 from drsformer.metrics import Protocol, Scores, shortfall
 from runtime.cli import main, progress_shown, table_of
 from runtime.errors import InputError, expect_between
-from runtime.files import writing
+from runtime.files import expect_output, writing
 from runtime.progress import OnProgress, silent
 
 if TYPE_CHECKING:  # they load engines, which takes their time
@@ -89,6 +89,8 @@ class EvaluateOptions:
         expect_between("limit", 1 if self.limit is None else self.limit, 1)
         if self.save and not self.weights:
             raise InputError("`save` keeps what a network restores: expected `weights` and `data` with it")
+        if self.csv and self.csv.suffix.lower() != ".csv":
+            raise InputError(f"`csv`: expected a name ending in .csv, found {self.csv}")
         names = ("weights", "data", "restored", "target", "no_reference")
         given = {name for name in names if getattr(self, name)}
         if given not in ({"weights", "data"}, {"restored", "target"}, {"restored", "no_reference"}):
@@ -177,6 +179,8 @@ def evaluate(
     """
     from drsformer.evaluation import evaluate_derainer, evaluate_restored, evaluate_without_reference
 
+    if options.csv:
+        expect_output(options.csv)
     protocol, limit, scores = options.protocol, options.limit, {}
     if options.weights:
         network = network or open_network(options.weights, options.device, options.weights_key, on_progress)
@@ -203,7 +207,10 @@ def evaluate(
 
 def _write_csv(path: Path, scores: Mapping[str, Scores]) -> None:
     """A line for every image: its data set, its name and its scores."""
-    with writing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with (
+        writing(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         lines = csv.writer(file)
         lines.writerow(["data", "image", *next(iter(scores.values())).columns])
         for data, found in scores.items():

@@ -202,8 +202,8 @@ def render_folder(
         The number of photographs.
 
     Raises:
-        InputError: A value is out of range, a file cannot be used, or the photographs are themselves in input/ or
-            target/ of the output folder, whose pairs would be lost.
+        InputError: A value is out of range, a file cannot be used, or the output folder has other pairs, among which
+            these would be lost, or the photographs themselves. No pairs are left then.
     """
     if strength is not None:
         expect_between("strength", strength, 0, 1)
@@ -218,11 +218,21 @@ def render_folder(
                 f"{output}: expected another folder than that of the photographs, found them in "
                 f"{place}; name a new folder"
             )
-    for i, path in enumerate(track(paths, len(paths), "Rendering rain", on_progress)):
-        photograph = images.read_rgb(path)
-        height, width, _ = photograph.shape
-        layer = make_layer(np.random.default_rng((seed, i)), height, width, sources, strength)
-        for kind, image in (("input", add_rain(photograph, layer)), ("target", photograph)):
-            with writing(output / kind / f"{path.stem}.png") as temporary:
-                Image.fromarray(image).save(temporary)
+        others = images.list_images(place) if place.is_dir() else []
+        if found := {path.name for path in others} - {f"{path.stem}.png" for path in paths}:
+            raise InputError(f"{output}: expected a folder without other pairs, found {min(found)}; name a new folder")
+    written: list[Path] = []
+    try:
+        for i, path in enumerate(track(paths, len(paths), "Rendering rain", on_progress)):
+            photograph = images.read_rgb(path)
+            height, width, _ = photograph.shape
+            layer = make_layer(np.random.default_rng((seed, i)), height, width, sources, strength)
+            for kind, image in (("input", add_rain(photograph, layer)), ("target", photograph)):
+                written.append(output / kind / f"{path.stem}.png")
+                with writing(written[-1]) as temporary:
+                    Image.fromarray(image).save(temporary)
+    except BaseException:  # half a data set looks like a whole one
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
     return len(paths)

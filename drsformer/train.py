@@ -40,7 +40,7 @@ from drsformer.data import find_pairs
 from drsformer.recipe import DataOptions, Hardware, Recipe, Schedule, Variant, read_config
 from runtime.cli import console, main, progress_shown
 from runtime.errors import InputError
-from runtime.files import expect_other_files
+from runtime.files import expect_output
 from runtime.progress import OnProgress, silent
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def train(options: TrainOptions, form: Form | None = None, on_progress: OnProgre
     from drsformer.patches import Patches
 
     recipe, data_options, data = options.recipe, options.data_options, options.data or []
-    expect_other_files(*network_files(options.output), init=options.init)
+    expect_output(*network_files(options.output), init=options.init)
     folders = [find_pairs(folder) for folder in data]
     validation = data_options.validation()
     patches = Patches(folders, recipe, **data_options.sources_of_patches())

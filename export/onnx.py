@@ -33,7 +33,7 @@ from drsformer.config import SIZE_MULTIPLE
 from export.options import Pattern, Precision
 from runtime.cli import main, progress_shown, table_of
 from runtime.errors import GateError, InputError, expect_between
-from runtime.files import writing
+from runtime.files import expect_output, writing
 from runtime.manifest import MAX_BATCH
 from runtime.pixels import ANY, IO, Size, size_text
 from runtime.progress import OnProgress, silent, track
@@ -135,6 +135,7 @@ def export(
     output = output or weights.parent / f"{weights.stem or 'model'}.onnx"
     if output.suffix != ".onnx":
         raise InputError(f"`output`: expected a name ending in .onnx, found {output}")
+    expect_output(output, weights=weights)
     opset, size, batch = _opset(options), _size(options), _batch(options)
     if options.precision != "fp32" and not options.fold:
         raise InputError(f"`fold`: expected on, since it places the casts of {options.precision}, found off")

@@ -72,7 +72,7 @@ def render(validation: Validation) -> str:
             for image in ranked
         ],
         total=validation.last_row(),
-        csv=page.data_uri("text/csv;charset=utf-8", _csv(validation.columns, ranked).encode()),
+        csv=page.data_uri("text/csv;charset=utf-8", _csv(validation.columns, ranked).encode(errors="backslashreplace")),
         csv_name="images.csv",
         layers=_layers(validation),
         facts=validation.facts,

@@ -56,8 +56,8 @@ from drsformer.data import LayoutError, Pair, find_pairs
 from export.comparison import Comparison, Crop, Extent, Picture, Validation
 from runtime.bundle import load, load_to_change, private_key, save
 from runtime.cli import hxw, main, progress_shown, typed
-from runtime.errors import DerainError, InputError, expect_between
-from runtime.files import expect_writable, report_file
+from runtime.errors import DerainError, InputError, expect_between, expect_finite
+from runtime.files import expect_output, report_file
 from runtime.images import list_images, read_rgb
 from runtime.manifest import Drift
 from runtime.pictures import largest_difference, webp
@@ -261,6 +261,9 @@ def _check(candidate: Path, options: ValidateOptions) -> None:
         import export.report  # noqa: F401 - so that a package that it lacks is told
     if options.limit is not None:
         expect_between("limit", options.limit, 1)
+    for name in ("max_drop_db", "max_worst_drop_db", "min_gain_db", "min_psnr"):
+        if (budget := getattr(options, name)) is not None:
+            expect_finite(name, budget)
     if options.sign and not options.record:
         raise InputError("`sign`: expected `record` with it, which changes the manifest that is signed")
     if options.locate:
@@ -274,7 +277,7 @@ def _check(candidate: Path, options: ValidateOptions) -> None:
         if options.sign:
             private_key(options.sign)
     if options.report_file:
-        expect_writable(options.report_file.parent)
+        expect_output(options.report_file)
 
 
 def model_of(candidate: Path) -> Path:

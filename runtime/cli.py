@@ -7,11 +7,14 @@ gate failed, 2 bad usage or bad input, 3 a fault of the program, with its traceb
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
+import os
 import re
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -79,6 +82,8 @@ def main(
         status: Makes the exit status of the result.
     """
     logging.basicConfig(handlers=[Remarks(logging.WARNING)], force=True)
+    if threading.current_thread() is threading.main_thread():
+        _stop_cleanly()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be text
@@ -103,6 +108,9 @@ def main(
             traceback.print_exc()
             sys.exit(3)
         fail(f"needs the package {package}, which is not installed: pip install '{EXTRAS[package]}'")
+    except BrokenPipeError:  # whoever read what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as a shell has it for SIGPIPE
     except OSError as error:
         if error.strerror is None:
             traceback.print_exc()
@@ -111,11 +119,33 @@ def main(
     except Exception as error:
         if _is_want_of_memory(error):
             fail(f"out of memory: {error}" if str(error) else "out of memory")
+        if full := _want_of_space(error):
+            fail(full)
         traceback.print_exc()  # a fault of ours, which is not a gate that failed
         sys.exit(3)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (interrupt.signal if isinstance(interrupt, _Stopped) else signal.SIGINT))
+
+
+class _Stopped(KeyboardInterrupt):
+    """What a signal from outside becomes, so that nothing half-written is left behind, as with ctrl-C."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__()
+        self.signal = signal
+
+
+def _stop_cleanly() -> None:
+    """Let SIGTERM and SIGHUP be exceptions, where nobody else wants them: not under nohup."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise _Stopped(number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, stop)
 
 
 def program() -> str:
@@ -133,6 +163,15 @@ def _is_want_of_memory(error: Exception) -> bool:
     """PyTorch has a RuntimeError of its own for it on a GPU, and a plain one on a CPU."""
     of_pytorch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and of_pytorch)
+
+
+def _want_of_space(error: BaseException | None) -> str | None:
+    """What a full disk is told as, where it is why the error came, or why that came which it came from; else None."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return f"{error.filename or 'a file to write'}: {error.strerror}"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def fail(message: str) -> NoReturn:

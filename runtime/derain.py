@@ -53,7 +53,7 @@ from PIL import Image
 
 from .canary import When
 from .errors import DerainError, InputError, OutOfMemory, expect_between, one_line
-from .files import expect_writable, report_file
+from .files import expect_output, expect_writable, report_file
 from .images import SUFFIXES, Photo, list_images, load
 from .pipeline import grouped, pipeline
 from .pixels import Size
@@ -180,6 +180,7 @@ def derain(
             raise InputError(f"`report` is for images, and {input} is a video")
         from .gallery import Gallery  # needs Jinja2
 
+        expect_output(options.report_file)
         gallery = Gallery(options.report_file)
     if options.shard is not None:
         if not input.is_dir():
@@ -200,8 +201,6 @@ def derain(
     )
     derainer = Derainer(session, memory=options.memory, tile=options.tile, batch=options.batch)
     expect_writable(output if input.is_dir() else files[0][1].parent)
-    if gallery:
-        expect_writable(gallery.file.parent)
     if is_video:
         from . import video  # needs PyAV
 

@@ -71,6 +71,12 @@ def expect_between(parameter: str, value: float, low: float, high: float = math.
         raise InputError(f"`{parameter}`: expected {wanted}, found {value}")
 
 
+def expect_finite(parameter: str, value: float) -> None:
+    """Raise InputError for NaN and infinity."""
+    if not math.isfinite(value):
+        raise InputError(f"`{parameter}`: expected a finite number, found {value}")
+
+
 def device_error(message: str, reason: object) -> DeviceError:
     """A DeviceError that tells `reason` after the message, or an OutOfMemory where it is that."""
     memory = re.search(r"alloc|out[ _]?of[ _]?memory", str(reason), re.IGNORECASE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import tempfile
@@ -12,10 +13,24 @@ from pathlib import Path
 from .errors import InputError
 
 
-def expect_other_files(*outputs: Path, **sources: str | os.PathLike[str] | None) -> None:
-    """Raise InputError where one of the files to write is one that is read, of `sources` by the names of their
-    parameters."""
+def expect_output(*outputs: Path, **sources: str | os.PathLike[str] | None) -> None:
+    """Before the work whose result is to go there, and without making anything.
+
+    Args:
+        outputs: Files to write.
+        sources: Files that are read, by the names of their parameters.
+
+    Raises:
+        InputError: An output is one of the sources, or something else than a file.
+        OSError: It cannot be made where it is to be.
+    """
     for output in outputs:
+        _expect_file(output)
+        place = next(place for place in output.absolute().parents if place.exists())
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
         for name, source in sources.items():
             if source is not None and os.path.exists(source) and output.exists() and output.samefile(source):
                 raise InputError(f"`output`: expected another file than `{name}`, found {output} for both")
@@ -33,8 +48,7 @@ def writing(path: str | os.PathLike[str], mode: int = 0o666) -> Iterator[Path]:
             a full disk, names `path`.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise InputError(f"expected a file to write, found a folder, a pipe or a device at {path}")
+    _expect_file(path)
     prefix = f".{path.stem[:40]}."  # a name has up to 255 bytes, and a character up to 4
     temporary = path.with_name(f"{prefix}{secrets.token_hex(8)}{path.suffix}")
     try:
@@ -50,6 +64,11 @@ def writing(path: str | os.PathLike[str], mode: int = 0o666) -> Iterator[Path]:
         if unnamed and error.strerror is not None:
             error.filename = str(path)
         raise
+
+
+def _expect_file(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise InputError(f"expected a file to write, found a folder, a pipe or a device at {path}")
 
 
 def expect_writable(folder: Path) -> None:

@@ -225,13 +225,13 @@ def read_rgb(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """The image files in `folder` itself, by suffix, sorted by name, without hidden ones; may be empty. Raises
-    InputError where there is no such folder."""
+    """The image files in `folder` itself, by suffix, sorted by name, without hidden ones; may be empty. A link to
+    nothing is among them, so that it is missed. Raises InputError where there is no such folder."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"expected a folder of images, found none at {folder}")
     files = (path for path in folder.iterdir() if path.suffix.lower() in FORMATS and not path.name.startswith("."))
-    return sorted(path for path in files if path.is_file())
+    return sorted(path for path in files if path.is_file() or not path.exists())
 
 
 def refuse_bomb(path: str | os.PathLike[str], width: int, height: int) -> None:

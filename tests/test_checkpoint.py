@@ -543,7 +543,14 @@ def save_described(path: Path, model: DRSformer, **changes) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"format": 2}, "expected format 1, found 2"), ({"config": {}}, "metadata"), ({"config": "{]"}, "metadata")],
+    [
+        ({"format": 2}, "expected format 1, found 2"),
+        ({"config": {}}, "metadata"),
+        ({"config": "{]"}, "metadata"),
+        ({"provenance": {"trained_on": "rain"}}, "metadata"),
+        ({"provenance": {"trained_on": [5]}}, "metadata"),
+        ({"provenance": {"steps": None}}, "metadata"),
+    ],
 )
 def test_damaged_metadata_is_refused(tmp_path, changes, message):
     model = DRSformer(preset("drsformer-tiny"))

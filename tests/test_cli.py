@@ -1,8 +1,11 @@
 """What every command shares."""
 
+import errno
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +17,7 @@ from rich.console import Console
 
 from runtime.cli import main, parse_size, table_of
 from runtime.errors import InputError
-from runtime.files import writing
+from runtime.files import expect_output, writing
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,6 +84,66 @@ def test_mistakes_are_one_line_and_status_2(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: --digits: expected 0, found 1\n"
     for arguments in ((), ("--number", "eight"), ("--number", "8", "--bye", "1")):
         assert command(monkeypatch, *arguments) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_half_written(tmp_path, number):
+    program = (
+        "import os, pathlib\n"
+        "from runtime.cli import main\n"
+        "from runtime.files import writing\n"
+        "def halt():\n"
+        f"    with writing(pathlib.Path({str(tmp_path)!r}) / 'a.txt'):\n"
+        f"        os.kill(os.getpid(), {number:d})\n"
+        "main(halt, None)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (128 + number, "interrupted\n")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    program = "from runtime.cli import main\nmain(lambda: print('line\\n' * 100_000, flush=True), None)"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.read(5)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
+def test_a_full_disk_is_told_whatever_a_library_makes_of_it(monkeypatch, capsys):
+    def log() -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "events")
+        except OSError as error:
+            raise ValueError("you tried to log what is not supported") from error
+
+    monkeypatch.setattr(sys, "argv", ["log"])
+    with pytest.raises(SystemExit) as stop:
+        main(log, None)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: events: No space left on device\n"
+
+
+def test_an_output_that_cannot_be_is_told_before_the_work(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(InputError, match="expected a file to write, found a folder"):
+        expect_output(tmp_path / "folder")
+    with pytest.raises(NotADirectoryError, match="file"):
+        expect_output(tmp_path / "file" / "new" / "a.txt")
+    with pytest.raises(InputError, match="`output`: expected another file than `weights`"):
+        expect_output(tmp_path / "file", weights=tmp_path / "file")
+    expect_output(tmp_path / "new" / "folder" / "a.txt")
+    assert not (tmp_path / "new").exists()
+    if os.geteuid():
+        (tmp_path / "folder").chmod(0o500)
+        with pytest.raises(PermissionError, match="folder"):
+            expect_output(tmp_path / "folder" / "a.txt")
 
 
 def test_help_offers_no_none(monkeypatch, capsys):

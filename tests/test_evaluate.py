@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 import runpy
 import shutil
@@ -350,6 +351,24 @@ def test_a_kill_leaves_the_csv_of_the_data_sets_before(data, weights, tmp_path, 
     with (tmp_path / "s.csv").open() as file:
         rows = [*csv.DictReader(file)]
     assert [row["image"] for row in rows] == ["1", "2", "10"]
+
+
+def test_a_table_takes_the_place_of_no_other_file_and_of_no_folder(data, weights, tmp_path):
+    for path in (weights, data / "input" / "1.png"):
+        with pytest.raises(InputError, match=r"`csv`: expected a name ending in \.csv"):
+            EvaluateOptions(weights, (data,), csv=path)
+    (tmp_path / "s.csv").mkdir()
+    with pytest.raises(InputError, match="expected a file to write, found a folder"):
+        evaluate(EvaluateOptions(weights, (data,), csv=tmp_path / "s.csv"))
+
+
+def test_names_that_are_no_text_are_in_the_table(data, weights, tmp_path):
+    pairs = tmp_path / "pairs"
+    shutil.copytree(data, pairs)
+    for folder in ("input", "target"):
+        (pairs / folder / "1.png").rename(pairs / folder / os.fsdecode(b"\xff.png"))
+    evaluate(EvaluateOptions(weights, (pairs,), csv=tmp_path / "s.csv", device="cpu"))
+    assert "\\udcff," in (tmp_path / "s.csv").read_text()
 
 
 def test_an_equal_image_is_said_to_be_equal():

@@ -483,6 +483,10 @@ def test_list_images(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
     assert [path.name for path in list_images(tmp_path)] == ["a.JPG", "b.png", "c.tiff", "d.jfif", "e.JPE"]
+    (tmp_path / "f.png").symlink_to(tmp_path / "unmounted" / "f.png")
+    assert list_images(tmp_path)[-1].name == "f.png"  # not passed over: reading it says what is wrong
+    with pytest.raises(InvalidImage, match=r"f\.png: No such file"):
+        load(tmp_path / "f.png")
     with pytest.raises(InputError, match="none at"):
         list_images(tmp_path / "none")
 

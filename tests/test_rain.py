@@ -23,7 +23,8 @@ from drsformer.rendering import (
     render_folder,
     turn,
 )
-from runtime.errors import InputError
+from runtime.errors import InputError, InvalidImage
+from runtime.images import Photo
 
 
 def generator(seed: int = 0) -> np.random.Generator:
@@ -227,6 +228,22 @@ def test_pairs_that_the_photographs_belong_to_are_left_alone(tmp_path, kind):
             render_folder(clean, tmp_path / "train")
     for i, folder in enumerate(("input", "target")):
         assert (np.asarray(Image.open(tmp_path / "train" / folder / "0.png")) == 60 + i).all()
+
+
+def test_half_a_data_set_or_two_in_one_are_not_left(tmp_path):
+    for name in ("a", "c"):
+        Photo(np.full((8, 8, 3), 60, np.uint8)).save(tmp_path / name / f"{name}.png")
+    (tmp_path / "a" / "b.png").write_text("none")
+    with pytest.raises(InvalidImage, match=r"b\.png"):
+        render_folder(tmp_path / "a", tmp_path / "rainy")
+    assert not [path for path in (tmp_path / "rainy").rglob("*") if path.is_file()]
+    (tmp_path / "a" / "b.png").unlink()
+    render_folder(tmp_path / "a", tmp_path / "rainy")
+    render_folder(tmp_path / "a", tmp_path / "rainy", seed=1)  # the same photographs once more
+    with pytest.raises(
+        InputError, match=r"rainy: expected a folder without other pairs, found a\.png; name a new folder"
+    ):
+        render_folder(tmp_path / "c", tmp_path / "rainy")
 
 
 def test_rain_of_the_real_pairs_is_grey_and_additive(real_data):

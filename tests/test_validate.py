@@ -274,6 +274,8 @@ def test_real_pair(folder, real_data, tmp_path):
     [
         (dict(limit=0), "`limit`: expected at least 1, found 0"),
         (dict(data="plain", max_drop_db=0.1), "`max_drop_db`: .*no ground truth.*`min_psnr`"),
+        (dict(max_drop_db=math.nan), "`max_drop_db`: expected a finite number, found nan"),
+        (dict(min_psnr=math.inf), "`min_psnr`: expected a finite number, found inf"),
         (dict(data="plain", max_worst_drop_db=0.1), "`max_worst_drop_db`: .*no ground truth.*`min_psnr`"),
         (dict(data="plain", min_gain_db=0.0), "`min_gain_db`: .*no ground truth.*`min_psnr`"),
         (dict(data="missing"), "missing"),
@@ -309,6 +311,7 @@ def test_drop_where_psnr_is_infinite():
 
     assert drop(math.inf, math.inf) == 0
     assert drop(math.inf, 40.0) == math.inf
+    assert drop(40.0, math.inf) == 0  # an infinite gain would hide what other images lose
     assert drop(30.0, 30.5) == -0.5
 
 
@@ -323,6 +326,8 @@ def test_budgets():
     assert not passed(0.25, 40, max_drop_db=0.5, min_psnr=41)
     assert passed(-1, 20, max_drop_db=0)
     assert not passed(math.inf, 20, max_drop_db=1000)
+    perfect, lossy = (Comparison("", 40, 1, {}, 30.0, psnr, 0.9, 0.9) for psnr in (math.inf, 29.0))
+    assert not Validation({}, [perfect, lossy], {}, None, {}, max_drop_db=0.1).passed
 
 
 def judged(*psnrs: tuple[float, float, float], **options) -> Validation:
