@@ -588,7 +588,7 @@ def test_target_out_of_reach_says_why_and_writes_nothing(tmp_path, data):
         ({}, "expected --output with"),
         ({"macs": 0.5, "output": None}, "expected --output with"),
         ({"macs": 0.5, "output": Path("p.pth")}, r"ending in \.safetensors"),
-        ({"macs": 0.5, "output": Path("dir.safetensors")}, r"the name of a file ending in \.safetensors"),
+        ({"macs": 0.5, "output": Path("dir.safetensors")}, "expected a file to write, found a folder"),
         (
             {"macs": 0.5, "weights": Path("w.safetensors"), "output": Path("w.safetensors")},
             r"`output`: expected another file than `weights`, found w\.safetensors for both",
