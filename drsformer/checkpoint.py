@@ -85,7 +85,7 @@ class Checkpoint:
     def origin(self) -> str:
         """What it was trained on, for people: weights for other data score far lower, and nothing else says so."""
         data = self.provenance.get("trained_on")
-        return f"trained on {', '.join(map(str, data))}" if data else "of unknown training data"
+        return f"trained on {', '.join(dict.fromkeys(map(str, data)))}" if data else "of unknown training data"
 
 
 def load(path: str | os.PathLike[str], weights_key: str | None = None) -> Checkpoint:

@@ -69,10 +69,11 @@ def odd_config(seed: int) -> DRSformerConfig:
 @torch.no_grad()
 def test_round_trip_of_odd_networks(tmp_path, seed):
     model = fill(DRSformer(odd_config(seed)))
-    checkpoint.save(tmp_path / "m.safetensors", model, {"trained_on": ["a/b"], "n": seed})
+    checkpoint.save(tmp_path / "m.safetensors", model, {"trained_on": ["a/b", "c", "a/b"], "n": seed})
     loaded = checkpoint.load(tmp_path / "m.safetensors")
     assert loaded.model.config == model.config
-    assert loaded.provenance == {"trained_on": ["a/b"], "n": seed}
+    assert loaded.provenance == {"trained_on": ["a/b", "c", "a/b"], "n": seed}
+    assert loaded.origin == "trained on a/b, c"
     assert not loaded.model.training
     assert torch.equal(loaded.model(image(16, 24)), model(image(16, 24)))
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]  # nothing temporary is left
