@@ -373,8 +373,8 @@ def test_tensorrt_for_rtx_parses_it(mixtures):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(max_drop_db=-0.1), "`max_drop_db`: expected 0 or more"),
-        (dict(max_drop_db=float("nan")), "`max_drop_db`: expected 0 or more"),
+        (dict(max_drop_db=-0.1), "`max_drop_db`: expected at least 0"),
+        (dict(max_drop_db=float("nan")), "`max_drop_db`: expected a finite number, found nan"),
         (dict(calibrate=0), "`calibrate`: expected at least 1, found 0"),
         (dict(limit=0), "`limit`: expected at least 1, found 0"),
         (dict(output="int8.engine"), "`output`: expected a name ending in .onnx"),
