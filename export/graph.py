@@ -1,7 +1,8 @@
 """A network as an ONNX graph, with what the graph says of itself in its metadata.
 
-PyTorch's own exporter and optimiser do all the work, so there are no graph rewrites of ours to maintain; the price is
-that the exporter reasons about symbolic sizes for two seconds a block and more. What makes the network faster belongs
+PyTorch's own exporter and optimiser do all the work, so there are no graph rewrites of ours to maintain. They take a
+second or two for each block, so blocks of one structure are traced once: the network around them is traced with a call
+in place of each, and what a block became goes there with the weights of that one. What makes the network faster belongs
 in the module that is exported, a function of the readable one as `export.topk.with_pattern` is, where PyTorch can test
 it. Only standard operators, no control flow.
 """
@@ -11,20 +12,38 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
+from onnx_ir import to_proto
+from onnx_ir.tensor_adapters import TorchTensor
 from onnxscript import opset18
 from torch import Tensor, nn
 
 from drsformer.config import SIZE_MULTIPLE
-from export.topk import masks, scores_of
+from drsformer.model import DRSformer
+from export.topk import masks, scores_of, shared_copy
 from runtime.pixels import ANY, FINITE, IO, Size
+
+CALL = "drsformer_deploy::Block"
+"""Operator that stands for a block until the block's own graph takes its place."""
+
+SCORES = ".scores"
+"""What the inner tensor with the scores of an attention layer is called, behind the layer's name."""
+
+FLOATS: dict[int, torch.dtype] = {
+    onnx.TensorProto.FLOAT: torch.float32,
+    onnx.TensorProto.FLOAT16: torch.float16,
+    onnx.TensorProto.BFLOAT16: torch.bfloat16,
+}
+"""What a block may compute in."""
 
 PACKAGES = ("torch", "onnx", "onnxscript", "drsformer-deploy")
 """Packages whose versions shape a graph."""
@@ -75,18 +94,29 @@ def _padded_indices(length: int) -> Tensor:
 
 
 class _WithScores(nn.Module):
-    """A network that also returns the scores of every attention layer, in the order of `masks(network)`, behind what
-    it returns itself."""
+    """A network that takes some of its weights as an argument, by name, and returns the scores of every attention
+    layer, in the order of `masks(network)`, behind what it returns itself."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, ...]:
         with scores_of(self.network) as scores:
-            output = self.network(x)
+            output = torch.func.functional_call(self.network, weights, (x,))
         outputs = output if isinstance(output, tuple) else (output,)
         return *outputs, *(scores[layer] for layer in masks(self.network))
+
+
+class _Call(nn.Module):
+    """Stands for a block while the network around it is traced. (B, C, H, W) -> the same."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic(CALL, (x,), {"name": self.name}, dtype=x.dtype, shape=x.shape, version=1)
 
 
 def to_onnx(
@@ -105,7 +135,8 @@ def to_onnx(
         The graph. Its metadata have its `io`, its `size_multiple` and, under `scores`, the name of the inner tensor
         that holds the scores of each attention layer.
     """
-    scores = {layer: f"{layer}.scores" for layer in masks(network)}
+    scores = {layer: f"{layer}{SCORES}" for layer in masks(network)}
+    blocks, network = _without_blocks(network)
     outputs = ["output", FINITE] if io == "image" else ["output"]
     images = 2 if batch == ANY else batch  # of 1 the exporter would make a constant
     height, width = size or (8 * SIZE_MULTIPLE, 9 * SIZE_MULTIPLE)
@@ -119,26 +150,126 @@ def to_onnx(
             network, example = Tensor16Graph(network), example.half()
         sides = {2: SIZE_MULTIPLE * h, 3: SIZE_MULTIPLE * w}
     dynamic = {**({0: torch.export.Dim("batch", min=1)} if batch == ANY else {}), **({} if size else sides)}
+    model = _trace(network, example, dynamic, outputs, opset)
+    _insert_blocks(model, blocks, opset)
+    model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)  # older runtimes refuse a later one
+    _remove_sources(model)
+    add_metadata(model, io=io, size_multiple=1 if io == "image" else SIZE_MULTIPLE, scores=scores)
+    return model
+
+
+def _without_blocks(network: nn.Module) -> tuple[dict[str, tuple[nn.Module, Hashable]], nn.Module]:
+    """The blocks of a DRSformer by name, each with its structure, and the network with calls in their place. Any other
+    network stays whole."""
+    if not isinstance(network, DRSformer):
+        return {}, network
+    blocks, around = {}, shared_copy(network)
+    for module, level in network.config.levels().items():
+        for i, block in enumerate(level.blocks):
+            name = f"{module}.{i}"
+            blocks[name] = network.get_submodule(name), (level.width, block)
+            around.set_submodule(name, _Call(name))
+    return blocks, around
+
+
+def _trace(
+    network: nn.Module,
+    example: Tensor,
+    dynamic: Mapping[int, Any],
+    outputs: Sequence[str],
+    opset: int,
+    weights: Mapping[str, Tensor] = MappingProxyType({}),
+) -> onnx.ModelProto:
+    """A network as PyTorch's exporter writes it, with the scores of its attention layers as inner tensors.
+
+    Args:
+        network: What is traced.
+        example: Its input.
+        dynamic: The sizes of the input that are no constants, by axis.
+        outputs: Names of what it returns.
+        opset: Version of ONNX's operators.
+        weights: Those of its parameters and buffers, by name, that become inputs and no constants.
+    """
+    scores = [f"{layer}{SCORES}" for layer in masks(network)]
     with _quiet():
         program = torch.onnx.export(
             _WithScores(network).eval(),
             (example,),
+            kwargs={"weights": dict(weights)},
             dynamo=True,
             verbose=False,
             opset_version=opset,
-            input_names=["input"],
-            output_names=[*outputs, *scores.values()],
-            dynamic_shapes=(dynamic,) if dynamic else None,
+            input_names=["input", *weights],
+            output_names=[*outputs, *scores],
+            dynamic_shapes={"x": dynamic, "weights": dict.fromkeys(weights)} if dynamic else None,
             custom_translation_table={torch.ops.aten.pixel_unshuffle.default: _pixel_unshuffle},
         )
     assert program is not None
     model = program.model_proto
-    model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)  # older runtimes refuse a later one
-    _remove_sources(model)
     model.graph.value_info.extend(model.graph.output[len(outputs) :])
-    del model.graph.output[len(outputs) :]  # the scores stay, as inner tensors
-    add_metadata(model, io=io, size_multiple=1 if io == "image" else SIZE_MULTIPLE, scores=scores)
+    del model.graph.output[len(outputs) :]
     return model
+
+
+def _insert_blocks(model: onnx.ModelProto, blocks: Mapping[str, tuple[nn.Module, Hashable]], opset: int) -> None:
+    """Put the graph of each block in place of the call for it. Those of one structure that take one shape are traced
+    once: of what a trace gives, only the weights are a block's own."""
+    domain, _, operator = CALL.partition("::")
+    types = {value.name: value.type.tensor_type for value in model.graph.value_info}
+    traces: dict[Hashable, onnx.GraphProto] = {}
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for node in nodes:
+        if (node.domain, node.op_type) != (domain, operator):
+            model.graph.node.append(node)
+            continue
+        name = node.attribute[0].s.decode()
+        block, structure = blocks[name]
+        tensors = (*block.named_parameters(), *block.named_buffers())  # whole numbers follow from the structure
+        weights = {key: tensor.detach() for key, tensor in tensors if tensor.is_floating_point()}
+        kind = types[node.input[0]]
+        shape = tuple(dim.dim_value or None for dim in kind.shape.dim)  # None where it is any
+        if (structure, shape) not in traces:
+            sizes = [length or some for length, some in zip(shape, (2, 0, 16, 24), strict=True)]  # channels are known
+            example = torch.zeros(sizes, dtype=FLOATS[kind.elem_type])
+            dynamic = {axis: torch.export.Dim.DYNAMIC for axis, length in enumerate(shape) if length is None}
+            traces[structure, shape] = _trace(block, example, dynamic, ["output"], opset, weights).graph
+        _append(model.graph, traces[structure, shape], node, name, weights)
+    standard = [entry for entry in model.opset_import if entry.domain != domain]
+    del model.opset_import[:]
+    model.opset_import.extend(standard)
+
+
+def _append(
+    graph: onnx.GraphProto, trace: onnx.GraphProto, call: onnx.NodeProto, name: str, weights: Mapping[str, Tensor]
+) -> None:
+    """Append a block's trace to a graph, with its name before those of everything in it and with its weights."""
+    names = {"": "", trace.input[0].name: call.input[0], trace.output[0].name: call.output[0]}
+
+    def renamed(value: str) -> str:
+        return names.setdefault(value, f"{name}.{value}")
+
+    for node in trace.node:
+        new = graph.node.add()
+        new.CopyFrom(node)
+        new.name = f"{name}.{node.name}"
+        new.input[:], new.output[:] = map(renamed, node.input), map(renamed, node.output)
+        for entry in new.metadata_props:
+            entry.value = re.sub(r"\bnetwork(?=[.:])", f"network.{name}", entry.value)
+    for tensor in trace.initializer:
+        new = graph.initializer.add()
+        new.CopyFrom(tensor)
+        new.name = renamed(tensor.name)
+    for value in trace.value_info:
+        if value.name.endswith(SCORES):
+            new = graph.value_info.add()
+            new.CopyFrom(value)
+            new.name = renamed(value.name)
+            for dim in new.type.tensor_type.shape.dim:
+                dim.ClearField("dim_param")  # names of sizes are those of the trace, and elsewhere stand for others
+    graph.initializer.extend(
+        to_proto(TorchTensor(tensor, names[key])) for key, tensor in weights.items() if key in names
+    )
 
 
 def _pixel_unshuffle(x: Any, downscale_factor: int) -> Any:

@@ -106,6 +106,41 @@ def test_graph_is_plain_onnx(everything):
     assert (input.name, output.name) == ("input", "output")
 
 
+def test_blocks_of_one_structure_are_traced_once_and_keep_their_weights(tmp_path, monkeypatch):
+    """Hidden widths of 7 and 8 are folded into tensors of equal shapes and still differ in how these are joined."""
+    odd, even, other = BlockConfig(1, 8, 7), BlockConfig(1, 8, 8), BlockConfig(2, 4, 8)
+    config = small((odd, even, other, odd, even))
+    traced, trace = [], graph._trace
+    monkeypatch.setattr(graph, "_trace", lambda network, *rest: traced.append(network) or trace(network, *rest))
+    exported = export(save(tmp_path, config), tmp_path / "model.onnx")
+    blocks = [block for level in config.levels().values() for block in level.blocks]
+    assert len(traced) == 1 + len({(level.width, b) for level in config.levels().values() for b in level.blocks})
+    assert len(traced) < 1 + len(blocks)
+    assert all(agreement.difference < TOLERANCE for agreement in exported.agreements)
+    names = [tensor.name for tensor in onnx.load(exported.output).graph.initializer]
+    assert len(names) == len(set(names))
+
+
+def test_sizes_in_the_file_are_those_that_are_computed(everything):
+    """ONNX Runtime takes sizes of one name for equal ones and reuses memory accordingly."""
+    _, exported = everything
+    model = onnx.load(exported.output)
+    del model.graph.output[:]
+    model.graph.output.extend(model.graph.value_info)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    found = session.run(None, {"input": to_batch(random_image(40, 56))})
+    sizes: dict[str, set[int]] = {}
+    for value, array in zip(model.graph.value_info, found, strict=True):
+        for dim, length in zip(value.type.tensor_type.shape.dim, array.shape, strict=True):
+            if dim.dim_param:
+                sizes.setdefault(dim.dim_param, set()).add(length)
+            else:
+                assert dim.dim_value in (0, length), value.name
+    assert {name: len(lengths) for name, lengths in sizes.items()} == dict.fromkeys(sizes, 1)
+
+
 @pytest.mark.parametrize(("opset", "ir_version"), [(18, 8), (20, 9), (22, 10), (23, 11)])
 def test_format_is_no_newer_than_the_operators(opset, ir_version):
     """ONNX Runtime 1.17 knows operator set 20 and IR version 9, and refuses a file of version 10 for that alone."""
