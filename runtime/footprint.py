@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .bundle import Bundle
+from .manifest import dump, parse
 from .memory import STATUS, proc_bytes
 from .ort import OrtSession
 
@@ -42,17 +44,20 @@ class Footprint:
     per_pixel: float
 
 
-def measure(model: Path, threads: int = 0) -> Footprint | None:
-    """The footprint of an ONNX file on the CPU, with so many threads. Takes as long as to load it and to restore an
-    image of 256x256 pixels. None where it cannot be measured, as in a program that is no Python interpreter."""
+def measure(model: Path | Bundle, threads: int = 0) -> Footprint | None:
+    """The footprint of an ONNX file, or of a bundle's, on the CPU, with so many threads. Takes as long as to load it
+    and to restore an image of 256x256 pixels. None where it cannot be measured, as in a program that is no Python
+    interpreter."""
     if getattr(sys, "frozen", False) or not Path(sys.executable or "").name.startswith("python"):
         return None
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    # The manifest that this process has, so that the other one verifies the file by it too.
+    path, manifest = (model.folder, dump(model.manifest)) if isinstance(model, Bundle) else (model, b"")
     try:
         found = subprocess.run(
-            [sys.executable, "-P", "-m", __name__, str(model), str(threads)],  # -P: not from here
+            [sys.executable, "-P", "-m", __name__, str(path), str(threads)],  # -P: not from here
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            stdin=subprocess.DEVNULL,
+            input=manifest,
             capture_output=True,
             check=True,
             timeout=TIMEOUT_SECONDS,
@@ -62,9 +67,9 @@ def measure(model: Path, threads: int = 0) -> Footprint | None:
         return None
 
 
-def _measure_here(model: Path, threads: int) -> Footprint:
+def _measure_here(path: Path, threads: int, manifest: bytes) -> Footprint:
     """That of this process, which has to be new."""
-    session = OrtSession(model, "cpu", threads)
+    session = OrtSession(Bundle(path, parse(manifest)) if manifest else path, "cpu", threads)
     (_, most), side = session.limits[0], math.ceil(IMAGE_SIDE / session.multiple) * session.multiple
     h, w = (side if limit == sys.maxsize else limit for limit in most)
     fixed = proc_bytes(STATUS, "VmRSS")
@@ -73,4 +78,4 @@ def _measure_here(model: Path, threads: int) -> Footprint:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(_measure_here(Path(sys.argv[1]), int(sys.argv[2])))))
+    print(json.dumps(asdict(_measure_here(Path(sys.argv[1]), int(sys.argv[2]), sys.stdin.buffer.read()))))

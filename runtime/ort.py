@@ -56,9 +56,10 @@ class OrtSession:
     graph of images it hands images, which loses nothing where the batch came from them, and its answer is then in steps
     of 1/255; to a graph of so many images it hands as many, the last one repeated where there are fewer.
 
-    Attributes besides those of `Session`: `path`, of the file; `metadata`, the strings that export wrote into it;
-    `input`, `output` and `graph_io`, what it takes and gives; `provider`, the one that runs; `threads`; and `identity`,
-    its library and device for `runtime.canary`. ONNX Runtime keeps the memory of the largest image so far.
+    Attributes besides those of `Session`: `model`, the bundle or the path of the file; `path`, of the file; `metadata`,
+    the strings that export wrote into it; `input`, `output` and `graph_io`, what it takes and gives; `provider`, the
+    one that runs; `threads`; and `identity`, its library and device for `runtime.canary`. ONNX Runtime keeps the memory
+    of the largest image so far.
 
     Args:
         model: Path of the .onnx file, or a bundle that has one; None is the network that ships with the project.
@@ -74,6 +75,7 @@ class OrtSession:
 
     multiple: int
     limits: tuple[tuple[Size, Size], ...]
+    model: Path | Bundle
     path: Path
     metadata: dict[str, str]
     input: Tensor
@@ -93,11 +95,11 @@ class OrtSession:
         options = ort.SessionOptions()
         if isinstance(model, Bundle):
             name = model.manifest.model.file
-            self.path, content = model.folder / name, model.read(name)
+            self.model, self.path, content = model, model.folder / name, model.read(name)
             # Nothing verifies weights outside, which ONNX Runtime would look for in the current directory.
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
         else:
-            self.path = content = Path(model) if model is not None else SHIPPED
+            self.model = self.path = content = Path(model) if model is not None else SHIPPED
             if not self.path.is_file():
                 raise InvalidModel(f"expected a bundle or an ONNX file, found nothing at {self.path}")
             if self.path.suffix in (".safetensors", ".pth", ".pt"):

@@ -110,6 +110,7 @@ class Derainer:
             raise InputError("expected the path of a bundle, whose signature or proof is demanded, found a session")
         self.session = model
         self._tile, self._overlap, self._batch = tile, overlap, batch
+        self._threads: dict[int, ThreadPoolExecutor] = {}
         if memory is None:
             free = available()
             self._memory = math.inf if free is None else free * 0.75
@@ -233,9 +234,10 @@ class Derainer:
         the last one. What a call raises, the future's `result` does; `cancel` takes back what has not begun."""
         return self._thread.submit(self, image, on_tile)
 
-    @functools.cached_property
+    @property
     def _thread(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(1, "derainer")
+        """That of this process: a fork copies the object, but no thread."""
+        return self._threads.setdefault(os.getpid(), ThreadPoolExecutor(1, "derainer"))
 
     def warm_up(self, sizes: Iterable[tiling.Size] = ((256, 256),)) -> None:
         """Restore an image of each (height, width), so that the first of a user's does not wait for what a library
@@ -279,7 +281,13 @@ class Derainer:
         from .footprint import measure
 
         session = cast("OrtSession", self.session)
-        return measure(session.path, session.threads)
+        footprint = measure(session.model, session.threads)
+        if footprint is None:
+            logger.warning(
+                "%s: how much memory it takes cannot be measured; without `tile`, images are restored whole",
+                session.path,
+            )
+        return footprint
 
 
 def _check(image: NDArray[np.uint8]) -> None:

@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import Derainer, DerainError, InputError, OutOfMemory, footprint, memory, tiling
+from runtime.bundle import load, save
 from runtime.footprint import Footprint
 from runtime.images import read_rgb
 from runtime.ort import SHIPPED, OrtSession
 from runtime.pixels import to_batch
-from runtime.session import AMPLE_BYTES, IMAGE_BYTES
+from runtime.session import AMPLE_BYTES, IMAGE_BYTES, describe_onnx
 from tests.golden.tiling import golden
 from tests.support.images import random_image
 from tests.support.onnx_files import UINT8, write_network
@@ -343,6 +344,18 @@ def test_the_footprint_of_a_network_is_measured(tmp_path):
     measured = Derainer(session)._footprint
     assert 30e6 < measured.fixed < 300e6
     assert 24 <= measured.per_pixel / footprint.MARGIN < 60  # input and output, and what is between them
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how much memory a process takes")
+def test_the_footprint_of_a_bundle_is_that_of_the_file_that_was_verified(tmp_path, caplog):
+    write_network(tmp_path / "m.onnx", shape=(1, 3, 1024, 1024))
+    save(describe_onnx(tmp_path / "m.onnx"), tmp_path)
+    derain = Derainer(tmp_path, "cpu", threads=1)
+    measured = footprint.measure(load(tmp_path), 1)
+    assert 24 <= measured.per_pixel / footprint.MARGIN < 60
+    (tmp_path / "m.onnx").write_bytes(SHIPPED.read_bytes())
+    assert derain._footprint is None
+    assert "cannot be measured" in caplog.text
 
 
 def test_what_cannot_be_measured_is_not_known(tmp_path, monkeypatch):
