@@ -123,6 +123,7 @@ def distill(options: DistillOptions, on_progress: OnProgress = silent) -> dict[s
         "parent": start.sha256 if start else None,
         "data": sources,
         "rainy": photographs,
+        "files_sha256": data_options.files_sha256(*data, *([options.rainy] if options.rainy else [])),
         "unlabelled": patches.unlabelled,
         **dataclasses.asdict(options.loss_weights),
         "blockwise": options.blockwise,

@@ -366,8 +366,17 @@ def _build(
     with torch.device("meta"):  # nothing is allocated before the shapes are known to be those of the file
         model = DRSformer(config)
     _check_strictly(source, model.state_dict(), state, names)
+    _expect_held(source, state)
     model.to_empty(device="cpu").load_state_dict(state)
     return model.eval()
+
+
+def _expect_held(source: str | os.PathLike[str], state: dict[str, Tensor]) -> None:
+    """Raise InputError unless each value of these tensors is in memory: a few bytes can be the view of any shape."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state.values()}
+    held, named = sum(storages.values()), sum(tensor.nbytes for tensor in state.values())
+    if named > held:
+        raise InputError(f"{source}: expected tensors with values of their own, found {named} bytes in {held}")
 
 
 def _check_strictly(

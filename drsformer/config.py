@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -18,6 +19,12 @@ SIZE_MULTIPLE = 8
 
 RELEASED_TOPK = ("1/2", "2/3", "3/4", "4/5")
 """Fractions of the channels of a head that the four masks keep (paper, section 4.1, and the released code)."""
+
+LARGEST = 2**16
+"""Most channels of anything, and most heads: what is larger is a damaged or hostile file."""
+
+MOST_BLOCKS = 256
+"""The same for the blocks of a level."""
 
 FEED_FORWARDS = ("msfn", "gdfn", "dfn", "fn")
 """Feed-forward kinds of the paper's Table 3, best first."""
@@ -63,7 +70,8 @@ class MEFCConfig:
         if unknown := {name for step in self.steps for name in step} - {*EXPERTS, NO_EXPERT}:
             raise ValueError(f"unknown expert {sorted(unknown)[0]!r}; known: {', '.join((*EXPERTS, NO_EXPERT))}")
         sizes = {len(step) for step in self.steps}
-        if not isinstance(self.gate_hidden, int) or self.gate_hidden < 1 or len(sizes) != 1 or 0 in sizes:
+        hidden = self.gate_hidden
+        if not isinstance(hidden, int) or not 1 <= hidden <= LARGEST or len(sizes) != 1 or 0 in sizes:
             raise ValueError(f"expected a gate and at least one step, all with as many experts, found {self}")
 
     @classmethod
@@ -121,8 +129,12 @@ class DRSformerConfig:
             raise ValueError(f"unknown feed_forward {self.feed_forward!r}; known: {', '.join(FEED_FORWARDS)}")
         for level in (*self.encoder, self.latent, *self.decoder):
             widths = [level.width, *(n for b in level.blocks for n in (b.heads, b.head_dim, b.hidden))]
-            if any(not isinstance(n, int) or n < 1 for n in (*widths, *self.up)):
-                raise ValueError(f"expected whole numbers of at least 1 as widths and heads, found {level}")
+            if any(not isinstance(n, int) or not 1 <= n <= LARGEST for n in (*widths, *self.up)):
+                raise ValueError(f"expected whole numbers from 1 to {LARGEST} as widths and heads, found {level}")
+            if any(block.heads * block.head_dim > LARGEST for block in level.blocks):
+                raise ValueError(f"expected at most {LARGEST} channels in all heads of a block, found {level}")
+            if len(level.blocks) > MOST_BLOCKS:
+                raise ValueError(f"expected at most {MOST_BLOCKS} blocks in a level, found {len(level.blocks)}")
         for level in (*self.encoder[1:], self.latent):
             if level.width % 4:
                 raise ValueError(f"levels 2 to 4 of the encoder need a multiple of 4 as width, found {level.width}")
@@ -228,6 +240,8 @@ def _fraction(text: str) -> Fraction:
     try:
         if not isinstance(text, str):
             raise TypeError
+        if not re.fullmatch(r"[0-9]{1,6}([/.][0-9]{1,6})?", text):  # an exponent can take for ever
+            raise ValueError
         return Fraction(text)
     except (ValueError, ZeroDivisionError, TypeError):
         raise ValueError(f"expected a top-k fraction such as '2/3', found {text!r}") from None

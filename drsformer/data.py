@@ -11,6 +11,7 @@ nothing looks into an image to guess what it is.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -138,9 +139,11 @@ def _list_file(name: str, folder: Path) -> list[Pair]:
     are relative to it."""
     path = folder / name
     lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
-    pairs = []
+    pairs: dict[str, Pair] = {}
     for number, line in enumerate(lines, 1):
         words = [word.lstrip("/") for word in line.split()]
+        if not words:
+            continue
         if len(words) != 2 or any(".." in Path(word).parts for word in words):
             raise InputError(f"{path}, line {number}: expected two paths below {folder}, found {line!r}")
         rainy, clean = (folder / word for word in words)
@@ -149,8 +152,11 @@ def _list_file(name: str, folder: Path) -> list[Pair]:
         for image in (rainy, clean):
             if not image.is_file():
                 raise InputError(f"{path}, line {number}: expected {image}, found no such file")
-        pairs.append(Pair(rainy, clean, words[0].rpartition(".")[0]))
-    return pairs
+        stem = words[0].rpartition(".")[0]
+        if stem in pairs:
+            raise InputError(f"{path}, line {number}: expected each rainy image once, found {words[0]} again")
+        pairs[stem] = Pair(rainy, clean, stem)
+    return list(pairs.values())
 
 
 def _side_by_side(folder: Path) -> list[Pair]:
@@ -242,6 +248,15 @@ def images_in(folder: Path) -> list[Path]:
 def dataset_name(folder: Path) -> str:
     """The last two parts of a path, links as they are: they name a data set without saying where it lies."""
     return "/".join(Path(os.path.abspath(folder)).parts[1:][-2:])
+
+
+def files_sha256(folders: Iterable[Path | None]) -> str:
+    """SHA-256 over the names and sizes of all files in folders, which tells data sets of one name apart."""
+    digest = hashlib.sha256()
+    for folder in filter(None, folders):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def _images(folder: Path) -> dict[str, Path]:

@@ -22,7 +22,7 @@ from drsformer.metrics import Protocol, Scores, psnr, ssim
 from drsformer.session import TorchSession, torch_device
 from runtime.errors import DerainError, InputError
 from runtime.files import writing
-from runtime.images import Photo, list_images, read_rgb
+from runtime.images import SUFFIXES, Photo, list_images, read_rgb
 from runtime.pixels import to_batch
 from runtime.progress import OnProgress, silent, track
 from runtime.session import Derainer
@@ -98,11 +98,11 @@ def evaluate_derainer(
 
 
 def _expect_no_data(folder: Path, pairs: Sequence[Pair]) -> None:
-    """Raise InputError where images that are saved there would overwrite those of a pair."""
+    """Raise InputError where images that are saved there would lie among those of the pairs, and be taken for them."""
+    places = {path.resolve().parent: path.parent for pair in pairs for path in (pair.input, pair.target)}
     for pair in pairs:
-        output = folder / f"{pair.name}.png"
-        if output.resolve() in (pair.input.resolve(), pair.target.resolve()):
-            raise InputError(f"`save`: {folder} would overwrite {output} of the data set; name another folder")
+        if place := places.get((folder / f"{pair.name}.png").resolve().parent):
+            raise InputError(f"`save`: {folder} would put images among those of the data set in {place}; name another")
 
 
 def _expect_origin(folder: Path, origin: dict[str, str], pairs: Sequence[Pair], on_progress: OnProgress) -> None:
@@ -116,7 +116,7 @@ def _expect_origin(folder: Path, origin: dict[str, str], pairs: Sequence[Pair], 
     found = found if isinstance(found, dict) else None
     inputs = found.pop(INPUTS, {}) if found else {}
     inputs = inputs if isinstance(inputs, dict) else {}
-    if found != origin and (found is not None or any(folder.rglob("*.png"))):
+    if found != origin and (found is not None or any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*"))):
         before = ", ".join(map(str, found.values())) if found else "something unknown"
         raise InputError(
             f"`save`: expected images of {', '.join(origin.values())} in {folder}, found those of {before}; name "

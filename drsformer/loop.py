@@ -14,8 +14,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -31,7 +32,7 @@ from drsformer import checkpoint
 from drsformer.config import preset
 from drsformer.data import Pair
 from drsformer.evaluation import evaluate_model
-from drsformer.metrics import Protocol
+from drsformer.metrics import PERFECT_DB, Protocol
 from drsformer.model import DRSformer, MixtureOfExpertsCompensator, SparseTransformerBlock
 from drsformer.patches import Patches
 from drsformer.recipe import Hardware, Recipe, Schedule
@@ -47,9 +48,6 @@ itself a module has its parameters trained and kept in the run's state, never in
 
 Form = Callable[[DRSformer], DRSformer]
 """Makes of a network another one that computes the same function from the same parameters, such as a faster one."""
-
-PERFECT_DB = 100.0
-"""PSNR in dB that stands in the scores for images restored without any error."""
 
 
 def l1_loss(model: nn.Module, rainy: Tensor, clean: Tensor) -> dict[str, Tensor]:
@@ -291,15 +289,21 @@ class Meter:
 
     Args:
         batch: Patches in a step, over all devices.
+        earlier: What `state` gave before a stop.
     """
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self, batch: int, **earlier: Any) -> None:
         self.batch = batch
-        self._reset()
+        self._reset(**earlier)
 
-    def _reset(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.steps, self.seconds = 0, 0.0
+    def _reset(self, sums: Mapping[str, float] = MappingProxyType({}), steps: int = 0, seconds: float = 0.0) -> None:
+        self.sums: dict[str, Tensor | float] = dict(sums)
+        self.steps, self.seconds = steps, seconds
+
+    def state(self) -> dict[str, Any]:
+        """What is counted since the last reading."""
+        sums = {name: float(term) for name, term in self.sums.items()}
+        return {"sums": sums, "steps": self.steps, "seconds": self.seconds}
 
     def start(self) -> None:
         """Start the clock."""
@@ -312,12 +316,12 @@ class Meter:
     def add(self, terms: dict[str, Tensor]) -> None:
         """Count a step. Does not wait for the device."""
         for name, term in terms.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(term)) + term.detach()
+            self.sums[name] = self.sums.get(name, 0.0) + term.detach()
         self.steps += 1
 
     def read(self) -> tuple[dict[str, float], float]:
         """The means by the names of the terms, and patches per second; what comes next is measured afresh."""
-        means = {name: term.item() / self.steps for name, term in self.sums.items()}
+        means = {name: float(term) / self.steps for name, term in self.sums.items()}
         speed = self.steps * self.batch / self.seconds
         self._reset()
         return means, speed
@@ -350,7 +354,7 @@ class Housekeeping:
             (state["iteration"], state["best"], state["scores"], state["scored"]) if state else (0, -math.inf, {}, 0)
         )
         self.iterations = learner.recipe.iterations
-        self.meter, self.remark = Meter(learner.recipe.batch), ""
+        self.meter, self.remark = Meter(learner.recipe.batch, **(state or {}).get("meter", {})), ""
 
     def begin(self) -> None:
         """Put the folder in order, and start the clocks of the log and of the checkpoints."""
@@ -412,7 +416,7 @@ class Housekeeping:
 
     def _save(self, iteration: int) -> None:
         progress = {"iteration": iteration, "best": self.best, "scores": self.scores, "scored": self.scored}
-        self.run.save_state({**progress, **self.learner.state()})
+        self.run.save_state({**progress, "meter": self.meter.state(), **self.learner.state()})
         self._save_network(iteration)
         self.saved = time.monotonic()
 

@@ -28,6 +28,9 @@ from runtime.pixels import psnr as psnr_of_levels
 Protocol = Literal["rain200", "did"]
 """Protocol of the paper; see above."""
 
+PERFECT_DB = 100.0
+"""PSNR in dB that counts, where PSNRs are added up, for an image restored without any error."""
+
 PEAK_LEVEL = 255
 """Largest value of a pixel, the peak of PSNR and SSIM."""
 
@@ -144,9 +147,9 @@ def mean_gain(psnrs: Iterable[tuple[float, float]]) -> float:
 
     Returns:
         dB, the mean over the images whose input differs from its target, since nothing is to be gained in the others; 0
-        where there is none.
+        where there is none. What is restored without any error counts as `PERFECT_DB`.
     """
-    gains = [restored - rainy for restored, rainy in psnrs if rainy != math.inf]
+    gains = [min(restored, PERFECT_DB) - rainy for restored, rainy in psnrs if rainy != math.inf]
     return float(np.mean(gains)) if gains else 0.0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from drsformer.config import EXPERTS, SIZE_MULTIPLE, DRSformerConfig
-from drsformer.data import Pair, dataset_name, find_pairs
+from drsformer.data import Pair, dataset_name, files_sha256, find_pairs
 from drsformer.metrics import Protocol
 from runtime.errors import InputError, expect_between
 
@@ -291,6 +291,10 @@ class DataOptions:
     def sources(self, *folders: Path) -> list[str]:
         """The names of `folders` and of the further ones that patches come from."""
         return [dataset_name(folder) for folder in (*folders, self.clean, self.streaks) if folder]
+
+    def files_sha256(self, *folders: Path) -> str:
+        """SHA-256 over the names and sizes of the files in `folders` and in all further ones."""
+        return files_sha256([*folders, self.clean, self.streaks, *(self.validate or [])])
 
     def options(self) -> dict[str, Any]:
         """What the result of a run depends on besides the sources, ready for JSON."""

@@ -134,6 +134,7 @@ def train(options: TrainOptions, form: Form | None = None, on_progress: OnProgre
         "parent": parent.sha256 if parent else None,
         "weights_key": options.weights_key,
         "data": sources,
+        "files_sha256": data_options.files_sha256(*data),
         **data_options.options(),
         **dataclasses.asdict(recipe),
         "precision": options.hardware.precision,

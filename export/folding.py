@@ -132,7 +132,8 @@ class FoldedAttention(Folded):
             out = (out.unsqueeze(-1) * torch.cat(list(attention.mix))).flatten(2)  # n, C, d * masks
         if self.fp16_safe:
             # Q and K are normalised, so their scale is free; the output projection makes up for that of V.
-            scale = _scale(_depthwise_bound(dwconv, _normalised_bound(qkv, bias))).view(3 * self.heads, -1)
+            inner = _normalised_bound(qkv, bias)
+            scale = _scale(torch.maximum(inner, _depthwise_bound(dwconv, inner))).view(3 * self.heads, -1)
             scale = scale.amin(1, keepdim=True).expand_as(scale)  # one for each head
             qkv, bias = qkv * _column(scale.flatten()), bias * scale.flatten()
             out = out / scale[2 * self.heads :, :1, None]

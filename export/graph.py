@@ -1,6 +1,6 @@
 """A network as an ONNX graph, with what the graph says of itself in its metadata.
 
-PyTorch's own exporter and optimiser do all the work, so there are no graph rewrites of ours to maintain. They take a
+PyTorch's own exporter and optimiser write all of it, so there are no rewrites of operators to maintain. They take a
 second or two for each block, so blocks of one structure are traced once: the network around them is traced with a call
 in place of each, and what a block became goes there with the weights of that one. What makes the network faster belongs
 in the module that is exported, a function of the readable one as `export.topk.with_pattern` is, where PyTorch can test
@@ -22,8 +22,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx_ir import to_proto
-from onnx_ir.tensor_adapters import TorchTensor
 from onnxscript import opset18
 from torch import Tensor, nn
 
@@ -43,7 +41,7 @@ FLOATS: dict[int, torch.dtype] = {
     onnx.TensorProto.FLOAT16: torch.float16,
     onnx.TensorProto.BFLOAT16: torch.bfloat16,
 }
-"""What a block may compute in."""
+"""What a block may compute in, by ONNX's number of it."""
 
 PACKAGES = ("torch", "onnx", "onnxscript", "drsformer-deploy")
 """Packages whose versions shape a graph."""
@@ -245,6 +243,7 @@ def _append(
 ) -> None:
     """Append a block's trace to a graph, with its name before those of everything in it and with its weights."""
     names = {"": "", trace.input[0].name: call.input[0], trace.output[0].name: call.output[0]}
+    names |= {key: f"network.{name}.{key}" for key in weights}  # as in a trace of the whole
 
     def renamed(value: str) -> str:
         return names.setdefault(value, f"{name}.{value}")
@@ -267,9 +266,12 @@ def _append(
             new.name = renamed(value.name)
             for dim in new.type.tensor_type.shape.dim:
                 dim.ClearField("dim_param")  # names of sizes are those of the trace, and elsewhere stand for others
-    graph.initializer.extend(
-        to_proto(TorchTensor(tensor, names[key])) for key, tensor in weights.items() if key in names
-    )
+    read = {value for node in trace.node for value in node.input}
+    kinds = {dtype: kind for kind, dtype in FLOATS.items()}
+    for key, tensor in weights.items():
+        if key in read:
+            content = tensor.flatten().view(torch.uint8).numpy().tobytes()
+            graph.initializer.add(name=names[key], data_type=kinds[tensor.dtype], dims=tensor.shape, raw_data=content)
 
 
 def _pixel_unshuffle(x: Any, downscale_factor: int) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +42,7 @@ class Layer:
     """A layer of a model, and how far its output is from what it is in float32.
 
     Attributes:
-        name: As in the network's state dict, with the number of its product where a layer has several.
+        name: As in the state dict of the folded network (`export.folding`), or of the readable one with --no-fold.
         error: Norm of the difference over the norm of the output in float32; infinite where NaN or infinity is in it.
     """
 
@@ -104,7 +105,8 @@ def _layers(model: onnx.ModelProto) -> dict[str, str]:
     for node in model.graph.node:
         used = [name for name in node.input if name in weights]
         if used and node.op_type in ("Conv", "MatMul"):
-            names[node.output[0]] = used[0].removeprefix(PREFIX).removesuffix(".weight")
+            name = re.sub(rf"^({PREFIX})+|\.weight$", "", used[0])  # a graph of images is a network around one
+            names[node.output[0]] = re.sub(r"^(patch_embed|output)\.\d$", r"\1", name)  # beside casts
     return names
 
 

@@ -22,6 +22,7 @@ API.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,9 @@ from runtime.memory import peak
 from runtime.pixels import ANY, Size, expect_multiples, size_text
 from runtime.progress import OnProgress, silent
 from runtime.trt import LIBRARIES, Library, gpu, new_log
+
+STAGING = ".building."
+"""How the name of the folder begins that holds what is built until all of it is there."""
 
 MODEL_FILE = "model.onnx"
 """Name of the model in a new bundle."""
@@ -168,7 +172,7 @@ def build(
     described = _describe(onnx, content)
     if (output / MANIFEST).exists():
         described = _existing(output, described, options.sign)
-    elif output.is_dir() and (others := [path.name for path in output.iterdir() if path.name != onnx.name]):
+    elif output.is_dir() and (others := _others(output, onnx)):
         raise InputError(
             f"`output`: expected a bundle or a folder with nothing else in it, found {others[0]} in {output}; name a "
             "new folder"
@@ -194,16 +198,9 @@ def build(
     plan = compiler.run(options.timing_cache, on_progress)
     seconds = time.monotonic() - compiling
 
-    model = output / described.model.file
-    if not (model.exists() and model.samefile(onnx)):
-        with writing(model) as temporary:
-            temporary.write_bytes(content)
     targets = "-".join("sm" + capability.replace(".", "") for capability in capabilities)
-    path = output / f"{model.stem}.{options.flavor}.{targets}.engine"
-    with writing(path) as temporary:
-        temporary.write_bytes(plan)
     engine = Engine(
-        file=path.name,
+        file=f"{Path(described.model.file).stem}.{options.flavor}.{targets}.engine",
         flavor=options.flavor,
         version=trt.__version__,
         compute_capabilities=capabilities,
@@ -214,9 +211,24 @@ def build(
     )
     from export.canaries import add_canaries
 
-    manifest = add_canaries(described.with_file(describe_file(path, "engine"), engine), output, on_progress)
+    output.mkdir(parents=True, exist_ok=True)
+    # Until all files are there the bundle is what it was: its manifest fits no others.
+    with tempfile.TemporaryDirectory(prefix=STAGING, dir=output) as temporary:
+        made = Path(temporary)
+        (made / described.model.file).write_bytes(content)
+        (made / engine.file).write_bytes(plan)
+        described = described.with_file(describe_file(made / engine.file, "engine"), engine)
+        manifest = add_canaries(described, made, on_progress)
+        for path in made.iterdir():
+            path.replace(output / path.name)
     bundle = save(manifest, output, options.sign)
     return Built(bundle, engine, compiler.network.num_layers, plan.nbytes, time.monotonic() - started, peak())
+
+
+def _others(folder: Path, onnx: Path) -> list[str]:
+    """Names of what is in a folder besides the model, and what a killed build left."""
+    names = (path.name for path in folder.iterdir())
+    return [name for name in names if name != onnx.name and not name.startswith(STAGING)]
 
 
 class _Compiler:

@@ -6,13 +6,15 @@
 Kept: EXIF, the ICC profile, the resolution in print, the alpha channel, and grey as grey. The orientation in the EXIF
 data is applied to the pixels and its tag dropped, so that the network sees the image upright, as it was trained, and
 any viewer shows it so.
-Not kept: XMP and text, and the thumbnail, which would still show the rain; a palette becomes RGB. Remarked on: colours
-that a PNG file describes by its chunks gAMA and cICP, an ICC profile for other colours than the file's, and a JPEG file
-that is complete but for its end marker.
+Not kept: the thumbnail, which would still show the rain; a palette becomes RGB. Not kept either, and remarked on when
+the image is written: XMP, which may hold thumbnails and speak of parts of the file that are gone, text and comments,
+IPTC, further images of a JPEG file, EXIF tags that nobody can write, and what the format to write has no place for.
+Remarked on when it is read: colours that a PNG file describes by its chunks gAMA and cICP, and a JPEG file that is
+complete but for its end marker.
 
-Refused, rather than silently made worse: more than 8 bits a channel, CMYK and other colour spaces, animations and
-files of several pages (a stereo or burst photograph in one JPEG file counts as its first image), and images of more
-pixels than the limit against decompression bombs, see `refuse_bomb`.
+Refused, rather than silently made worse: other numbers than 0 to 255 or fewer a channel, CMYK and other colour spaces,
+animations and files of several pages (a stereo or burst photograph in one JPEG file counts as its first image), and
+images of more pixels than the limit against decompression bombs, see `refuse_bomb`.
 """
 
 from __future__ import annotations
@@ -21,15 +23,17 @@ import io
 import logging
 import os
 import random
-import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageFile, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from .errors import InputError, InvalidImage, OutOfMemory
 from .files import writing
@@ -70,6 +74,27 @@ EXIF_TAGS = {ExifTags.Base[name] for name in (
 """What is kept of the first EXIF directory: all that describes the photograph, nothing that describes how the old file
 stored it. In a TIFF file the two stand side by side."""
 
+EXIF_DIRECTORIES = {
+    (): ExifTags.TAGS,
+    (ExifTags.IFD.Exif,): ExifTags.TAGS,
+    (ExifTags.IFD.Exif, ExifTags.IFD.Interop): ExifTags.TAGS,
+    (ExifTags.IFD.GPSInfo,): ExifTags.GPSTAGS,
+}
+"""The directories of EXIF data, by the tags that lead to them from the first one, with the names of their tags."""
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""What turns an image upright, by its orientation in the EXIF data."""
+
+PNG_TEXT = {"XML:com.adobe.xmp", "Raw profile type exif", "Software", "date:create", "date:modify", "date:timestamp"}
+"""Keys of a PNG file's text that are not remarked on: told by other names, or what programs write by themselves."""
+
+UNKEPT = {"xmp": "XMP", "comment": "comment", "photoshop": "IPTC or Photoshop data"}
+"""What no `Photo` keeps, by its name in Pillow, with that in the remark."""
+
 
 @dataclass(frozen=True, eq=False)
 class Photo:
@@ -82,6 +107,7 @@ class Photo:
         lossy: Whether it came from a lossy file.
         exif, icc_profile: As bytes; empty where there is none.
         dpi: Pixels an inch in print, across and down; None where nothing is said.
+        lost: What else the file holds, by name, for the remark that it is not kept.
     """
 
     rgb: NDArray[np.uint8]
@@ -91,6 +117,7 @@ class Photo:
     exif: bytes = b""
     icc_profile: bytes = b""
     dpi: tuple[float, float] | None = None
+    lost: tuple[str, ...] = ()
 
     def check(self, path: str | os.PathLike[str]) -> None:
         """Raise InputError where the format that the suffix of `path` stands for is unknown, cannot hold so large an
@@ -113,9 +140,9 @@ class Photo:
         """Write the image in the format of the suffix, whole or not at all; missing parent folders are made.
 
         JPEG in quality 95 without chroma subsampling; WebP in quality 95 if the image came from a lossy file, else
-        without loss; TIFF uncompressed, as Pillow's compressor cannot take EXIF data. BMP holds neither EXIF nor an ICC
-        profile, WebP has no grey. An ICC profile for other colours than those that are written is left out, and a
-        remark logged.
+        without loss; TIFF uncompressed, as Pillow's compressor cannot take EXIF data. WebP has no grey. A remark is
+        logged of what is not kept: what `lost` names, EXIF and ICC profile in BMP, the resolution in WebP if there is
+        no EXIF to tell it, and an ICC profile for other colours than those that are written.
 
         Raises:
             InputError: As `check` does and where the format cannot hold so much EXIF data.
@@ -155,6 +182,12 @@ class Photo:
                 "%s: its ICC profile is for %s and is left out, as %s is written", path, described or "nothing", written
             )
             profile = b""
+        unheld = {
+            "BMP": {"EXIF": self.exif, "ICC profile": profile},
+            "WEBP": {"resolution in print": self.dpi and not self.exif},  # EXIF has to tell it
+        }
+        if lost := [*self.lost, *(name for name, value in unheld.get(file_format, {}).items() if value)]:
+            logger.warning("%s: not kept: %s", path, ", ".join(lost))
         around = {k: v for k, v in dict(exif=self.exif, icc_profile=profile, dpi=self.dpi).items() if v}
         encoded = io.BytesIO()  # on a full disk some of Pillow's encoders would raise what they raise for bad images
         try:
@@ -250,8 +283,19 @@ def _bomb() -> str:
 
 
 def _refuse_unfit(name: str, image: ImageFile.ImageFile) -> None:
-    if re.search(r";16[BLN]", str(image.tile)):  # colours of 16 bits, which Pillow would cut to 8 and call RGB
-        raise InvalidImage(f"{name}: 16 bits a channel, where the network works on 8; convert it to 8 first")
+    # Much of what Pillow calls grey or RGB of 8 bits is not: it cuts 16 bits in colour to 8, or takes their bytes for
+    # pixels, takes -1 for 255, and in separate planes all for 8 bits from the highest to the lowest, 0 for black.
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    bits = 16 if ";16B" in str(image.tile) else max(tags.get(ExifTags.Base.BitsPerSample, (1,)))
+    if bits > 8:
+        raise InvalidImage(f"{name}: {bits} bits a channel, where the network works on 8; convert it to 8 first")
+    if 2 in tags.get(ExifTags.Base.SampleFormat, ()):
+        raise InvalidImage(f"{name}: signed numbers, where the network works on 0 to 255; convert it first")
+    if tags.get(ExifTags.Base.PlanarConfiguration) == 2 and image.info["compression"] == "raw":
+        reversed_bits = tags.get(ExifTags.Base.FillOrder) == 2
+        reversed_grey = tags.get(ExifTags.Base.PhotometricInterpretation, 0) == 0
+        if bits < 8 or reversed_bits or reversed_grey:
+            raise InvalidImage(f"{name}: separate planes of a rare kind; write them as one first")
     if image.mode not in MODES:
         raise InvalidImage(
             f"{name}: expected grey, RGB or palette colours of 8 bits, found {image.mode}; convert it first"
@@ -273,9 +317,12 @@ def _loaded(file: BinaryIO, name: str, image: ImageFile.ImageFile) -> Image.Imag
             raise
         file.seek(0)
         content = file.read().rstrip(b"\xff")  # of a marker that was cut in two
+        image.close()  # lets go of its pixels; no more than two images of them are held from here on
         whole, *others = (Image.open(io.BytesIO(content + end + b"\xff\xd9"), formats=["JPEG"]) for end in ENDINGS)
-        if any(other.tobytes() != whole.tobytes() for other in others):
-            raise
+        for other in others:
+            if ImageChops.difference(whole, other).getbbox():
+                raise
+            other.close()
         logger.warning("%s: is complete but for the end marker of a JPEG file, and restored", name)
         return whole
     return image
@@ -308,22 +355,69 @@ def _png_chunks(file: BinaryIO) -> dict[bytes, bytes]:
 def _photo(image: Image.Image, lossy: bool) -> Photo:
     icc_profile, dpi = image.info.get("icc_profile") or b"", _dpi(image)
     grey = image.mode in ("1", "L", "LA")
-    try:
-        exif = image.getexif()
-        exif.bigtiff = False  # as it is in a BigTIFF file, and nowhere else
-        if exif.get(ExifTags.Base.Orientation, 1) in range(5, 9):  # rows become columns
-            dpi = dpi and (dpi[1], dpi[0])
-        image = ImageOps.exif_transpose(image)
-        for tag in set(exif) - EXIF_TAGS:
-            del exif[tag]
-        exif_bytes = exif.tobytes() if exif else b""
-    except Exception:  # EXIF data that nobody can read is left out; the pixels are sound
-        exif_bytes = b""
+    orientation, exif, lost = _exif(image)
+    lost = dict.fromkeys(_unkept(image) + lost)  # each once, however many tags have no name
+    if orientation in (5, 6, 7, 8):  # rows become columns
+        dpi = dpi and (dpi[1], dpi[0])
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
     alpha = None
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = np.asarray(image.getchannel("A"))
-    return Photo(np.asarray(image.convert("RGB")), alpha, grey, lossy, exif_bytes, icc_profile, dpi)
+    return Photo(np.asarray(image.convert("RGB")), alpha, grey, lossy, exif, icc_profile, dpi, tuple(lost))
+
+
+def _unkept(image: Image.Image) -> list[str]:
+    """The names of what an image holds that no `Photo` keeps, but for EXIF tags."""
+    found = {*image.info}
+    if isinstance(image, TiffImageFile) and {ExifTags.Base.IPTCNAA, ExifTags.Base.ImageResources} & {*image.tag_v2}:
+        found.add("photoshop")
+    unkept = [name for key, name in UNKEPT.items() if key in found]
+    if isinstance(image, PngImageFile) and {*image.text} - PNG_TEXT:
+        unkept.append("text")
+    if image.format == "MPO" and getattr(image, "n_frames", 1) > 1:
+        unkept.append("further images")
+    return unkept
+
+
+def _exif(image: Image.Image) -> tuple[Any, bytes, list[str]]:
+    """The orientation, what is kept of the EXIF data, and the names of tags that would be if they could be written.
+
+    Pillow reads tags of types that it cannot write, and for one such tag would write none. So each is tried alone.
+    """
+    lost = []
+
+    def writable(directory: Mapping[int, Any], *path: int) -> dict[int, Any]:
+        kept = {}
+        for tag in sorted(directory):
+            try:
+                inside = (*path, tag) in EXIF_DIRECTORIES
+                value = writable(exif.get_ifd(tag), *path, tag) if inside else directory[tag]
+                entry = {tag: value}
+                for outer in reversed(path):
+                    entry = {outer: entry}
+                alone = Image.Exif()
+                alone.update(entry)
+                alone.tobytes()
+            except Exception:  # Pillow raises nearly anything
+                lost.append(f"EXIF {EXIF_DIRECTORIES[path].get(tag, 'tags without a name')}")
+            else:
+                kept[tag] = value
+        return kept
+
+    try:
+        exif = image.getexif()
+        Image.Exif().load(image.info.get("exif", b""))  # raises what only the first call has raised, at the opening
+        orientation = exif.get(ExifTags.Base.Orientation, 1)
+        for tag in {*exif} - EXIF_TAGS:
+            del exif[tag]
+        kept = Image.Exif()
+        kept.endian = exif.endian
+        kept.update(writable(exif))
+        return orientation, kept.tobytes() if kept else b"", lost
+    except Exception:  # EXIF data that nobody can read is left out; the pixels are sound
+        return 1, b"", ["EXIF"]
 
 
 def _dpi(image: Image.Image) -> tuple[float, float] | None:

@@ -51,6 +51,7 @@ except ImportError as error:
     raise InputError("videos are read and written by PyAV, which is not installed; run: pip install av") from error
 if int(av.__version__.partition(".")[0]) < 18:
     raise InputError(f"expected PyAV 18 or later, found {av.__version__}; run: pip install --upgrade av")
+from av.codec.context import Flags
 from av.container import InputContainer, OutputContainer
 from av.error import ArgumentError, FFmpegError, InvalidDataError
 from av.packet import Packet
@@ -65,6 +66,14 @@ FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 
 READABLE = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,mxf"
 """FFmpeg's formats that hold a video in one file. It knows others, playlists for one, that open any file they name."""
+
+EDITED = ("mov", "mp4")
+"""How the names of the demuxer and the muxers begin whose formats, MP4 and MOV, can leave out what is stored by a list
+of edits."""
+
+ABSOLUTE = ("matroska", "asf")
+"""How the names of the demuxers begin that give the end, counted from 0, as the length. That is how FFmpeg writes these
+formats; mkvmerge writes Matroska's length from the first time on, which cannot be told apart."""
 
 MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}
 """The number that FFmpeg's scaler has for a colour matrix, by its code in ITU-T H.273: BT.709, FCC, BT.601 for 625 and
@@ -102,10 +111,12 @@ class Picture:
     Attributes:
         rgb: uint8 (H, W, 3), upright.
         time: When it is shown, in units of the video stream's time base.
+        duration: For how long, in the same units.
     """
 
     rgb: NDArray[np.uint8]
     time: int
+    duration: int
 
 
 def restore(
@@ -220,11 +231,20 @@ def _open(path: Path) -> InputContainer:
     if not path.is_file():
         raise InvalidImage(f"{path}: expected a video file, found none")
     try:
-        options = {"format_whitelist": READABLE, "protocol_whitelist": "file"}
-        return av.open(f"file:{path}", container_options=options, metadata_errors="replace")
+        return av.open(
+            f"file:{path}",
+            options=_limit(),  # FFmpeg decodes a frame here already, where the file does not say what is in it
+            container_options={"format_whitelist": READABLE, "protocol_whitelist": "file"},
+            metadata_errors="replace",
+        )
     except FFmpegError as error:
         reason = error.strerror if isinstance(error, OSError) else "not a video, or cut off so that nothing can be read"
         raise InvalidImage(f"{path}: {reason}") from error
+
+
+def _limit() -> dict[str, str]:
+    """The limit against decompression bombs, as options of a decoder."""
+    return {} if Image.MAX_IMAGE_PIXELS is None else {"max_pixels": str(Image.MAX_IMAGE_PIXELS)}
 
 
 @contextmanager
@@ -341,6 +361,8 @@ class _Reader:
         items: Pictures, and packets to copy, in the order of the file, with times from its start.
         converter: Between frames and pictures.
         first: The first frame.
+        edited: Whether packets are discarded by a list of edits.
+        start: When the file starts, in seconds, by its own times.
         expected: How many frames there probably are; None where nothing tells.
         damaged: How many packets were so far.
     """
@@ -357,16 +379,19 @@ class _Reader:
             raise InvalidImage(f"{path}: expected a video, found no video stream in it, or none that FFmpeg can decode")
         self.stream = max(videos, key=lambda stream: stream.width * stream.height)
         refuse_bomb(path, self.stream.width, self.stream.height)
-        if Image.MAX_IMAGE_PIXELS is not None:  # frames can be larger than the file says
-            self.stream.codec_context.options = {"max_pixels": str(Image.MAX_IMAGE_PIXELS)}
+        self.stream.codec_context.options = _limit()  # frames can be larger than the file says
         self.copied: list[Stream] = [*container.streams.audio, *container.streams.subtitles]
         self.rate = self.stream.guessed_rate or Fraction(25)
         self.time_base = self.stream.time_base or 1 / self.rate
-        self._start = max(Fraction(container.start_time or 0, av.time_base), Fraction(0))
+        self.edited = container.format.name.startswith(EDITED)
+        self.start = max(Fraction(container.start_time or 0, av.time_base), Fraction(0))
         self._length = Fraction(container.duration or 0, av.time_base)
+        if container.format.name.startswith(ABSOLUTE) and self._length > self.start:
+            self._length -= self.start
         self._end = Fraction(0)
         self.damaged = 0
-        self.expected = self.stream.frames or round(self._length * self.rate) or None
+        counts = self.stream.frames, round(self._length * self.rate)  # the first with those that are edited out
+        self.expected = min((count for count in counts if count), default=None)
         self.first, decoded = self._peek(self._decode())
         self.converter = _Converter(path, self.first, tone_map)
         self.items = self._pictures(decoded)
@@ -409,7 +434,7 @@ class _Reader:
                 yield from self.stream.decode(None)
                 return
             if packet.pts is not None and packet.duration is not None:
-                self._end = max(self._end, (packet.pts + packet.duration) * packet.time_base - self._start)
+                self._end = max(self._end, (packet.pts + packet.duration) * packet.time_base - self.start)
             if packet.stream is self.stream:
                 frames, damaged = [], packet.is_corrupt
                 try:
@@ -431,20 +456,44 @@ class _Reader:
             read.append(item)
             if isinstance(item, VideoFrame):
                 return item, chain(read, decoded)
-        raise InvalidImage(f"{self.path}: not one frame of its video stream can be decoded")
+        reason = "not one frame of its video stream can be decoded"
+        if Image.MAX_IMAGE_PIXELS is not None:  # a decoder does not tell a large frame from a damaged one
+            reason += (
+                f", or none of at most {Image.MAX_IMAGE_PIXELS} pixels; if they have more, and you trust the file, "
+                "raise the limit (runtime.derain: --max-pixels; Python: PIL.Image.MAX_IMAGE_PIXELS)"
+            )
+        raise InvalidImage(f"{self.path}: {reason}")
 
     def _pictures(self, decoded: Iterator[VideoFrame | Packet]) -> Iterator[Picture | Packet]:
         """Frames become pictures, and all times count from the start of the file."""
         step = max(1, round(1 / self.rate / self.time_base))
-        time = -step
+        time, last = -step, None  # a frame is shown until the next, so each waits for that
         for item in decoded:
-            start = round(self._start / (item.time_base or self.time_base))
+            start = round(self.start / (item.time_base or self.time_base))
             if isinstance(item, Packet):
                 item.pts, item.dts = (None if t is None else t - start for t in (item.pts, item.dts))
                 yield item
             else:
+                before = time
                 time = time + step if item.pts is None else max(time + 1, item.pts - start)  # the encoder needs order
-                yield Picture(self.converter.rgb(item), time)
+                if last:
+                    yield Picture(self.converter.rgb(last), before, time - before)
+                last = item
+        if last:
+            yield Picture(self.converter.rgb(last), time, self._last_duration(last, time) or step)
+
+    def _last_duration(self, frame: VideoFrame, time: int) -> int:
+        """How long the last frame is shown, once all of the file is read; 0 where nothing tells.
+
+        MP4 and MOV store the steps from one decoded frame to the next, which is not the next that is shown. There the
+        length of the stream tells.
+        """
+        if not self.edited:
+            return frame.duration
+        if self.breaks_off() or self.stream.duration is None:
+            return 0
+        end = (self.stream.start_time or 0) + self.stream.duration - round(self.start / self.time_base)
+        return max(0, end - time)
 
 
 class _Writer:
@@ -460,6 +509,13 @@ class _Writer:
         self._output, self._converter = output, reader.converter
         self.frames = self.damaged = 0
         self.remarks: list[str] = []
+        self._edits = output.format.name.startswith(EDITED)
+        self._cuts = reader.edited
+        self._heard: set[int] = set()
+        self._step = 1 / reader.rate / reader.time_base
+        self._rounding = max(1, Fraction(1, 1000) / reader.time_base)  # Matroska and lists of edits count in ms
+        self._lead: int | None = None
+        self._end = 0
         try:
             self._stream = output.add_stream("libx264", rate=reader.rate, options={"crf": str(crf)})
         except ValueError as error:
@@ -467,6 +523,7 @@ class _Writer:
         context, converter, first = self._stream.codec_context, reader.converter, reader.first
         context.width, context.height, context.pix_fmt = first.width, first.height, converter.pixel_format
         context.time_base = reader.time_base
+        context.flags |= Flags.frame_duration
         context.sample_aspect_ratio = reader.stream.sample_aspect_ratio or Fraction(0)
         context.colorspace, context.color_range = converter.colorspace, converter.range
         context.color_primaries, context.color_trc = converter.primaries, converter.transfer
@@ -487,12 +544,16 @@ class _Writer:
             _label(copy, stream)
             self._copies[stream.index] = copy
         output.metadata.update({k: v for k, v in reader.container.metadata.items() if k not in OF_THE_FILE})
-        output.set_chapters(reader.container.chapters())
+        chapters = reader.container.chapters()
+        for chapter in chapters:
+            start = round(reader.start / (chapter["time_base"] or 1))
+            chapter["start"], chapter["end"] = max(0, chapter["start"] - start), max(0, chapter["end"] - start)
+        output.set_chapters(chapters)
         output.start_encoding()
 
     def write(self, item: Picture | Packet) -> None:
         if isinstance(item, Packet):
-            if item.stream.index in self._copies:
+            if item.stream.index in self._copies and not self._is_cut(item):
                 item.stream = self._copies[item.stream.index]
                 try:
                     self._output.mux(item)
@@ -501,12 +562,43 @@ class _Writer:
             return
         frame = self._converter.frame(item.rgb)
         frame.pts, frame.time_base = item.time, self._stream.codec_context.time_base
-        self._output.mux(self._stream.encode(frame))
+        frame.duration = item.duration if self._varies(item.duration) else 0  # which stands for that of the rate
+        self._end = item.time + item.duration
+        self._output.mux(self._encode(frame))
         self.frames += 1
 
     def flush(self) -> None:
         """Write the frames that the encoder has kept back."""
-        self._output.mux(self._stream.encode(None))
+        packets = self._encode(None)
+        if self._edits:
+            self._stretch(packets[-1])
+        self._output.mux(packets)
+
+    def _encode(self, frame: VideoFrame | None) -> list[Packet]:
+        packets = self._stream.encode(frame)
+        if packets and self._lead is None:
+            self._lead = (packets[0].pts or 0) - (packets[0].dts or 0)
+        return packets
+
+    def _varies(self, duration: int) -> bool:
+        return abs(duration - self._step) > self._rounding
+
+    def _stretch(self, packet: Packet) -> None:
+        """Make the steps between decoded frames, all that MP4 and MOV store, add up to what is shown, by the last one.
+        At a constant rate they do."""
+        dts, end = packet.dts or 0, self._end - (self._lead or 0)
+        if self._varies(end - dts):
+            packet.dts = max(dts, (packet.pts or 0) - (self._lead or 0))
+            packet.duration = max(packet.duration or 0, end - packet.dts)
+
+    def _is_cut(self, packet: Packet) -> bool:
+        """Whether a packet is edited out of the source and has to be left out here. MP4 and MOV leave out themselves
+        what comes before the start; in Matroska the last one of that stays, by which the next is decoded."""
+        if not (self._cuts and packet.is_discard):
+            self._heard.add(packet.stream.index)
+            return False
+        is_far = (packet.pts or 0) + 2 * (packet.duration or 0) <= 0
+        return packet.stream.index in self._heard or (is_far and not self._edits)
 
 
 def _label(target: Stream, source: Stream) -> None:

@@ -321,6 +321,24 @@ def test_tensors_without_values_are_no_weights(tmp_path):
             checkpoint.load(tmp_path / f"{name}.pth")
 
 
+def test_tensors_that_share_their_values_are_no_weights(tmp_path):
+    """A few numbers can be the view of any shape, and 16 kB ask for any memory. Views of a whole vector are sound."""
+    state = two_networks()[0]
+    torch.save({name: torch.zeros(1).expand(tensor.shape) for name, tensor in state.items()}, tmp_path / "one.pth")
+    largest = max(tensor.numel() for tensor in state.values())
+    shared = torch.zeros(largest)
+    views = {name: shared[: tensor.numel()].view(tensor.shape) for name, tensor in state.items()}
+    torch.save(views, tmp_path / "shared.pth")
+    for name in ("one", "shared"):
+        with pytest.raises(InputError, match="expected tensors with values of their own, found"):
+            checkpoint.load(tmp_path / f"{name}.pth")
+    whole = torch.cat([tensor.flatten() for tensor in state.values()])
+    pieces = whole.split([tensor.numel() for tensor in state.values()])
+    views = {name: piece.view(state[name].shape) for name, piece in zip(state, pieces, strict=True)}
+    torch.save(views, tmp_path / "views.pth")
+    checkpoint.load(tmp_path / "views.pth")
+
+
 def test_content_that_holds_itself(tmp_path):
     content = {"a": {}}
     content["a"]["b"] = content

@@ -10,7 +10,7 @@ import pytest
 
 import drsformer
 from drsformer import checkpoint
-from drsformer.config import BlockConfig, DRSformerConfig, MEFCConfig, preset
+from drsformer.config import BlockConfig, DRSformerConfig, LevelConfig, MEFCConfig, preset
 
 
 def test_kept_counts_are_the_released_ones_for_every_head_dim():
@@ -37,6 +37,10 @@ def test_dictionary_round_trip_is_exact_for_irregular_networks():
         ({"topk": ("3/2",)}, "ascending"),
         ({"topk": ("half",)}, "fraction"),
         ({"topk": ("1/0",)}, "fraction"),
+        ({"topk": ("1e-10000000",)}, "fraction"),
+        ({"up": (192, 96, 10**30)}, "whole numbers from 1 to 65536"),
+        ({"latent": LevelConfig(384, (BlockConfig(2**10, 2**10, 8),))}, "at most 65536 channels in all heads"),
+        ({"latent": LevelConfig(384, (BlockConfig(8, 48, 8),) * 257)}, "at most 256 blocks in a level, found 257"),
         ({"feed_forward": "mlp"}, "msfn, gdfn, dfn, fn"),
         ({"up": (192, 96, 40)}, "decoder level 1"),
         ({"up": (192, 96)}, "three"),

@@ -120,7 +120,7 @@ SPA = ["real_world/000/000-1/000-1_0_0.png", "real_world/000/000-2/000-2_0_0.png
 def test_spa_list(tmp_path):
     plant(tmp_path, *SPA)
     lines = [f"/{rainy} /{SPA[2]}" for rainy in (SPA[1], SPA[0])]
-    (tmp_path / "real_world.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "real_world.txt").write_text("\n".join(lines) + "\n\n")
     assert found(tmp_path) == [(rainy[:-4], rainy, SPA[2]) for rainy in (SPA[1], SPA[0])]
 
 
@@ -144,7 +144,7 @@ def test_spa_input_unpacked_as_a_folder(tmp_path):
     [
         ("/real_world/000/000-1/000-1_0_0.png", "line 2: expected two paths .* found"),
         ("a b c", "line 2: expected two paths"),
-        ("", "line 2: expected two paths"),
+        (f"\n/{SPA[0]} /{SPA[2]}", "line 3: expected each rainy image once, found real_world/.* again"),
         ("/../secret.png /real_world_gt/000/000_0_0.png", "line 2: expected two paths below"),
         (f"/{SPA[0]} /real_world_gt/000/nowhere.png", "line 2: expected .*nowhere.png, found no such file"),
     ],

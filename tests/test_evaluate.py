@@ -199,16 +199,20 @@ def test_save_keeps_names_below_folders(network, tmp_path):
     assert all(read_rgb(tmp_path / "out" / f"{name}.png").shape == (16, 16, 3) for name in scores.rows)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
 @pytest.mark.parametrize("folder", ["input", "target"])
-def test_save_does_not_overwrite_the_data(data, network, folder):
-    before = (data / folder / "1.png").read_bytes()
-    with pytest.raises(InputError, match="would overwrite"):
+def test_save_does_not_mix_with_the_data(data, network, folder, suffix):
+    """Beside 1.jpg, a 1.png would be a second image of that name, and perhaps be taken for the target."""
+    for path in data.glob("*/*.png") if suffix == ".jpg" else ():
+        Image.open(path).save(path.with_suffix(suffix))
+        path.unlink()
+    before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="would put images among those of the data set"):
         evaluate_model(network, find_pairs(data), save=data / folder)
     derain = Derainer(TorchSession(network, "cpu"))
-    with pytest.raises(InputError, match="would overwrite"):
+    with pytest.raises(InputError, match="would put images among those of the data set"):
         evaluate_derainer(derain, find_pairs(data), save=data / folder, origin={"network": "a"})
-    assert not (data / folder / RESTORED).exists()
-    assert (data / folder / "1.png").read_bytes() == before
+    assert {path: path.read_bytes() for path in data.rglob("*") if path.is_file()} == before
 
 
 def test_limit_takes_the_first_in_natural_order(data, weights):

@@ -11,8 +11,17 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from drsformer.config import BlockConfig, DRSformerConfig, LevelConfig, MEFCConfig, preset
-from drsformer.model import DRSformer, ExpertLayer, MixedScaleFeedForward
-from export.folding import Folded, FoldedAttention, FoldedFeedForward, Normalise, fold, trainable
+from drsformer.model import DRSformer, ExpertLayer, MixedScaleFeedForward, TopKSparseAttention
+from export.folding import (
+    FP16_SAFE_VALUE,
+    Folded,
+    FoldedAttention,
+    FoldedFeedForward,
+    Normalise,
+    _normalised_bound,
+    fold,
+    trainable,
+)
 from export.topk import PATTERNS, masks, scores_of, with_pattern
 from runtime.errors import InputError
 from tests.support.networks import SMALL, fill, image
@@ -231,6 +240,19 @@ def test_large_weights_do_not_overflow_float16():
     x = image(32, 24)
     assert not copy.deepcopy(readable).half()(x.half()).isfinite().all()
     assert difference(fold(readable, "fp16"), readable, x) < 2e-3
+
+
+@torch.no_grad()
+def test_what_a_depthwise_convolution_takes_back_does_not_overflow_float16_before_it():
+    readable = smooth(network(topk=()))
+    for block in (module for module in readable.modules() if isinstance(module, TopKSparseAttention)):
+        block.qkv.weight *= 2.0**17
+        block.qkv_dwconv.weight /= 2.0**17
+    x = image(32, 24)
+    folded = fold(readable, "fp16")
+    assert difference(folded, readable, x) < 2e-3
+    for module in (module for module in folded.modules() if isinstance(module, FoldedAttention)):
+        assert _normalised_bound(module.qkv.float(), module.bias.float()).max() <= FP16_SAFE_VALUE
 
 
 @torch.no_grad()

@@ -2,16 +2,21 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from runtime import InputError, InvalidImage, OutOfMemory
-from runtime.images import FORMATS, SUFFIXES, Photo, decode, list_images, load, read_rgb
+from runtime.images import EXIF_TAGS, FORMATS, SUFFIXES, Photo, decode, list_images, load, read_rgb
 
 LOSSLESS = [".png", ".webp", ".bmp", ".tif", ".tiff"]
 WITH_METADATA = [".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"]
@@ -181,8 +186,172 @@ def test_the_thumbnail_is_left_out(tmp_path):
 def test_unreadable_exif_is_left_out(tmp_path):
     for i, exif in enumerate((b"Exif\0\0garbage!", make_exif()[:40], b"Exif\0\0II*\0\xff\xff\xff\xff")):
         Image.fromarray(smooth()).save(tmp_path / "a.jpg", exif=exif)
-        assert load(tmp_path / "a.jpg").rgb.shape == smooth().shape, i
+        photo = load(tmp_path / "a.jpg")
+        assert photo.rgb.shape == smooth().shape, i
+        assert photo.lost == (("EXIF",) if i == 0 else ()), i  # of the others Pillow finds something
         load(tmp_path / "a.jpg").save(tmp_path / "b.jpg")
+
+
+def odd_exif(*entries, orientation=6):
+    """EXIF data with an orientation, if one is given, and tags of any type: (tag, type, count, bytes)."""
+    entries = [*entries, *([(274, 3, 1, bytes([orientation, 0]))] if orientation else [])]
+    table, data, start = b"", b"", 8 + 2 + 12 * len(entries) + 4
+    for tag, kind, count, value in sorted(entries):
+        place = value.ljust(4, b"\0") if len(value) <= 4 else struct.pack("<L", start + len(data))
+        table += struct.pack("<HHL", tag, kind, count) + place
+        data += value if len(value) > 4 else b""
+    return b"Exif\0\0" + struct.pack("<2sHLH", b"II", 42, 8, len(entries)) + table + bytes(4) + data
+
+
+WIDTHS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
+"""Bytes of one value by the number of its type in EXIF data."""
+
+SOUND = [(306, 2, 20, b"2024:01:01 10:00:00\0"), (315, 2, 6, b"Artist"), (296, 3, 1, b"\2\0")]
+"""The moment, the photographer and the unit of resolution."""
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize(
+    ("odd", "told"),
+    [
+        ([(282, 2, 3, b"72\0")], ["XResolution"]),
+        ([(271, 5, 1, bytes(8))], ["Make"]),
+        ([(271, 10, 1, b"\1\0\0\0\2\0\0\0")], ["Make"]),
+        ([(283, 2, 3, b"72\0"), (271, 5, 1, bytes(8)), (272, 12, 1, bytes(8))], ["Make", "Model", "YResolution"]),
+        ([(34665, 9, 1, b"\xff" * 4)], ["ExifOffset"]),  # a directory before the beginning of the data
+    ],
+)
+def test_a_tag_that_cannot_be_written_costs_no_other(tmp_path, caplog, suffix, odd, told):
+    upright = smooth()
+    stored = upright.transpose(1, 0, 2)[::-1]
+    Image.fromarray(stored).save(tmp_path / f"a{suffix}", None, exif=odd_exif(*SOUND, *odd), quality=100)
+    photo = load(tmp_path / f"a{suffix}")
+    assert photo.rgb.shape == upright.shape
+    assert np.abs(photo.rgb.astype(int) - upright).mean() < 2
+    assert not caplog.messages
+    photo.save(tmp_path / f"b{suffix}")
+    names = ", ".join(f"EXIF {name}" for name in told)
+    assert caplog.messages == [f"{tmp_path / f'b{suffix}'}: not kept: {names}"]
+    with Image.open(tmp_path / f"b{suffix}") as image:
+        exif = image.getexif()
+    assert (exif[306], exif[315], exif[296]) == ("2024:01:01 10:00:00", "Artist", 2)
+    assert 274 not in exif
+
+
+def test_an_odd_tag_in_a_directory_costs_no_other(tmp_path):
+    def pointer(tag, place=0):
+        return tag, 4, 1, struct.pack("<L", place)
+
+    def directory(*entries):
+        """One of entries that fit into their places."""
+        parts = b"".join(struct.pack("<HHL", *entry[:3]) + entry[3].ljust(4, b"\0") for entry in entries)
+        return struct.pack("<H", len(entries)) + parts + bytes(4)
+
+    note, size = (37500, 7, 4, b"note"), (40962, 3, 1, b"\7\0")
+    interop = directory((1, 2, 4, b"R98\0"))
+    gps = directory((1, 2, 2, b"N\0"), (6, 2, 2, b"9\0"))  # a text in place of the altitude
+    start = len(odd_exif(pointer(34665), pointer(34853))) - len(b"Exif\0\0")
+    inner = directory((36864, 11, 1, bytes(4)), note, size, pointer(40965, start))  # a float in place of the version
+    places = start + len(interop), start + len(interop + inner)
+    exif = odd_exif(pointer(34665, places[0]), pointer(34853, places[1])) + interop + inner + gps
+    Image.fromarray(smooth()).save(tmp_path / "a.jpg", exif=exif)
+    photo = load(tmp_path / "a.jpg")
+    assert photo.rgb.shape[:2] == smooth().shape[1::-1]
+    assert photo.lost == ("EXIF ExifVersion", "EXIF GPSAltitude")
+    assert photo.exif.startswith(b"Exif\0\0II")  # the order of bytes, which a maker's note is in as well
+    kept = Image.Exif()
+    kept.load(photo.exif)
+    found = kept.get_ifd(34665)
+    assert (found.keys(), found[37500], found[40962]) == ({37500, 40962, 40965}, b"note", 7)
+    assert kept.get_ifd(40965) == {1: "R98"}
+    assert kept.get_ifd(34853) == {1: "N"}
+
+
+def test_any_odd_tags_leave_the_image_upright_and_the_rest_there(tmp_path):
+    rng = np.random.default_rng(0)
+    tags = sorted(set(map(int, EXIF_TAGS)) - {tag for tag, *_ in SOUND})
+    lost = 0
+    for _ in range(150):
+        odd = []
+        for tag in rng.choice(tags, 3, replace=False):
+            kind, count = int(rng.choice([*WIDTHS])), int(rng.integers(4))
+            value = bytes([0, 5, 255][rng.integers(3)] for _ in range(WIDTHS[kind] * count))
+            odd.append((int(tag), kind, count, value))
+        Image.fromarray(smooth(8, 12)).save(tmp_path / "a.jpg", exif=odd_exif(*SOUND, *odd))
+        photo = load(tmp_path / "a.jpg")
+        assert photo.rgb.shape == (12, 8, 3), odd
+        kept = Image.Exif()
+        kept.load(photo.exif)
+        assert (kept[306], kept[315], kept[296]) == ("2024:01:01 10:00:00", "Artist", 2), odd
+        assert 274 not in kept
+        lost += len(photo.lost)
+        for suffix in WITH_METADATA:
+            assert decode(photo.encode(suffix)).rgb.shape == (12, 8, 3), odd
+    assert lost
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 8])
+def test_orientation_in_xmp_counts_where_exif_has_none(tmp_path, caplog, orientation):
+    exif = odd_exif(*SOUND, orientation=orientation)
+    Image.fromarray(smooth()).save(tmp_path / "a.jpg", exif=exif, xmp=XMP % 6, quality=100)
+    turned = np.rot90(smooth(), {None: -1, 1: 0, 8: 1}[orientation])
+    photo = load(tmp_path / "a.jpg")
+    assert photo.rgb.shape == turned.shape
+    assert np.abs(photo.rgb.astype(int) - turned).mean() < 2
+    photo.save(tmp_path / "b.jpg")
+    assert np.abs(read_rgb(tmp_path / "b.jpg").astype(int) - turned).mean() < 2
+    assert caplog.messages == [f"{tmp_path / 'b.jpg'}: not kept: XMP"]
+
+
+def text(name="Title"):
+    """A PNG file's text, of which XMP is one."""
+    info = PngInfo()
+    info.add_itxt(name, "rain" if name == "Title" else (XMP % 1).decode())
+    return info
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "target", "told"),
+    [
+        (".png", dict(exif=make_exif(), icc_profile=ICC, dpi=(300, 300)), ".bmp", "EXIF, ICC profile"),
+        (".png", dict(icc_profile=ICC), ".bmp", "ICC profile"),
+        (".jpg", dict(exif=make_exif()), ".bmp", "EXIF"),
+        (".png", dict(dpi=(300, 300)), ".webp", "resolution in print"),
+        (".jpg", dict(exif=make_exif(), icc_profile=ICC, dpi=(300, 300)), ".png", None),
+        (".bmp", dict(dpi=(300, 300)), ".tif", None),
+        (".jpg", dict(xmp=XMP % 1), ".jpg", "XMP"),
+        (".webp", dict(xmp=XMP % 1), ".png", "XMP"),
+        (".tif", dict(tiffinfo={700: XMP % 1}), ".tif", "XMP"),
+        (".png", dict(pnginfo=text("XML:com.adobe.xmp")), ".png", "XMP"),
+        (".png", dict(pnginfo=text()), ".png", "text"),
+        (".jpg", dict(comment="rain"), ".jpg", "comment"),
+        (".tif", dict(tiffinfo={33723: b"\x1c\2"}), ".jpg", "IPTC or Photoshop data"),
+        (".jpg", dict(xmp=XMP % 1, exif=make_exif(), comment="rain"), ".bmp", "XMP, comment, EXIF"),
+    ],
+)
+def test_what_is_not_kept_is_said(tmp_path, caplog, source, options, target, told):
+    Image.fromarray(smooth()).save(tmp_path / f"a{source}", None, **options)
+    photo = load(tmp_path / f"a{source}")
+    assert not caplog.messages  # who takes only the pixels loses nothing
+    replace(photo, rgb=photo.rgb).save(tmp_path / f"b{target}")
+    assert caplog.messages == ([f"{tmp_path / f'b{target}'}: not kept: {told}"] if told else [])
+    caplog.clear()
+    load(tmp_path / f"b{target}").save(tmp_path / f"c{target}")  # where there is nothing left to lose
+    assert not caplog.messages
+
+
+def test_iptc_and_further_images_of_a_jpeg_are_said_too(tmp_path):
+    Image.fromarray(smooth()).save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    block = b"Photoshop 3.0\0" + b"8BIM\4\4\0\0" + struct.pack(">L", 2) + b"\x1c\2"
+    iptc = decode(content[:2] + b"\xff\xed" + struct.pack(">H", 2 + len(block)) + block + content[2:])
+    assert iptc.lost == ("IPTC or Photoshop data",)
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "b.jpg", "MPO", save_all=True, append_images=frames[1:])
+    assert load(tmp_path / "b.jpg").lost == ("further images",)
 
 
 def test_tags_about_the_old_file_do_not_reach_the_new_one(tmp_path):
@@ -350,7 +519,84 @@ def test_refuses_16_bit_tiff(tmp_path, compression):
     assert "16" in refusal(tmp_path / "a.tif")
 
 
-@pytest.mark.parametrize(("mode", "suffix"), [("CMYK", ".jpg"), ("CMYK", ".tif"), ("F", ".tif"), ("LAB", ".tif")])
+def tiff(array, separate=False, order="<", bits=None, **tags):
+    """An uncompressed TIFF file of kinds that Pillow does not write.
+
+    Args:
+        array: (H, W, channels) of any type.
+        separate: Whether each channel is stored in a plane of its own.
+        order: Of bytes.
+        bits: A channel, where the array holds pixels packed.
+        tags: By name, in place of those that describe the array.
+    """
+    height, width, channels = array.shape
+    stored = 8 * array.itemsize
+    planes = [array[..., i] for i in range(channels)] if separate else [array]
+    strips = [plane.astype(array.dtype.newbyteorder(order)).tobytes() for plane in planes]
+    tags = dict(
+        ImageWidth=width * stored // (bits or stored), ImageLength=height, BitsPerSample=[bits or stored] * channels,
+        Compression=1, PhotometricInterpretation=2 if channels > 1 else 1, SamplesPerPixel=channels,
+        StripOffsets=[i * len(strips[0]) for i in range(len(strips))], StripByteCounts=[len(strips[0])] * len(strips),
+        RowsPerStrip=height, PlanarConfiguration=2 if separate else 1,
+        SampleFormat=[{"u": 1, "i": 2, "f": 3}[array.dtype.kind]] * channels,
+    ) | tags  # fmt: skip
+    head = {"<": b"II*\0\b\0\0\0", ">": b"MM\0*\0\0\0\b"}[order]
+    directory = ImageFileDirectory_v2(head)
+    for name, value in tags.items():
+        directory[ExifTags.Base[name]] = value
+    return head + directory.tobytes(len(head)) + b"".join(strips)  # offsets of strips are taken from its end
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("order", "<>")
+def test_reads_planes_of_8_bits(separate, order):
+    rgb = noise(6, 8, 3)
+    np.testing.assert_array_equal(decode(tiff(rgb, separate, order)).rgb, rgb)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize(
+    ("channels", "kind", "bits"),
+    [
+        (1, "u2", 16), (3, "u2", 16), (4, "u2", 16), (1, "i2", 16), (1, "u2", 12), (3, "u2", 12), (1, "u4", 32),
+        (3, "u4", 32), (1, "f2", 16), (1, "f4", 32), (3, "f4", 32), (1, "f8", 64), (3, "i1", 8),
+    ],
+)  # fmt: skip
+def test_refuses_tiff_of_other_numbers(separate, order, channels, kind, bits):
+    content = tiff(np.ones((6, 24, channels), kind), separate, order, bits)
+    with pytest.raises(InvalidImage, match=f": {bits} bits a channel|not a PNG"):  # or Pillow does not know it either
+        decode(content)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_refuses_signed_numbers(separate):
+    """-1 is no white."""
+    with pytest.raises(InvalidImage, match="signed numbers"):
+        decode(tiff(np.full((2, 3, 1), -1, np.int8), separate))
+
+
+def reverse_bits(array):
+    return np.packbits(np.unpackbits(array, bitorder="little").reshape(-1, 8)).reshape(array.shape)
+
+
+@pytest.mark.parametrize(
+    ("array", "expected", "tags"),
+    [
+        (255 - noise(6, 8, 1), noise(6, 8, 1), dict(PhotometricInterpretation=0)),
+        (reverse_bits(noise(6, 8, 3)), noise(6, 8, 3), dict(FillOrder=2)),
+        (noise(6, 4, 1), np.stack([noise(6, 4, 1) >> 4, noise(6, 4, 1) & 15], 2).reshape(6, 8, 1) * 17, dict(bits=4)),
+    ],
+)
+def test_pixels_that_are_stored_otherwise(array, expected, tags):
+    """What is right in one plane but would not be in several is refused there."""
+    np.testing.assert_array_equal(decode(tiff(array, **tags)).rgb, np.broadcast_to(expected, (6, 8, 3)))
+    followed = tiff(array, separate=True, **tags) + bytes(1000)  # so that nothing seems to be missing
+    with pytest.raises(InvalidImage, match="separate planes"):
+        decode(followed)
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("CMYK", ".jpg"), ("CMYK", ".tif"), ("LAB", ".tif")])
 def test_refuses_other_colours(tmp_path, mode, suffix):
     Image.new(mode, (5, 4)).save(tmp_path / f"a{suffix}")
     assert f"found {mode}; convert" in refusal(tmp_path / f"a{suffix}")
@@ -410,6 +656,26 @@ def test_jpeg_that_lacks_only_its_end_marker(tmp_path, caplog, options, mode):
         for missing in range(6, 12):  # the last byte of a scan can be padding, and be written as two
             cut.write_bytes(whole.read_bytes()[:-missing])
             assert "truncated" in refusal(cut)
+
+
+DECODE_CUT = """
+import sys
+from runtime import timing
+from runtime.images import decode
+content = open(sys.argv[1], "rb").read()
+decode(content)
+whole = timing.peak_mib()
+assert decode(content[:-2]).rgb.shape == (3000, 3000, 3)
+print(timing.peak_mib() - whole)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="peak memory is read in /proc")
+def test_a_jpeg_without_its_end_takes_hardly_more_memory(tmp_path):
+    Image.new("RGB", (3000, 3000), "teal").save(tmp_path / "a.jpg")  # 34 MiB in Pillow
+    command = [sys.executable, "-c", DECODE_CUT, tmp_path / "a.jpg"]
+    grown = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout
+    assert int(grown) < 3 * 34, f"{grown} MiB more"
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

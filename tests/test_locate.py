@@ -10,10 +10,16 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from drsformer.config import BlockConfig, MEFCConfig
+from drsformer.model import DRSformer
 from export import locate as module
+from export.folding import fold
+from export.graph import to_onnx
 from export.locate import locate
+from export.topk import with_pattern
 from runtime import InvalidModel
 from runtime.ort import SHIPPED
+from tests.support.networks import fill, small
 from tests.support.onnx_files import write_network
 
 LAYER = "encoder_level2.1.attn.qkv"
@@ -41,6 +47,19 @@ def test_a_sound_model_departs_nowhere():
     assert located.layers[0].name == "patch_embed"
     assert max(layer.error for layer in located.layers) < 1e-4
     assert str(located).startswith("No layer departs from float32 by more than 0.001")
+
+
+@pytest.mark.parametrize(("io", "precision"), [("tensor", "fp32"), ("image", "fp16")])
+def test_every_layer_is_looked_at_under_its_own_name(tmp_path, io, precision):
+    network = fill(DRSformer(small((BlockConfig(2, 4, 8),) * 2, mefc_late=MEFCConfig(5, (("sep_conv_3x3",),)))))
+    folded = fold(with_pattern(network.requires_grad_(False), "threshold"), precision)
+    model = to_onnx(folded, io, (16, 24))
+    weights = {tensor.name for tensor in model.graph.initializer}
+    layers = [node for node in model.graph.node if node.op_type == "Conv" and node.input[1] in weights]
+    named = module._layers(model)
+    assert [node.name for node in layers if node.output[0] not in named] == []
+    known = dict(fold(network).named_parameters()) | dict(fold(network).named_buffers())
+    assert [name for name in named.values() if not {name, f"{name}.weight"} & known.keys()] == []
 
 
 def test_a_layer_that_is_wrong_is_named(tmp_path, right):

@@ -358,6 +358,21 @@ def test_a_build_that_fails_tells_the_librarys_reason(model, tmp_path, monkeypat
     assert not (tmp_path / "bundle").exists()
 
 
+def test_a_build_that_is_interrupted_at_the_end_leaves_the_bundle_as_it_was(bundle, model, tmp_path, monkeypatch):
+    """Here while it computes known answers, which it needs for a smallest size that the bundle has not met."""
+    before = {path.name: path.read_bytes() for path in bundle.iterdir()}
+    larger = BuildOptions(compute_capability=("8.6",), min=((256, 256),), opt=((256, 256),), max=((256, 256),))
+    with monkeypatch.context() as patch:
+        patch.setattr("export.canaries.scene", lambda *size: (_ for _ in ()).throw(KeyboardInterrupt))
+        for folder in (bundle, tmp_path / "new"):
+            with pytest.raises(KeyboardInterrupt):
+                build(model, folder, larger)
+    assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
+    load(bundle).verify()
+    (tmp_path / "new" / f"{tensorrt.STAGING}killed").mkdir()
+    assert build(model, tmp_path / "new", larger).bundle.manifest.engines
+
+
 def test_an_interrupted_build_stops_and_leaves_nothing(model, tmp_path, monkeypatch):
     start = tensorrt.new_monitor
 

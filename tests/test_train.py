@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -665,6 +666,31 @@ def test_run_that_stops_by_the_clock_goes_on_as_if_it_had_not(data, tmp_path):
     ]
     whole, parts = ((tmp_path / name / "last.safetensors").read_bytes() for name in ("whole", "parts"))
     assert whole == parts
+
+
+def test_a_loss_that_is_logged_counts_the_steps_before_a_stop_too(data, tmp_path):
+    def losses(name: str, *minutes: float) -> list[float]:
+        for each in minutes:
+            schedule = Schedule(log_every=3, minutes=each)
+            recipe = Recipe(iterations=6, **QUICK)
+            train(
+                TrainOptions(tmp_path / name, [data], "drsformer-tiny", recipe=recipe, hardware=CPU, schedule=schedule)
+            )
+        return [json.loads(line)["l1"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+
+    assert losses("parts", 0, 0, 60) == losses("whole", 60)
+
+
+def test_a_run_goes_on_with_the_same_files_only(data, tmp_path):
+    """Data sets of one name: a path says where they lie, which may change, but not what they are."""
+    shutil.copytree(data, tmp_path / "a" / data.parent.name / data.name)
+    other = shutil.copytree(data, tmp_path / "b" / data.parent.name / data.name)
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(next(other.glob("input/*.png")))
+    common = {"network": "drsformer-tiny", "recipe": Recipe(iterations=2, **QUICK), "hardware": CPU}
+    for place in (data, tmp_path / "a" / data.parent.name / data.name):
+        train(TrainOptions(tmp_path / "run", [place], schedule=Schedule(minutes=0), **common))
+    with pytest.raises(InputError, match=r"holds a run with files_sha256=.*give the same options"):
+        train(TrainOptions(tmp_path / "run", [other], **common))
 
 
 class Counting(nn.Module):

@@ -376,6 +376,13 @@ def test_gain_is_the_mean_over_the_images_with_rain():
     assert judged((math.inf, 45, 45)).gains == {"reference": 0, "candidate": 0}
 
 
+def test_an_image_that_is_restored_perfectly_does_not_hide_another_that_is_made_worse():
+    found = judged((30, 31, math.inf), (30, 31, -50), min_gain_db=1)
+    assert found.gains == {"reference": 1, "candidate": pytest.approx((70 - 80) / 2)}
+    assert not found.passed
+    assert judged((30, 40, math.inf), min_gain_db=5).passed
+
+
 def test_verdict_names_every_budget_with_its_margin_failed_ones_first():
     images = (20, 25, 24.75), (20, 25, 23.75)
     found = judged(*images, max_drop_db=0.8, max_worst_drop_db=1, min_gain_db=5, min_psnr=50)

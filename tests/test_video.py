@@ -6,12 +6,15 @@ The networks here are functions, and the videos are some frames of 48x32 pixels.
 import contextlib
 import itertools
 import math
+import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -120,6 +123,29 @@ def planes(frame):
     ]
 
 
+def edit(source, target, parts):
+    """`source`, an MP4, with lists of edits that show these parts of it, each from its start to its end in seconds."""
+    with av.open(str(source)) as container:
+        bases = [stream.time_base for stream in container.streams]  # in the order of the lists
+
+    def edited(boxes):
+        result = b""
+        while boxes:
+            (size,), kind = struct.unpack(">I", boxes[:4]), boxes[4:8]
+            content, boxes = boxes[8:size], boxes[size:]
+            if kind in (b"moov", b"trak", b"edts"):
+                content = edited(content)
+            elif kind == b"elst":  # of version 0, with one edit: its length, where it starts, its rate
+                first, base = struct.unpack(">i", content[12:16])[0], bases.pop(0)
+                edits = [(round(1000 * (end - start)), first + round(start / base), 1 << 16) for start, end in parts]
+                content = struct.pack(">II", 0, len(parts)) + b"".join(struct.pack(">IiI", *each) for each in edits)
+            result += struct.pack(">I", 8 + len(content)) + kind + content
+        return result
+
+    target.write_bytes(edited(source.read_bytes()))
+    return target
+
+
 def refusal(source, target, function=same, **options):
     before = set(target.parent.iterdir())
     with pytest.raises(InputError) as error:
@@ -153,7 +179,11 @@ def test_frames_are_restored_together(tmp_path, monkeypatch, batch, runs):
     result = restore(derain, source, tmp_path / "together.mp4")
     assert (result.frames, found) == (12, runs)
     restore(Derainer(network, "cpu").__call__, source, tmp_path / "alone.mp4")
-    assert (tmp_path / "together.mp4").read_bytes() == (tmp_path / "alone.mp4").read_bytes()
+    together, alone = (frames(tmp_path / f"{name}.mp4") for name in ("together", "alone"))
+    assert [frame.pts for frame in together] == [frame.pts for frame in alone]
+    for a, b in zip(together, alone, strict=True):  # x264 does not always give the same bytes for the same frames
+        assert np.abs(a.to_ndarray(format="rgb24").astype(int) - b.to_ndarray(format="rgb24")).max() <= 2
+    assert packets(tmp_path / "together.mp4", "audio") == packets(tmp_path / "alone.mp4", "audio")
 
 
 def test_a_batch_that_fails_names_the_video(tmp_path):
@@ -198,6 +228,45 @@ def test_a_variable_frame_rate_is_kept(tmp_path, suffix):
     assert [round(frame.time * 1000) for frame in frames(tmp_path / f"b.{suffix}")] == times
 
 
+@pytest.mark.parametrize(("source", "target"), itertools.product(["mp4", "mkv"], repeat=2))
+def test_the_last_frame_is_shown_as_long(tmp_path, source, target):
+    """Where the rate varies, also of what was written here, whose frames are not stored in the order of their times."""
+    times, end, base = [0, 40, 80, 2000, 2040], 7040, Fraction(1, 1000)
+    with av.open(str(tmp_path / f"a.{source}"), "w") as output:
+        stream = output.add_stream("libx264", rate=25, width=WIDTH, height=HEIGHT, options={"bf": "0"})
+        stream.codec_context.time_base = base
+        stream.codec_context.flags |= av.codec.context.Flags.frame_duration
+        for time_, next_ in itertools.pairwise([*times, end]):
+            frame = av.VideoFrame.from_ndarray(quadrants(), "rgb24")
+            frame.pts, frame.duration, frame.time_base = time_, next_ - time_, base
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    restore(same, tmp_path / f"a.{source}", tmp_path / f"b.{target}")
+    restore(same, tmp_path / f"b.{target}", tmp_path / f"c.{target}")
+    for path in (tmp_path / f"b.{target}", tmp_path / f"c.{target}"):
+        assert [round(frame.time * 1000) for frame in frames(path)] == times
+        with av.open(str(path)) as container:
+            assert container.duration == 1000 * end
+            if target == "mp4":
+                assert container.streams.video[0].duration * container.streams.video[0].time_base == end * base
+        if target == "mkv":
+            shown = [round(frame.duration * frame.time_base * 1000) for frame in frames(path)]
+            assert shown == [40, 40, 1920, 40, 5000]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_constant_frame_rate_has_one_duration(tmp_path, suffix):
+    """Although the milliseconds between the frames of the source vary."""
+    rate = Fraction(60)
+    source = write(tmp_path / "a.mkv", [quadrants()] * 30, rate=rate, base=1 / rate)
+    restore(same, source, tmp_path / f"b.{suffix}")
+    with av.open(str(tmp_path / f"b.{suffix}")) as container:
+        assert abs(container.duration - 500_000) < 500
+        stream = container.streams.video[0]
+        shown = [packet.duration * stream.time_base for packet in container.demux(stream) if packet.size]
+    assert max(abs(duration - 1 / rate) for duration in shown) < 0.001
+
+
 def test_a_late_start_becomes_zero_and_sound_stays_in_step(tmp_path):
     source = write(tmp_path / "a.ts", [quadrants()] * 10, [100 + i for i in range(10)], sound=True)
     restore(same, source, tmp_path / "b.mp4")
@@ -207,6 +276,50 @@ def test_a_late_start_becomes_zero_and_sound_stays_in_step(tmp_path):
     assert abs(apart[0] - apart[1]) < 0.001
     with av.open(str(tmp_path / "b.mp4")) as container:
         assert container.start_time == 0
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "ts", "flv", "wmv"])
+def test_the_length_of_a_late_start(tmp_path, suffix):
+    """Some formats give the end instead."""
+    codec = "mpeg4" if suffix == "wmv" else "libx264"
+    images = list(np.random.default_rng(0).integers(0, 256, (50, HEIGHT, WIDTH, 3), np.uint8))
+    source = write(tmp_path / f"a.{suffix}", images, range(250, 300), codec=codec, options={"bf": "0"})
+    with av.open(str(source)) as container:
+        assert container.start_time >= 10_000_000
+    totals = []
+    result = restore(
+        same, source, tmp_path / "b.mp4", on_progress=lambda what, done, total, rate="": totals.append(total)
+    )
+    assert (result.frames, result.failures) == (50, [])
+    assert set(totals) == {50}
+    if suffix == "mkv":
+        source.write_bytes(source.read_bytes()[: source.stat().st_size * 6 // 10])
+        result = restore(same, source, tmp_path / "b.mp4")
+        assert re.fullmatch(r".*breaks off after 1\.\d of 2\.0 s", result.failures[0])
+
+
+def test_chapters_of_a_late_start_move_with_the_frames(tmp_path):
+    chapters = [(9_000, 10_500, "Drizzle"), (10_500, 12_000, "Rain")]
+    with av.open(str(tmp_path / "a.mkv"), "w") as output:
+        stream = output.add_stream("libx264", rate=25, width=WIDTH, height=HEIGHT, options={"bf": "0"})
+        output.set_chapters(
+            [
+                dict(id=i, start=start, end=end, time_base=Fraction(1, 1000), metadata={"title": title})
+                for i, (start, end, title) in enumerate(chapters, 1)
+            ]
+        )
+        for i in range(50):
+            frame = av.VideoFrame.from_ndarray(quadrants(), "rgb24")
+            frame.pts, frame.time_base = 250 + i, Fraction(1, 25)
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    for suffix in ("mkv", "mp4"):
+        restore(same, tmp_path / "a.mkv", tmp_path / f"b.{suffix}")
+        with av.open(str(tmp_path / f"b.{suffix}")) as container:
+            found = container.chapters()
+        moved = [[chapter[key] * chapter["time_base"] for key in ("start", "end")] for chapter in found]
+        assert moved == [[0, Fraction(1, 2)], [Fraction(1, 2), 2]]
+        assert [chapter["metadata"]["title"] for chapter in found] == ["Drizzle", "Rain"]
 
 
 @pytest.mark.parametrize(("codec", "name"), [("libx264", "a.mp4"), ("ffv1", "a.mkv")])
@@ -297,6 +410,41 @@ def test_sound_is_copied(tmp_path, source, target):
     assert max(map(abs, shifts)) < 0.07  # 1,024 samples of AAC's run-up, where Matroska has no times below 0
     with av.open(str(tmp_path / f"b.{target}")) as container:
         assert container.streams.audio[0].language == "fra"
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv"])
+@pytest.mark.parametrize(
+    "parts", [[(1, 2)], [(0, 0.5), (1.5, 2)], [(0.5, 1), (1.5, 2)]], ids=["start", "middle", "both"]
+)
+def test_sound_that_is_edited_out_stays_out(tmp_path, parts, suffix):
+    """Matroska has no edits: there one packet of 64 ms, by which the next is decoded, comes before the pictures."""
+    images = [np.full((HEIGHT, WIDTH, 3), 10 * i, np.uint8) for i in range(20)]
+    whole = write(
+        tmp_path / "whole.mp4", images, rate=10, base=Fraction(1, 10), sound=True, options={"g": "5", "bf": "0"}
+    )
+    source, target = edit(whole, tmp_path / "a.mp4", parts), tmp_path / f"b.{suffix}"
+    totals = set()
+    result = restore(same, source, target, on_progress=lambda what, done, total, rate="": totals.add(total))
+    assert (result.frames, result.failures, totals) == (10, [], {10})
+
+    def heard(path):
+        """The packets that are, and their times after the first frame."""
+        with av.open(str(path)) as container:
+            kept = [packet for packet in container.demux(audio=0) if packet.size and not packet.is_discard]
+            times = [float(packet.pts * packet.time_base) - frames(path)[0].time for packet in kept]
+            return [bytes(packet) for packet in kept], times
+
+    (before, times_before), (after, times_after) = heard(source), heard(target)
+    if suffix == "mkv":
+        assert 0 < frames(target)[0].time < 0.128
+        after, times_after = after[1:], times_after[1:]
+    else:
+        assert frames(target)[0].time == 0
+        with av.open(str(source)) as a, av.open(str(target)) as b:
+            assert a.start_time == b.start_time
+            assert abs(a.duration - b.duration) < 64_000  # the last packet is whole
+    assert after == before
+    np.testing.assert_allclose(times_after, times_before, atol=0.002)
 
 
 def test_pixel_shape_titles_and_chapters_are_kept(tmp_path):
@@ -516,6 +664,44 @@ def test_too_many_pixels_are_refused(tmp_path, monkeypatch):
     result = restore(same, tmp_path / "a.ts", tmp_path / "b.mp4")
     assert result.frames == 5
     assert "damaged packets" in result.failures[0]
+
+
+@pytest.mark.parametrize("suffix", ["mov", "avi"])
+def test_a_large_frame_is_refused_before_it_is_decoded(tmp_path, suffix):
+    """Also one of a file that claims to be small, in which FFmpeg looks for the size by decoding."""
+    side, rows = 16_000, zlib.compressobj(9)
+    content = b"".join(rows.compress(bytes(1 + 3 * side)) for _ in range(side)) + rows.flush()
+    png = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    for kind, data in ((b"IHDR", header), (b"IDAT", content), (b"IEND", b"")):
+        png += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    source = tmp_path / f"a.{suffix}"
+    with av.open(str(source), "w") as output:
+        stream = output.add_stream("png", rate=1, width=WIDTH, height=HEIGHT, pix_fmt="rgb24")
+        output.start_encoding()
+        packet = av.Packet(png)
+        packet.stream, packet.pts, packet.dts, packet.time_base = stream, 0, 0, Fraction(1)
+        output.mux(packet)
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, source], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    growth, words = run.stdout.split(maxsplit=1)
+    assert int(growth) < 40 << 20
+    assert "more" in words
+    assert "89478485 pixels" in words
+
+
+PEAK = """
+import sys
+from runtime import InvalidImage, video
+from runtime.memory import peak
+
+before = peak()
+try:
+    next(video.frames(sys.argv[1]))
+except InvalidImage as error:
+    print(peak() - before, error)
+"""
 
 
 def test_a_name_that_looks_like_an_address(tmp_path, monkeypatch):
