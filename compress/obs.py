@@ -23,6 +23,7 @@ the stream.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,12 +31,13 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from compress.groups import ParameterSlice, PruningGroup
 from compress.importance import Grams, Scores, layer_norm_grams
 from compress.linear_maps import fast_twin
 from compress.recover import patch_weights
-from drsformer.model import DRSformer, TopKSparseAttention
+from drsformer.model import DRSformer, ExpertLayer, SparseTransformerBlock, TopKSparseAttention
 from runtime.errors import InputError
 from runtime.progress import OnProgress, silent, track
 
@@ -125,12 +127,16 @@ def _is_read(part: ParameterSlice) -> bool:
 def _collect(
     twin: DRSformer, layers: Sequence[str], images: Sequence[Tensor], weights: Sequence[float], on_progress: OnProgress
 ) -> Statistics:
-    """One pass forward and one back for each image."""
+    """One pass forward and one back for each image, through one block or step of an MEFC at a time: what lies inside of
+    it is computed again on the way back, since that of a whole full-size network would take gigabytes."""
     statistics, generator = Statistics(), torch.Generator().manual_seed(0)
+    returning = False
 
     def reads(name: str, weight: float) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
         def note(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
             x = args[0].view_as(args[0])  # so that the gradient is that by this layer alone
+            if returning:
+                return (x,)
             pixels = _pixels(x.detach())
             _add(statistics.inputs, name, weight / pixels.shape[1] * (pixels @ pixels.T))
             n = len(pixels)
@@ -142,6 +148,8 @@ def _collect(
 
     def attends(name: str, attention: TopKSparseAttention, weight: float) -> Callable[..., None]:
         def note(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+            if returning:
+                return
             q, k, v = output.detach().unflatten(1, (3, attention.heads, -1)).flatten(4)[0]  # each heads, d, H*W
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
             scores, values = q @ k.mT * attention.temperature.detach(), v @ v.mT / v.shape[-1]
@@ -149,6 +157,8 @@ def _collect(
 
         return note
 
+    for part in [part for part in twin.modules() if isinstance(part, SparseTransformerBlock | ExpertLayer)]:
+        part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
     for image, weight in zip(track(images, len(images), "Measuring units", on_progress), weights, strict=True):
         handles = [twin.get_submodule(name).register_forward_pre_hook(reads(name, weight)) for name in layers]
         for name, module in twin.named_modules():
@@ -159,8 +169,10 @@ def _collect(
                 source = image.clone().requires_grad_()
                 output = twin(source)
             signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
+            returning = True
             torch.autograd.grad(output, source, signs.to(output))
         finally:
+            returning = False
             for handle in handles:
                 handle.remove()
     return statistics

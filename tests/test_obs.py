@@ -183,3 +183,14 @@ def test_a_network_that_answers_with_nan_is_refused():
         network.output.weight.fill_(torch.nan)
     with pytest.raises(InputError, match="NaN"):
         costs_after_repair(network, pruning_groups(EVEN), patches(1))
+
+
+def test_what_is_computed_again_on_the_way_back_counts_once(monkeypatch):
+    network = fill(DRSformer(EXPERTS))
+    groups, images = pruning_groups(network.config, KINDS), patches(2)
+    scores, _ = costs_after_repair(network, groups, images)
+    monkeypatch.setattr("compress.obs.checkpoint", lambda forward, *args, use_reentrant: forward(*args))
+    whole, _ = costs_after_repair(network, groups, images)
+    for name in whole:
+        for cost, expected in zip(scores[name], whole[name], strict=True):
+            torch.testing.assert_close(cost, expected, rtol=1e-4, atol=0)
