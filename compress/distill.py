@@ -25,7 +25,7 @@ import tyro
 
 from compress.options import LossWeights
 from drsformer.config import PRESETS
-from drsformer.data import dataset_name, find_pairs, images_in
+from drsformer.data import dataset_name, files_of, find_pairs, images_in
 from drsformer.recipe import DataOptions, Hardware, Recipe, Schedule
 from drsformer.train import first_process_summary, training_shown
 from runtime.cli import main
@@ -123,7 +123,7 @@ def distill(options: DistillOptions, on_progress: OnProgress = silent) -> dict[s
         "parent": start.sha256 if start else None,
         "data": sources,
         "rainy": photographs,
-        "files_sha256": data_options.files_sha256(*data, *([options.rainy] if options.rainy else [])),
+        "files_sha256": data_options.files_sha256(*files_of(*folders), *patches.photographs),
         "unlabelled": patches.unlabelled,
         **dataclasses.asdict(options.loss_weights),
         "blockwise": options.blockwise,

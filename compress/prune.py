@@ -35,7 +35,7 @@ from rich.table import Table
 from compress.options import KINDS, Importance, Kind, expect_multiples
 from drsformer import counts
 from drsformer.config import NO_EXPERT, DRSformerConfig
-from drsformer.data import Pair, dataset_name, files_sha256, find_pairs
+from drsformer.data import Pair, dataset_name, files_of, files_sha256, find_pairs
 from drsformer.metrics import Protocol
 from drsformer.recipe import Recipe
 from runtime.cli import as_options, console, hxw, main, progress_shown, table_of
@@ -205,7 +205,7 @@ def read_inputs(weights: Path, data: Sequence[Path], options: PruneOptions) -> I
     patches = Patches(folders, Recipe(patch=options.patch))
     used = {
         "data": [dataset_name(folder) for folder in data],
-        "files_sha256": files_sha256(data),
+        "files_sha256": files_sha256(files_of(*folders)),
         "weights_key": options.weights_key,
         **options.fractions,
         "importance": options.importance,

@@ -41,7 +41,7 @@ from compress.distill import DistillOptions, distill
 from compress.options import KINDS, Kind, expect_multiples
 from compress.prune import PruneOptions, prune
 from compress.quantize import QuantizeOptions, quantize
-from drsformer.data import dataset_name, files_sha256, find_pairs
+from drsformer.data import dataset_name, files_of, files_sha256, find_pairs
 from drsformer.metrics import Protocol
 from drsformer.recipe import DataOptions, Hardware, Recipe
 from drsformer.train import training_shown
@@ -201,7 +201,7 @@ def search(
             **given,
             "weights": checkpoint.load(weights, options.weights_key).sha256,
             "data": [dataset_name(folder) for folder in data],
-            "files_sha256": files_sha256([*data, *sources]),
+            "files_sha256": files_sha256(files_of(*map(find_pairs, [*data, *sources]))),
             "validate": [dataset_name(folder) for folder in sources],
             "size": size_text(options.size),
             **asdict(options.recipe),

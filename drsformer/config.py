@@ -26,6 +26,9 @@ LARGEST = 2**16
 MOST_BLOCKS = 256
 """The same for the blocks of a level."""
 
+MOST_PARTS = 64
+"""The same for the fractions of the top-k masks, the steps of an MEFC and the experts of a step."""
+
 FEED_FORWARDS = ("msfn", "gdfn", "dfn", "fn")
 """Feed-forward kinds of the paper's Table 3, best first."""
 
@@ -73,6 +76,8 @@ class MEFCConfig:
         hidden = self.gate_hidden
         if not isinstance(hidden, int) or not 1 <= hidden <= LARGEST or len(sizes) != 1 or 0 in sizes:
             raise ValueError(f"expected a gate and at least one step, all with as many experts, found {self}")
+        if max(*sizes, len(self.steps)) > MOST_PARTS:
+            raise ValueError(f"expected at most {MOST_PARTS} steps and experts in each, found more")
 
     @classmethod
     def regular(cls, experts: int = len(EXPERTS), steps: int = 4) -> MEFCConfig:
@@ -144,6 +149,8 @@ class DRSformerConfig:
                 f"decoder level 1 must be encoder level 1 plus up[2] = {expected} channels wide, "
                 f"found {self.decoder[2].width}"
             )
+        if len(self.topk) > MOST_PARTS:
+            raise ValueError(f"expected at most {MOST_PARTS} top-k fractions, found {len(self.topk)}")
         fractions = [_fraction(f) for f in self.topk]
         if fractions != sorted(set(fractions)) or any(not 0 < f <= 1 for f in fractions):
             raise ValueError(f"expected ascending top-k fractions in (0, 1], found {', '.join(self.topk)}")
@@ -240,7 +247,7 @@ def _fraction(text: str) -> Fraction:
     try:
         if not isinstance(text, str):
             raise TypeError
-        if not re.fullmatch(r"[0-9]{1,6}([/.][0-9]{1,6})?", text):  # an exponent can take for ever
+        if not re.fullmatch(r"[0-9]{1,20}([/.][0-9]{1,20})?", text):  # an exponent can take for ever
             raise ValueError
         return Fraction(text)
     except (ValueError, ZeroDivisionError, TypeError):

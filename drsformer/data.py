@@ -250,13 +250,18 @@ def dataset_name(folder: Path) -> str:
     return "/".join(Path(os.path.abspath(folder)).parts[1:][-2:])
 
 
-def files_sha256(folders: Iterable[Path | None]) -> str:
-    """SHA-256 over the names and sizes of all files in folders, which tells data sets of one name apart."""
+def files_sha256(paths: Iterable[Path]) -> str:
+    """SHA-256 over the names and sizes of files, with those of their folders, which tells data sets of one name
+    apart."""
     digest = hashlib.sha256()
-    for folder in filter(None, folders):
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode(errors="surrogateescape"))
+    for name, size in sorted((f"{path.parent.name}/{path.name}", path.stat().st_size) for path in paths):
+        digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def files_of(*folders: Iterable[Pair]) -> list[Path]:
+    """The files of pairs."""
+    return [path for folder in folders for pair in folder for path in (pair.input, pair.target)]
 
 
 def _images(folder: Path) -> dict[str, Path]:

@@ -99,9 +99,10 @@ def evaluate_derainer(
 
 def _expect_no_data(folder: Path, pairs: Sequence[Pair]) -> None:
     """Raise InputError where images that are saved there would lie among those of the pairs, and be taken for them."""
-    places = {path.resolve().parent: path.parent for pair in pairs for path in (pair.input, pair.target)}
+    files = [path for pair in pairs for path in (pair.input, pair.target)]
+    places = {parent: path.parent for path in files for parent in (path.resolve().parent, path.parent.resolve())}
     for pair in pairs:
-        if place := places.get((folder / f"{pair.name}.png").resolve().parent):
+        if place := places.get((folder / f"{pair.name}.png").parent.resolve()):
             raise InputError(f"`save`: {folder} would put images among those of the data set in {place}; name another")
 
 

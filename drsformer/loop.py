@@ -118,7 +118,8 @@ class Run:
             return None
         try:
             state = torch.load(self.state_path, map_location="cpu", weights_only=True)
-            before = json.loads(state.pop("options"))
+            # What earlier versions did not note cannot have changed.
+            before = {"files_sha256": self.options.get("files_sha256"), **json.loads(state.pop("options"))}
         except Exception as error:  # whatever a damaged file provokes
             raise InputError(f"{self.state_path}: damaged ({error}); remove the folder to start again") from None
         changed = [name for name in self.options if self.options[name] != before.get(name)]

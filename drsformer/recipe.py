@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from drsformer.config import EXPERTS, SIZE_MULTIPLE, DRSformerConfig
-from drsformer.data import Pair, dataset_name, files_sha256, find_pairs
+from drsformer.data import Pair, dataset_name, files_of, files_sha256, find_pairs, images_in
 from drsformer.metrics import Protocol
 from runtime.errors import InputError, expect_between
 
@@ -292,9 +292,10 @@ class DataOptions:
         """The names of `folders` and of the further ones that patches come from."""
         return [dataset_name(folder) for folder in (*folders, self.clean, self.streaks) if folder]
 
-    def files_sha256(self, *folders: Path) -> str:
-        """SHA-256 over the names and sizes of the files in `folders` and in all further ones."""
-        return files_sha256([*folders, self.clean, self.streaks, *(self.validate or [])])
+    def files_sha256(self, *files: Path) -> str:
+        """SHA-256 over the names and sizes of `files` and of those in all folders here."""
+        images = [path for folder in (self.clean, self.streaks) if folder for path in images_in(folder)]
+        return files_sha256([*files, *images, *files_of(*map(find_pairs, self.validate or []))])
 
     def options(self) -> dict[str, Any]:
         """What the result of a run depends on besides the sources, ready for JSON."""

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from drsformer.data import find_pairs
+from drsformer.data import files_of, find_pairs
 from drsformer.recipe import DataOptions, Hardware, Recipe, Schedule, Variant, read_config
 from runtime.cli import console, main, progress_shown
 from runtime.errors import InputError
@@ -134,7 +134,7 @@ def train(options: TrainOptions, form: Form | None = None, on_progress: OnProgre
         "parent": parent.sha256 if parent else None,
         "weights_key": options.weights_key,
         "data": sources,
-        "files_sha256": data_options.files_sha256(*data),
+        "files_sha256": data_options.files_sha256(*files_of(*folders)),
         **data_options.options(),
         **dataclasses.asdict(recipe),
         "precision": options.hardware.precision,

@@ -22,6 +22,7 @@ API.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -212,6 +213,8 @@ def build(
     from export.canaries import add_canaries
 
     output.mkdir(parents=True, exist_ok=True)
+    for killed in output.glob(f"{STAGING}*"):
+        shutil.rmtree(killed)
     # Until all files are there the bundle is what it was: its manifest fits no others.
     with tempfile.TemporaryDirectory(prefix=STAGING, dir=output) as temporary:
         made = Path(temporary)

@@ -294,7 +294,7 @@ def _refuse_unfit(name: str, image: ImageFile.ImageFile) -> None:
     if tags.get(ExifTags.Base.PlanarConfiguration) == 2 and image.info["compression"] == "raw":
         reversed_bits = tags.get(ExifTags.Base.FillOrder) == 2
         reversed_grey = tags.get(ExifTags.Base.PhotometricInterpretation, 0) == 0
-        if bits < 8 or reversed_bits or reversed_grey:
+        if 1 < bits < 8 or reversed_bits or reversed_grey:
             raise InvalidImage(f"{name}: separate planes of a rare kind; write them as one first")
     if image.mode not in MODES:
         raise InvalidImage(

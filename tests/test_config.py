@@ -38,6 +38,7 @@ def test_dictionary_round_trip_is_exact_for_irregular_networks():
         ({"topk": ("half",)}, "fraction"),
         ({"topk": ("1/0",)}, "fraction"),
         ({"topk": ("1e-10000000",)}, "fraction"),
+        ({"topk": ("1/2",) * 65}, "at most 64 top-k fractions, found 65"),
         ({"up": (192, 96, 10**30)}, "whole numbers from 1 to 65536"),
         ({"latent": LevelConfig(384, (BlockConfig(2**10, 2**10, 8),))}, "at most 65536 channels in all heads"),
         ({"latent": LevelConfig(384, (BlockConfig(8, 48, 8),) * 257)}, "at most 256 blocks in a level, found 257"),
@@ -61,6 +62,8 @@ def test_widths_that_cannot_be_downsampled_or_split_are_refused():
         DRSformerConfig.regular(mefc="everywhere")
     with pytest.raises(ValueError, match="experts"):
         MEFCConfig.regular(9)
+    with pytest.raises(ValueError, match="at most 64 steps"):
+        MEFCConfig(5, (("sep_conv_1x1",),) * 65)
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,16 @@ def test_save_keeps_names_below_folders(network, tmp_path):
     assert all(read_rgb(tmp_path / "out" / f"{name}.png").shape == (16, 16, 3) for name in scores.rows)
 
 
+def test_save_does_not_mix_with_links_to_the_data(data, network, tmp_path):
+    for path in data.glob("*/*.png"):
+        (tmp_path / "elsewhere" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        path.rename(tmp_path / "elsewhere" / path.parent.name / f"original-{path.name}")
+        path.symlink_to(tmp_path / "elsewhere" / path.parent.name / f"original-{path.name}")
+    for folder in (data / "target", tmp_path / "elsewhere" / "target"):
+        with pytest.raises(InputError, match="would put images among those of the data set"):
+            evaluate_model(network, find_pairs(data), save=folder)
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 @pytest.mark.parametrize("folder", ["input", "target"])
 def test_save_does_not_mix_with_the_data(data, network, folder, suffix):

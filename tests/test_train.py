@@ -682,15 +682,20 @@ def test_a_loss_that_is_logged_counts_the_steps_before_a_stop_too(data, tmp_path
 
 
 def test_a_run_goes_on_with_the_same_files_only(data, tmp_path):
-    """Data sets of one name: a path says where they lie, which may change, but not what they are."""
+    """Data sets of one name: a path says where they lie, which may change, but not what they are. Through links too."""
     shutil.copytree(data, tmp_path / "a" / data.parent.name / data.name)
     other = shutil.copytree(data, tmp_path / "b" / data.parent.name / data.name)
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(next(other.glob("input/*.png")))
     common = {"network": "drsformer-tiny", "recipe": Recipe(iterations=2, **QUICK), "hardware": CPU}
     for place in (data, tmp_path / "a" / data.parent.name / data.name):
         train(TrainOptions(tmp_path / "run", [place], schedule=Schedule(minutes=0), **common))
-    with pytest.raises(InputError, match=r"holds a run with files_sha256=.*give the same options"):
-        train(TrainOptions(tmp_path / "run", [other], **common))
+    linked = tmp_path / "c" / data.parent.name / data.name
+    linked.mkdir(parents=True)
+    for name in ("input", "target"):
+        (linked / name).symlink_to(other / name)
+    for place in (other, linked):
+        with pytest.raises(InputError, match=r"holds a run with files_sha256=.*give the same options"):
+            train(TrainOptions(tmp_path / "run", [place], **common))
 
 
 class Counting(nn.Module):

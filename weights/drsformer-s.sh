@@ -33,7 +33,7 @@ python -m drsformer.train --init "$runs/more.safetensors" --output "$runs/s-stag
   --data "$light" "$light" "$heavy" "$heavy" "$heavy" "$slanted" --clean "$data/clean" --streaks "$data/streaks" \
   --rendered 0.4 --compressed 0.15 --dry 0.08 --clip 0.1 --ema 0.99 \
   --constant 0 --iterations 640 --warmup 20 --lr 3e-4 --patch 160 --batch 3 --seed 16
-# The mean of that and of the network with half of the difference, without a step, is better on light and heavy rain than
-# either, and than it was.
+# The mean of that and of the network with half of the difference, without a step, has the best PSNR on light and heavy
+# rain.
 python - weights/drsformer-s.safetensors 0.5 "$runs/s-stage2/last.safetensors" \
   0.5 "$runs/s/s.safetensors" 0.25 "$now" -0.25 "$then" <<<"$sum"
