@@ -596,6 +596,12 @@ def test_pixels_that_are_stored_otherwise(array, expected, tags):
         decode(followed)
 
 
+def test_reads_one_plane_of_one_bit():
+    rows = np.array([[0b10110000], [0b01000001]], np.uint8)[..., None]
+    expected = np.unpackbits(rows[..., 0], axis=1)[..., None].repeat(3, 2) * 255
+    np.testing.assert_array_equal(decode(tiff(rows, separate=True, bits=1)).rgb, expected)
+
+
 @pytest.mark.parametrize(("mode", "suffix"), [("CMYK", ".jpg"), ("CMYK", ".tif"), ("LAB", ".tif")])
 def test_refuses_other_colours(tmp_path, mode, suffix):
     Image.new(mode, (5, 4)).save(tmp_path / f"a{suffix}")
