@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from drsformer.data import Pair, images_in, pair_folders
+from drsformer.data import Pair, files_of, images_in, pair_folders
 from drsformer.metrics import Protocol, Scores, psnr, ssim
 from drsformer.session import TorchSession, torch_device
 from runtime.errors import DerainError, InputError
@@ -99,8 +99,11 @@ def evaluate_derainer(
 
 def _expect_no_data(folder: Path, pairs: Sequence[Pair]) -> None:
     """Raise InputError where images that are saved there would lie among those of the pairs, and be taken for them."""
-    files = [path for pair in pairs for path in (pair.input, pair.target)]
-    places = {parent: path.parent for path in files for parent in (path.resolve().parent, path.parent.resolve())}
+    places = {
+        parent: path.parent
+        for path in files_of(pairs)
+        for parent in (path.resolve().parent, path.parent.resolve())  # of the file and of a link to it
+    }
     for pair in pairs:
         if place := places.get((folder / f"{pair.name}.png").parent.resolve()):
             raise InputError(f"`save`: {folder} would put images among those of the data set in {place}; name another")
