@@ -303,7 +303,7 @@ class Speed(Stage):
                 if number == 0 and contestant is not first and not sheet.wants(key(contestant), expected(contestant)):
                     entrants.remove(contestant)
                     continue
-                if number and sheet.seconds_left() < 10:
+                if number and sheet.seconds_left() < later[name] + 10:
                     continue
                 started = time.monotonic()
                 console.print(f"{key(contestant)}, round {number + 1}", highlight=False)
@@ -311,7 +311,8 @@ class Speed(Stage):
                 if number == 0 and contestant.compiles:
                     compiled.setdefault(contestant.compiles, time.monotonic() - started)
                 if "error" in result:
-                    sheet.put(key(contestant), result)
+                    if number == 0:  # later, what it was measured at before stands
+                        sheet.put(key(contestant), result)
                     entrants.remove(contestant)
                     continue
                 low, median, high = statistics.quantiles(times[name], n=4)

@@ -168,7 +168,10 @@ def protected(device: torch.device, function: Callable[[], Row]) -> Row:
         row = {"error": f"{OUT_OF_MEMORY}: {_line(error)}"}
     except Exception as error:  # whatever a library answers is the result
         row = {"error": f"{type(error).__name__}: {_line(error)}"}
-    free(device)
+    try:
+        free(device)
+    except RuntimeError as error:  # the device is lost to this process
+        row = {"error": f"{type(error).__name__}: {_line(error)}"} | row
     return row
 
 

@@ -77,12 +77,12 @@ def onnxruntime(wanted: Wanted) -> list[Stage]:
 
 
 def missing(wanted: Wanted) -> list[Stage]:
-    sizes = wanted.sizes or ("720x1280", "512x512", "1080x1920", "256x256")
+    sizes = wanted.sizes or ("720x1280", "256x256", "512x512", "1080x1920")
     large = wanted.sizes[0] if wanted.sizes else Correct.large
     only = "released torch.compile", "folded torch.compile", "released eager"
     return [
-        Correct(**wanted.common(), sizes=sizes, large=large, data=wanted.data),
         Speed(**wanted.common(), sizes=sizes, batches=wanted.batches, only=only),
+        Correct(**wanted.common(), sizes=sizes, large=large, data=wanted.data),
     ]
 
 

@@ -67,6 +67,9 @@ def _recipe(**changes: Any) -> Recipe:
 MIXED: dict[str, Any] = dict(rendered=0.3, compressed=0.1, mix=("rain100l",) * 2 + ("rain200h",) * 3 + ("rain800",))
 """What networks are trained on with that were trained on light and heavy rain before; see weights/README.md."""
 
+BEFORE: dict[str, Any] = dict(mix=("rain100l", "rain200h"))
+"""What they were trained on before."""
+
 PLANS = {
     "xs-3": Plan("drsformer-xs", _recipe(iterations=4000, lr=3e-4, batch=4, patch=192), "drsformer-xs", **MIXED),
     "s-2": Plan("drsformer-s", _recipe(iterations=3000, lr=3e-4, batch=4, patch=192), "drsformer-s", **MIXED),
@@ -79,14 +82,18 @@ PLANS = {
         )
         for percent in (50, 25, 15)
     },
-    "teacher": Plan("drsformer-m", _recipe(iterations=6000, lr=5e-4), dtype="bf16"),
-    "teacher-2": Plan("drsformer-m", _recipe(iterations=4000, lr=3e-4, batch=4, patch=192), "teacher", dtype="bf16"),
-    "teacher-3": Plan("drsformer-m", _recipe(iterations=1000, lr=2e-4, batch=4, patch=192), "teacher-2", dtype="bf16"),
-    "xs-2": Plan("drsformer-xs", _recipe(iterations=10000, patch=192), "xs"),
-    "s": Plan("drsformer-s", _recipe(iterations=6000, lr=6e-4, patch=192), "xs-grown"),
-    "half": Plan("drsformer-xs", _recipe(iterations=3000), "xs-half"),
-    "half-distilled": Plan("drsformer-xs", _recipe(iterations=3000), "xs-half", "xs-2"),
-    "half-scratch": Plan("drsformer-xs", _recipe(iterations=3000, lr=1.2e-3), "xs-half-scratch"),
+    "teacher": Plan("drsformer-m", _recipe(iterations=6000, lr=5e-4), dtype="bf16", **BEFORE),
+    "teacher-2": Plan(
+        "drsformer-m", _recipe(iterations=4000, lr=3e-4, batch=4, patch=192), "teacher", dtype="bf16", **BEFORE
+    ),
+    "teacher-3": Plan(
+        "drsformer-m", _recipe(iterations=1000, lr=2e-4, batch=4, patch=192), "teacher-2", dtype="bf16", **BEFORE
+    ),
+    "xs-2": Plan("drsformer-xs", _recipe(iterations=10000, patch=192), "xs", **BEFORE),
+    "s": Plan("drsformer-s", _recipe(iterations=6000, lr=6e-4, patch=192), "xs-grown", **BEFORE),
+    "half": Plan("drsformer-xs", _recipe(iterations=3000), "xs-half", **BEFORE),
+    "half-distilled": Plan("drsformer-xs", _recipe(iterations=3000), "xs-half", "xs-2", **BEFORE),
+    "half-scratch": Plan("drsformer-xs", _recipe(iterations=3000, lr=1.2e-3), "xs-half-scratch", **BEFORE),
     "tiny-teacher": Plan("drsformer-tiny", _recipe(iterations=4, warmup=0, batch=2, patch=32)),
     "tiny-student": Plan("drsformer-tiny", _recipe(iterations=4, warmup=0, batch=2, patch=32), teacher="tiny-teacher"),
 }
@@ -245,13 +252,14 @@ class Train(Stage):
             compressed=plan.compressed,
         )
 
-    def network_of(self, name: str) -> Path:
+    def network_of(self, name: str, rounded: bool = False) -> Path:
         """A checkpoint by the name of its plan, from its run here or from where an earlier machine sent it, or by that
-        of its file. Raises InputError where there is none."""
+        of its file; `rounded`, as it is sent, so that it is the same file on each machine. Raises InputError where
+        there is none."""
         self.bring_back(name)
         given = (path for path in self.weights if path.stem == name)
         for path in (self.run_dir / name / "last.safetensors", self.run_dir / name / f"{name}.safetensors", *given):
-            if path.is_file():
+            if path.is_file() and not (rounded and path.name == "last.safetensors"):
                 return path
         raise InputError(f"expected {name} in `weights`, or its run in {self.run_dir}, found neither")
 
@@ -269,8 +277,14 @@ class Train(Stage):
         before = sheet.rows.get(f"train {name}", {})
         if before.get("finished") and before["iterations"] == plan.recipe.iterations:
             return
+        if plan.teacher and not self.teacher and not sheet.rows.get(f"train {plan.teacher}", {}).get("finished", True):
+            sheet.unfinished.append(f"train {name}, whose teacher {plan.teacher} is not finished")
+            return
         run = self.run_dir / name
         reserve = 60 if sheet.device.type == "cuda" else 0  # for scores and parts
+        if reserve and sheet.seconds_left() < 2 * reserve:  # more would go into setting up than into training
+            sheet.unfinished.append(f"train {name}")
+            return
         minutes = max(0.0, (sheet.seconds_left() - reserve) / 60)
         if self.minutes_each is not None:
             minutes = min(minutes, self.minutes_each)
@@ -301,7 +315,7 @@ class Train(Stage):
             init = self.init or (self.network_of(plan.start) if plan.start else None)
             with training_shown() as on_progress:
                 if plan.teacher:
-                    teacher = self.teacher or self.network_of(plan.teacher)
+                    teacher = self.teacher or self.network_of(plan.teacher, rounded=True)
                     student = str(init or plan.network)
                     result = distill(DistillOptions(teacher=teacher, student=student, **options), on_progress)
                 else:
@@ -315,6 +329,8 @@ class Train(Stage):
 
         row = protected(sheet.device, work)
         sheet.put(f"train {name}", {"iterations": plan.recipe.iterations, **row})
+        if not row.get("finished"):
+            sheet.unfinished.append(f"train {name}")
 
     def send(self, device: torch.device, run: Path, name: str, plan: Plan, folder: Path) -> Row:
         """Round the network of a run, score it on all validation pairs, and split it; returns the scores."""

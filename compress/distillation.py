@@ -101,7 +101,7 @@ class Distillation(nn.Module):
         if weights.features:
             features = self.in_teacher["features"].float()
             distance = F.mse_loss(self.adapter(self.in_student["features"]).float(), features)
-            terms["features"] = weights.features * distance / features.square().mean()
+            terms["features"] = weights.features * distance / _mean_square(features)
         if weights.attention:
             distances = [F.mse_loss(self.in_student[level], self.in_teacher[level]) for level in self.levels]
             terms["attention"] = weights.attention * torch.stack(distances).mean()
@@ -194,7 +194,7 @@ def stream_errors(
         stream, target = student[name].float(), target.float()
         if name in maps:
             stream = F.conv2d(stream, maps[name].to(stream)[:, :, None, None])
-        errors[name] = F.mse_loss(stream, target) / target.square().mean()
+        errors[name] = F.mse_loss(stream, target) / _mean_square(target)
     return errors
 
 
@@ -225,6 +225,12 @@ def stream_maps(teacher: DRSformer, student: DRSformer, images: Sequence[Tensor]
         ridge = MAP_RIDGE * size * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         maps[name] = torch.linalg.solve(gram + ridge, mixed.T).T.float()
     return maps
+
+
+def _mean_square(target: Tensor) -> Tensor:
+    """By which an error is divided: 1 where all is zero, as a level of a teacher may be."""
+    size = target.square().mean()
+    return torch.where(size > 0, size, torch.ones_like(size))
 
 
 def _heads_text(shape: tuple[int, int] | None) -> str:

@@ -373,11 +373,11 @@ def remove(network: DRSformer, pruned: PrunedIndices, grams: Mapping[str, Tensor
         norm = name.removesuffix(".weight")
         if grams and norm in grams and indices:
             state[name] = state[name] * _spread(grams[norm][keep][:, keep]).div(_spread(grams[norm])).sqrt().float()
-        state[name] = state[name].index_select(dim, keep)
+        state[name] = state[name].index_select(dim, keep.to(state[name].device))
     left = {_renamed(name, renames): tensor for name, tensor in state.items() if tensor.numel()}
     smaller = DRSformer(config_after(network.config, groups, pruned))
     smaller.load_state_dict({name: tensor for name, tensor in left.items() if name is not None})
-    return smaller.eval()
+    return smaller.eval().to(next(network.parameters()).device)
 
 
 class Origin(NamedTuple):

@@ -84,7 +84,8 @@ def importances(
                     score += slope**2 if importance == "fisher" else slope.abs()
     if importance == "magnitude":
         return magnitudes, grams
-    little = TIE_BREAK * max((float(score.max()) for dims in scores.values() for score in dims), default=0.0)
+    largest = [float(score.max()) for dims in scores.values() for score in dims if len(score)]
+    little = TIE_BREAK * max(largest, default=0.0)
     for name, dims in scores.items():
         for score, magnitude in zip(dims, magnitudes[name], strict=True):
             score += little * magnitude
@@ -128,7 +129,7 @@ class _Sums:
         if (name, dim) not in self.along:
             value = self.values[name].detach()
             value = value.flatten(0, 1) if dim is None else value.movedim(dim, 0)
-            self.along[name, dim] = value.reshape(len(value), -1).sum(1).double()
+            self.along[name, dim] = value.reshape(len(value), -1).sum(1).double().cpu()
         return self.along[name, dim]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drsformer.config import EXPERTS, LEVELS, BlockConfig, LevelConfig, MEFCConfig
+from drsformer.config import EXPERTS, LARGEST, LEVELS, MOST_BLOCKS, BlockConfig, LevelConfig, MEFCConfig
 from drsformer.model import DRSformer
 from drsformer.recipe import LARGEST_SEED
 from runtime.errors import InputError, expect_between
@@ -21,7 +21,8 @@ def enlarge(
 
     Args:
         model: Stays as it is.
-        depths: Blocks in each level of the encoder, and of the decoder in return; those that are added put out zero.
+        depths: Blocks in each level of the encoder, and of the decoder in return; those that are added put out zero. A
+            level that has no block, to make others like, stays without.
         hidden: Factor for the hidden channels of each MSFN; those that are added are dead.
         experts: More experts for each step of an MEFC, whose gates never open, in training neither.
         seed: Seed of the new weights and of the places where they go.
@@ -30,24 +31,24 @@ def enlarge(
         The larger network, in evaluation mode.
 
     Raises:
-        InputError: `depths` takes blocks away, or a level cannot be grown: odd hidden widths, whose channels pair up in
-            a ring (`compress.groups`), and feed-forward networks other than the MSFN.
+        InputError: `depths` takes blocks away, there are too many blocks or channels, or a level cannot be grown: odd
+            hidden widths, whose channels pair up in a ring (`compress.groups`), and feed-forward networks other than
+            the MSFN.
     """
     expect_between("hidden", hidden, 1)
     expect_between("experts", experts, 0, len(EXPERTS))
     expect_between("seed", seed, 0, LARGEST_SEED)
+    for blocks in depths:
+        expect_between("depths", blocks, 0, MOST_BLOCKS)
     torch.manual_seed(seed)
     rng, config = np.random.default_rng(seed), model.config
-    depth = dict(zip(LEVELS, (*depths, *depths[-2::-1]), strict=True))  # the decoder mirrors the encoder
+    mirrored = zip(config.levels().items(), (*depths, *depths[-2::-1]), strict=True)  # the decoder mirrors the encoder
+    depth = {module: blocks if level.blocks else 0 for (module, level), blocks in mirrored}
     levels, positions = {}, {}
     for module, level in config.levels().items():
         if depth[module] < len(level.blocks):
             raise InputError(
                 f"`depths`: expected at least the {len(level.blocks)} blocks of {module}, found {depth[module]}"
-            )
-        if depth[module] and not level.blocks:
-            raise InputError(
-                f"`depths`: expected 0 for {module}, which has no block to make others like, found {depth[module]}"
             )
         odd = any(block.hidden % 2 for block in level.blocks)
         if hidden > 1 and (config.feed_forward != "msfn" or odd):
@@ -56,6 +57,8 @@ def enlarge(
             )
         positions[module] = sorted(rng.choice(depth[module], len(level.blocks), replace=False).tolist())
         wide = [dataclasses.replace(block, hidden=hidden * block.hidden) for block in level.blocks]
+        if wide and (widest := max(block.hidden for block in wide)) > LARGEST:
+            raise InputError(f"`hidden`: expected at most {LARGEST} hidden channels, found {widest} in {module}")
         blocks = wide[:1] * depth[module]
         for position, block in zip(positions[module], wide, strict=True):
             blocks[position] = block

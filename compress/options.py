@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from drsformer.config import LEVELS, SIZE_MULTIPLE
-from runtime.errors import InputError, expect_between
+from runtime.errors import InputError, expect_between, expect_finite
 from runtime.pixels import Size, size_text
 
 Kind = Literal["ffn", "heads", "experts", "width", "depth"]
@@ -49,12 +49,15 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         for name in ("l1", "l1_teacher", "features", "attention", "frequency"):
+            expect_finite(name, getattr(self, name))
             expect_between(name, getattr(self, name), 0)
         if not self.l1 + self.l1_teacher + self.frequency:
             raise InputError(
                 "nothing tells the student what to put out: expected `l1`, `l1_teacher` or `frequency` above 0, found "
                 "none"
             )
+        if self.attention and not self.attention_levels:
+            raise InputError("`attention_levels`: expected at least one with `attention`, found none")
         if unknown := [level for level in self.attention_levels if level not in LEVELS]:
             raise InputError(f"`attention_levels`: expected some of {', '.join(LEVELS)}, found {unknown[0]}")
 

@@ -264,6 +264,7 @@ def prune(
     output: Path,
     options: PruneOptions,
     on_progress: OnProgress = silent,
+    below: float | None = None,
 ) -> Pruned:
     """Prune a checkpoint, or go on with that.
 
@@ -273,6 +274,7 @@ def prune(
         output: Pruned checkpoint to write, .safetensors; rounds are kept in OUTPUT.work until it is written.
         options: How far to prune, and how; at least one target.
         on_progress: See `runtime.progress`.
+        below: Fraction of its target by which the network may end below it; if not given, that by which it may miss it.
 
     Returns:
         What was made. A network that misses only the measured latency is written too: see `Pruned.missed`.
@@ -282,7 +284,7 @@ def prune(
         GateError: A target cannot be met; nothing is written.
     """
     from compress.latency import latency_model
-    from compress.selection import Target, prune_network
+    from compress.selection import TOLERANCE, Target, prune_network
     from compress.step_cache import StepCache
     from drsformer import checkpoint
     from drsformer.evaluation import evaluate_model
@@ -304,6 +306,7 @@ def prune(
         scope=options.scope,
         round_to=options.round_to,
         rounds=options.rounds,
+        below=TOLERANCE if below is None else below,
         on_progress=on_progress,
     )
     targets = [
@@ -420,13 +423,14 @@ def _prune_to_latency(
         if attempts[-1][0] <= TOLERANCE:
             break
         bound *= latency / ratio
-    off, pruned, (before, after) = min(attempts, key=lambda attempt: attempt[0])
+    _, pruned, (before, after) = min(attempts, key=lambda attempt: attempt[0])
+    ratio = after.ms / before.ms
     missed = (
-        f"`latency`: expected {latency:.3f}, measured {after.ms / before.ms:.3f} at best after correcting the "
+        f"`latency`: expected {latency:.3f}, measured {ratio:.3f} at best after correcting the "
         f"estimate by parts {len(attempts) - 1} times; before: {before}, after: {after}; where the quartiles are "
         "wide, try again on a quiet machine or with a larger `size`"
     )
-    return pruned, (before, after), missed if off > TOLERANCE else None
+    return pruned, (before, after), missed if ratio > latency * (1 + TOLERANCE) else None
 
 
 def command(

@@ -46,7 +46,7 @@ from drsformer.metrics import Protocol
 from drsformer.recipe import DataOptions, Hardware, Recipe
 from drsformer.train import training_shown
 from export.onnx import export
-from export.tensorrt import MODEL_FILE, BuildOptions, build
+from export.tensorrt import MODEL_FILE, BuildOptions, build, expect_capabilities
 from export.validate import ValidateOptions, validate
 from runtime.cli import hxw, main, table_of
 from runtime.errors import GateError, InputError, expect_between, expect_finite
@@ -125,6 +125,10 @@ class SearchOptions:
             raise InputError(
                 f"`devices`: a search distils on 1, found {self.hardware.devices}; compress.distill takes several"
             )
+        if self.hardware.num_nodes != 1:
+            raise InputError(
+                f"`num_nodes`: a search distils on 1, found {self.hardware.num_nodes}; compress.distill takes several"
+            )
 
     @property
     def target(self) -> tuple[str, float | None]:
@@ -186,11 +190,12 @@ def search(
     if not output.name:
         raise InputError(f"`output`: expected the name of a folder, found {output}")
     if options.compute_capability:
-        LIBRARIES["rtx"].load()
+        expect_capabilities(LIBRARIES["rtx"], options.compute_capability)
     work = output.with_name(f"{output.name}.work")
     ours = (work / OPTIONS).exists() and (output / MANIFEST).exists()
     if output.exists() and not ours and (output.is_file() or any(output.iterdir())):
         raise InputError(f"`output`: expected a folder that is not there yet, found {output}; name another one")
+    options.hardware.fabric(work)  # which shows that there is such a device
     sources = options.validate or [*data]
     validation = DataOptions(validate=sources, validate_limit=options.limit).validation()
     folders = {folder: pairs for folder, (_, pairs) in zip(sources, validation, strict=True)}
@@ -226,7 +231,7 @@ def search(
         wanted = f"{goal:.3f} of the {'MACs' if name == 'macs' else 'milliseconds'}" if goal else "a smaller network"
         raise GateError(
             f"`max_drop_db` {options.max_drop_db:g}: expected {wanted} within it, found {best} at best: {ended}; "
-            "try more `iterations`, a larger `step` or a larger budget; all networks are in "
+            "with another `output` try more `iterations`, a larger `step` or a larger budget; all networks are in "
             f"{work}, see {TABLE_FILE} and {PAGE_FILE} there"
         )
     if best.kind == "pruned":
@@ -313,7 +318,10 @@ def _descend(
                 weights_key=None if best.file else options.weights_key,
             )
             before = candidates.work / best.file if best.file else candidates.weights
-            prune(before, data, path, how, on_progress)
+            try:
+                prune(before, data, path, how, on_progress)
+            except GateError:  # a step need not be that exact
+                prune(before, data, path, how, on_progress, below=1.0)
 
     number = 1
     while True:

@@ -108,10 +108,13 @@ def measure_sensitivity(
                     below=1.0,
                     cache=cache.within(name),
                 )
-            except GateError:  # this kind goes no further
+            except GateError:
+                on_progress(f"Sensitivity: {kind}", len(ratios), len(ratios), f"{ratio:g} is more than can go")
                 break
-            if smaller.config != pruned.config:  # otherwise the last step has gone this far already
-                add(name, kind, smaller)
+            if smaller.config == pruned.config:  # the last step has gone this far already
+                on_progress(f"Sensitivity: {kind}", done, len(ratios))
+                continue
+            add(name, kind, smaller)
             pruned = smaller
             on_progress(f"Sensitivity: {kind}", done, len(ratios), remark())
     with writing(output / "sensitivity.json") as temporary:

@@ -389,9 +389,9 @@ def _existing(folder: Path, described: Manifest, sign: Path | None) -> Manifest:
     return existing
 
 
-def _capabilities(trt: Any, library: Library, named: Sequence[str]) -> tuple[str, ...]:
-    if library.capabilities is None:
-        return (gpu(),)
+def expect_capabilities(library: Library, named: Sequence[str]) -> None:
+    """Raise InputError for kinds of GPU that a library does not build for, and where it is not installed."""
+    trt = library.load()
     known = _known_capabilities(trt)
     for capability in named:
         if capability not in known:
@@ -399,6 +399,13 @@ def _capabilities(trt: Any, library: Library, named: Sequence[str]) -> tuple[str
                 f"`compute_capability`: {library.title} {trt.__version__} builds for {', '.join(known)}, "
                 f"found {capability}; for other GPUs use `flavor` tensorrt on a machine with one"
             )
+
+
+def _capabilities(trt: Any, library: Library, named: Sequence[str]) -> tuple[str, ...]:
+    if library.capabilities is None:
+        return (gpu(),)
+    expect_capabilities(library, named)
+    known = _known_capabilities(trt)
     return tuple(capability for capability in known if capability in (named or library.capabilities))
 
 

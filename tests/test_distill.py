@@ -237,6 +237,18 @@ def test_a_level_that_is_all_zero_has_a_map():
     assert all(each.isfinite().all() for each in maps.values())
 
 
+def test_a_level_of_the_teacher_that_is_all_zero_has_a_finite_error():
+    teacher, student = network(), network()
+    torch.nn.init.zeros_(teacher.down3_4.conv.weight)
+    for block in teacher.latent:
+        torch.nn.init.zeros_(block.attn.project_out.weight)
+        torch.nn.init.zeros_(block.ffn.project_out.weight)
+    terms = blockwise(teacher, student)(student, image(16, 16), image(16, 16, 1))
+    assert all(term.isfinite() for term in terms.values())
+    stream = torch.full((1, 2, 4, 4), 3.0)
+    assert float(stream_errors({"latent": torch.zeros_like(stream)}, {"latent": stream}, {})["latent"]) == 9
+
+
 @torch.no_grad()
 def test_streams_are_compared_by_the_map_that_fits_best():
     """Where widths are equal, as they are: not even a rotation is made up for."""
@@ -367,6 +379,8 @@ def test_compiled_student_and_teacher_are_tapped_too(monkeypatch):
         (["--student", "drsformer-xxl"], "--student: expected a checkpoint or one of drsformer, "),
         (["--l1", "0", "--l1-teacher", "0"], "expected --l1, --l1-teacher or --frequency above 0"),
         (["--frequency", "-1"], "--frequency: expected at least 0, found -1"),
+        (["--l1", "inf"], "--l1: expected a finite number, found inf"),
+        (["--attention", "1", "--attention-levels"], "--attention-levels: expected at least one with --attention"),
         (["--teacher", "absent.pth"], "absent.pth: no such checkpoint"),
         (["--teacher", "run/best.safetensors"], "--output: expected another file than --teacher"),
         (["--student", "run/last.safetensors"], "--output: expected another file than --student"),

@@ -22,7 +22,7 @@ from benchmarks import contestants as engines
 from benchmarks.answers import Answers
 from benchmarks.contestants import Torch, from_preset, picture
 from benchmarks.gpu import Correct, Kernels, Speed, Train
-from benchmarks.harness import Sheet, Work, kind_of
+from benchmarks.harness import Row, Sheet, Work, kind_of
 from benchmarks.parts import join
 from benchmarks.plan import Wanted, plan
 from drsformer import checkpoint
@@ -309,8 +309,12 @@ def test_plan_training(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPat
     assert [path.parent.name for path in training.training_folders(changed, data)] == ["light", "heavy", "heavy"]
     monkeypatch.setattr("benchmarks.plan.Train", functools.partial(training.Train, workers=0))
     options: dict[str, Any] = dict(weights=(mine(tmp_path),), data=data)
-    plan("training", wanted(tmp_path, recipe=("tiny-teacher",), minutes_each=0, **options))
-    assert not rows(tmp_path / "out", "train")["train tiny-teacher"]["finished"]
+    stopped = plan("training", wanted(tmp_path, recipe=("tiny-teacher", "tiny-student"), minutes_each=0, **options))
+    assert stopped["train"]["unfinished"] == [
+        "train tiny-teacher",
+        "train tiny-student, whose teacher tiny-teacher is not finished",
+    ]
+    assert [row["finished"] for row in rows(tmp_path / "out", "train").values()] == [False]
     shutil.rmtree(tmp_path / "runs")
     both = wanted(tmp_path, recipe=("tiny-teacher", "tiny-student"), **options)
     assert plan("training", both)["train"]["errors"] == []
@@ -326,7 +330,10 @@ def test_plan_training(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPat
     assert rows(tmp_path / "out", "train") == found
 
 
-def test_what_a_plan_names_has_to_be_there(tmp_path: Path, data: Path) -> None:
+def test_what_a_plan_names_has_to_be_there(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="expected rain100l/train, found heavy, light"):
+        plan("training", wanted(tmp_path, recipe=("half",), data=data))
+    monkeypatch.setitem(training.PLANS, "half", dataclasses.replace(training.PLANS["half"], mix=()))
     assert plan("training", wanted(tmp_path, recipe=("half",), data=data))["train"]["errors"] == ["train half"]
     assert "expected xs-half in `weights`" in rows(tmp_path / "out", "train")["train half"]["error"]
     with pytest.raises(InputError, match="expected rain100l/train, found heavy, light"):
@@ -351,6 +358,22 @@ def test_what_fails_is_a_row_and_the_next_one_is_measured(tmp_path: Path) -> Non
     assert again.wants("broken")  # it may be mended by now
     assert not again.wants("good")
     assert sheet.summary()["errors"] == ["large", "broken"]
+
+
+def test_a_device_that_is_lost_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal access not even memory can be given back."""
+
+    def lost(device: torch.device) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(harness, "free", lost)
+    told = {"error": "RuntimeError: an illegal memory access was encountered"}
+    assert harness.protected(torch.device("cpu"), lambda: {"ms": 1}) == told | {"ms": 1}
+
+    def fails() -> Row:
+        raise ValueError("first")
+
+    assert harness.protected(torch.device("cpu"), fails) == {"error": "ValueError: first"}
 
 
 def test_nothing_is_started_that_would_not_end_in_time(tmp_path: Path) -> None:

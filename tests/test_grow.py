@@ -29,6 +29,15 @@ def test_a_grown_network_computes_the_same(depths, hidden):
         torch.testing.assert_close(grown(x), network(x), rtol=0, atol=1e-5)
 
 
+def test_a_level_without_blocks_stays_without():
+    """Pruning may have left the encoder a block that the decoder has not."""
+    network, x = small(depths=(0, 2, 1, 2)), image(24, 40)
+    grown = enlarge(network, (1, 2, 2, 2), 1)
+    assert [len(level.blocks) for level in (*grown.config.encoder, grown.config.latent)] == [0, 2, 2, 2]
+    with torch.no_grad():
+        torch.testing.assert_close(grown(x), network(x), rtol=0, atol=1e-5)
+
+
 def test_gradients_reach_what_is_new():
     """Else the new blocks would stay as they are."""
     grown = enlarge(small(), (2, 2, 1, 2), 1)
@@ -43,8 +52,10 @@ def test_refusals():
         enlarge(small(), (1, 1, 1, 2), 1)
     with pytest.raises(InputError, match="even hidden width"):
         enlarge(small(expansion=2.66), (1, 2, 1, 2), 2)
-    with pytest.raises(InputError, match="`depths`: expected 0 for encoder_level1, which has no block"):
-        enlarge(small(depths=(0, 2, 1, 2)), (1, 2, 1, 2), 1)
+    with pytest.raises(InputError, match="`depths`: expected 0 to 256, found 300"):
+        enlarge(small(), (300, 2, 1, 2), 1)
+    with pytest.raises(InputError, match="`hidden`: expected at most 65536 hidden channels, found 240000"):
+        enlarge(small(), (1, 2, 1, 2), 10_000)
     with pytest.raises(InputError, match="`hidden`: expected at least 1"):
         enlarge(small(), (1, 2, 1, 2), 0)
     with pytest.raises(InputError, match=r"`seed`: expected 0 to \d+, found -1"):

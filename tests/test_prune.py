@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -25,9 +26,9 @@ from compress.net2net import enlarge
 from compress.options import KINDS, Importance
 from compress.prune import PruneOptions
 from compress.selection import Target, choose, prune_network
-from compress.step_cache import StepCache
+from compress.step_cache import NO_CACHE, StepCache
 from drsformer import checkpoint, counts
-from drsformer.config import LEVELS, DRSformerConfig, MEFCConfig, preset
+from drsformer.config import LEVELS, DRSformerConfig, LevelConfig, MEFCConfig, preset
 from drsformer.data import find_pairs
 from drsformer.evaluation import evaluate_model
 from drsformer.metrics import psnr
@@ -182,6 +183,18 @@ def test_first_order_importance_is_the_slope_of_the_loss():
         slope = abs(loss() - before) / 1e-6
         assert slope == pytest.approx(float(scores[group.name][0][1]), rel=1e-3)
         before = loss()
+
+
+@pytest.mark.parametrize("importance", ["taylor", "fisher", "magnitude"])
+def test_units_that_are_not_there_have_no_importance(importance):
+    """An MSFN of one hidden channel has none that can go."""
+    config = network().config
+    block = dataclasses.replace(config.latent.blocks[0], hidden=1)
+    narrow = LevelConfig(config.latent.width, (block,))
+    model = DRSformer(config.with_levels({**config.levels(), "latent": narrow}))
+    groups = pruning_groups(model.config, ["ffn"])
+    scores, _ = importances(model, groups, patches(1), importance)
+    assert [len(score) for score in scores["latent.0.ffn"]] == [0, 0]
 
 
 def test_network_that_answers_with_nan_is_refused():
@@ -415,6 +428,24 @@ def test_command_prunes_to_a_latency_that_the_parts_do_not_add_up_to(tmp_path, d
     assert len(calls) == measured
 
 
+def test_faster_than_asked_is_no_failure(monkeypatch):
+    """Here nothing can be done about it: each attempt is the same network."""
+    monkeypatch.setattr(latency, "export_session", lambda network, size, on_progress: network)
+    times = [Latency(100, 99, 101, 9), Latency(76.5, 76, 77, 9)]
+    monkeypatch.setattr(latency, "time_sessions", lambda *_: times)
+    whole = network()
+    found, taken, missed = prune._prune_to_latency(
+        whole, 0.8, counts.macs, (64, 64), [], lambda network, targets, cache: network, NO_CACHE, silent
+    )
+    assert (found, list(taken), missed) == (whole, times, None)
+    times[1] = Latency(83, 82, 84, 9)
+    *_, missed = prune._prune_to_latency(
+        whole, 0.8, counts.macs, (64, 64), [], lambda network, targets, cache: network, NO_CACHE, silent
+    )
+    assert missed
+    assert "expected 0.800, measured 0.830 at best" in missed
+
+
 def test_missed_latency_is_a_failed_gate_though_the_network_is_written(tmp_path, data, monkeypatch, capsys):
     """Here the milliseconds of an export hardly depend on the network."""
     clock(monkeypatch, more=20000)
@@ -515,6 +546,27 @@ def test_what_is_left_makes_up_for_what_was_removed(tmp_path, data):
     assert step["options"] | options == step["options"] | {"patch": 32, "limit": 1}
     assert step["options"]["importance"] == "obs"
     assert step["options"]["recover"] is True
+
+
+def test_sensitivity_ends_each_kind_that_it_begins(tmp_path, monkeypatch):
+    """Also one of which not as much can go."""
+    clock(monkeypatch)
+    monkeypatch.setattr(sensitivity, "evaluate_model", lambda *_, **__: SimpleNamespace(psnr=30.0))
+    last: dict[str, tuple[int, int, str]] = {}
+    rows = sensitivity.measure_sensitivity(
+        network(),
+        [],
+        functools.partial(importances, patches=patches(1), importance="magnitude"),
+        (64, 64),
+        tmp_path,
+        (0.9, 0.01),
+        scope=("ffn", "depth"),
+        round_to=2,
+        on_progress=lambda stage, done, total, remark="": last.update({stage: (done, total, remark)}),
+    )
+    assert [row["kind"] for row in rows] == ["nothing", "ffn", "depth"]
+    for stage in ("Sensitivity: ffn", "Sensitivity: depth"):
+        assert last[stage] == (2, 2, "0.01 is more than can go")
 
 
 def test_sensitivity_is_written_as_table_and_plot(tmp_path, data, monkeypatch):

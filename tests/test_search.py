@@ -92,12 +92,13 @@ def by_size(monkeypatch, without_ends):
     monkeypatch.setattr(
         searching,
         "prune",
-        lambda weights, data, output, options, *args: pruning.prune(
+        lambda weights, data, output, options, *args, **more: pruning.prune(
             weights,
             data,
             output,
             dataclasses.replace(options, importance="magnitude", rounds=1),
             *args,
+            **more,
         ),
     )
     monkeypatch.setattr(
@@ -327,7 +328,8 @@ def test_budget_that_cannot_be_met_is_told(folder, by_size, macs):
     expected = (
         rf"`max_drop_db` 1: expected {wanted} within it, found whole, 1\.000 of the MACs.*: "
         r"the next step, distilled, 0\.\d+ of .*, (1\.9|2\.0)\d+ dB lost, is outside it, "
-        rf"(0\.9\d*|1(\.0\d*)?) dB over the budget of 1 dB on {folder.name}/data; try"
+        rf"(0\.9\d*|1(\.0\d*)?) dB over the budget of 1 dB on {folder.name}/data; with another "
+        r"`output` try more `iterations`"
     )
     with pytest.raises(GateError, match=expected) as error:
         go(folder, max_drop_db=1.0, macs=macs)
@@ -402,6 +404,21 @@ def test_target_that_nothing_reaches_is_told(folder, by_size):
         go(folder, macs=0.01, step=0.02, round_to=8)
 
 
+def test_step_that_cannot_be_that_exact_goes_farther(folder, by_size, monkeypatch):
+    asked, does = [], searching.prune
+
+    def prune(*args, below=None):
+        asked.append(below)
+        if below is None:
+            raise GateError("expected 0.800, reached 0.830")
+        return does(*args, below=below)
+
+    monkeypatch.setattr(searching, "prune", prune)
+    found = go(folder, macs=0.8)
+    assert asked == [None, 1.0]
+    assert found.best.macs <= 0.8 * 1.02
+
+
 def test_latency_is_reached_by_leaving_alone_what_takes_no_time(folder, by_size, monkeypatch):
     """The clock here does not see attention."""
     scopes = []
@@ -444,6 +461,9 @@ def test_kind_that_was_not_timed_is_not_called_slow(folder, by_size, monkeypatch
         ({"limit": 0}, "`limit`: expected at least 1"),
         ({"round_to": 0}, "`round_to`: expected at least 1"),
         ({"hardware": Hardware(devices="2")}, "`devices`: a search distils on 1, found 2"),
+        ({"hardware": Hardware(devices="1", num_nodes=2)}, "`num_nodes`: a search distils on 1, found 2"),
+        ({"hardware": Hardware(devices="1", accelerator="mps")}, "cannot train on this hardware"),
+        ({"compute_capability": ("8,9",)}, "`compute_capability`: TensorRT for RTX .* builds for .*, found 8,9"),
         ({"validate": [Path("nowhere")]}, "nowhere"),
         ({"output": "data"}, "`output`: expected a folder that is not there yet"),
         ({"output": "w.safetensors"}, "`output`: expected a folder that is not there yet"),

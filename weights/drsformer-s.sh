@@ -10,7 +10,7 @@ data=$1 runs=$2
 mkdir -p "$runs/xs-grown"
 grow() { python -m compress.grow --weights "$1" --depths 2 4 4 4 --hidden 2 --output "$2"; }
 grow "$runs/xs-2/last.safetensors" "$runs/xs-grown/last.safetensors"
-python -m benchmarks.gpu train --recipe s --data "$data" --run-dir "$runs" --iterations 3928 --minutes 30 --output "$runs"
+python -m benchmarks.gpu train --recipe s --data "$data" --run-dir "$runs" --iterations 3928 --minutes 1440 --output "$runs"
 # What drsformer-xs has learned since is had for nothing: grown in the same way, its states then and now differ by what
 # training changed, and a part of that is added (task arithmetic, arXiv 2212.04089).
 grow weights/drsformer-xs.safetensors "$runs/xs-grown/now.safetensors"

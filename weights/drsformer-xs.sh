@@ -3,7 +3,7 @@
 #
 # DATA holds rain100l/train, rain200h/train and rain800/train (pairs), clean (photographs) and streaks (streak images on
 # black); the val folders beside train are only scored on. Three stages took about two hours on two CPU cores, the fourth
-# six minutes of a shared H100 (add --accelerator cpu and some hours without one), the other five, which say so below,
+# six minutes of a shared H100 (add --device cpu and some hours without one), the other five, which say so below,
 # some more on a CPU. The logs of the run that made the shipped file are beside this script. That run scored itself on
 # the first 6 pairs of each val folder in the first stage and not at all in the next two, put no drawn streaks on
 # photographs before the third stage, and in the first cut rendered rain off at a mean brightness of 72 instead of 90.
@@ -37,7 +37,7 @@ python -m drsformer.train --init "$runs/stage1/last.safetensors" --output "$runs
 python -m drsformer.train --init "$runs/stage2/last.safetensors" --output "$runs/stage3" "${common[@]}" \
   --rendered 0.6 --iterations 1000 --warmup 50 --lr 4e-4 --patch 128 --batch 4 --ema 0.99 --seed 2
 python -m benchmarks.gpu train --recipe xs-2 --init "$runs/stage3/last.safetensors" --data "$data" --run-dir "$runs" \
-  --iterations 4243 --minutes 30 --output "$runs"
+  --iterations 4243 --minutes 1440 --output "$runs"
 # Heavy rain of all slants, which nine pairs of Rain200H do not have: Rain800, and the noise of a codec. Two hours and an
 # hour and a half on a core of a shared CPU. Stage 5 was stopped after 1,380 steps; --minutes does that here.
 more=(
