@@ -48,6 +48,7 @@ from benchmarks.contestants import (
     picture,
 )
 from benchmarks.harness import (
+    LOST,
     Row,
     Sheet,
     Size,
@@ -311,7 +312,7 @@ class Speed(Stage):
                 if number == 0 and contestant.compiles:
                     compiled.setdefault(contestant.compiles, time.monotonic() - started)
                 if "error" in result:
-                    if number == 0:  # later, what it was measured at before stands
+                    if number == 0 or result["error"].startswith(LOST):  # else what was measured before stands
                         sheet.put(key(contestant), result)
                     entrants.remove(contestant)
                     continue

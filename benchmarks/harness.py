@@ -31,7 +31,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.cli import console, parse_size
-from runtime.errors import InputError
+from runtime.errors import DeviceError, InputError
 from runtime.files import writing
 
 Size = tuple[int, int]
@@ -40,7 +40,7 @@ Size = tuple[int, int]
 Row = dict[str, Any]
 """What was measured: flat, names with strings and numbers."""
 
-OUT_OF_MEMORY = "out of memory"
+OUT_OF_MEMORY, LOST = "out of memory", "the device is lost"
 
 
 class Sheet:
@@ -96,7 +96,7 @@ class Sheet:
         """Whether a row has to be measured, and can be within the time left, by the seconds that it is expected to
         take. One for which there is no time is noted as unfinished."""
         row = self.rows.get(key)
-        if row is not None and row.get("error", OUT_OF_MEMORY).startswith(OUT_OF_MEMORY):
+        if row is not None and row.get("error", OUT_OF_MEMORY).startswith((OUT_OF_MEMORY, LOST)):
             return False
         if self.seconds_left() < expected:
             if key not in self.unfinished:
@@ -118,10 +118,12 @@ class Sheet:
         return row
 
     def put(self, key: str, row: Row) -> None:
-        """Keep a row, and write both files."""
+        """Keep a row, and write both files. Raises DeviceError where the device was lost over it."""
         self.rows[key] = row
         console.print(f"{key}: {_as_text(row)}", highlight=False, markup=False)
         self.save()
+        if row.get("error", "").startswith(LOST):
+            raise DeviceError(f"{key}: {row['error']}; the same command goes on with the next row")
 
     def save(self) -> None:
         with writing(self.path) as temporary:
@@ -170,8 +172,8 @@ def protected(device: torch.device, function: Callable[[], Row]) -> Row:
         row = {"error": f"{type(error).__name__}: {_line(error)}"}
     try:
         free(device)
-    except RuntimeError as error:  # the device is lost to this process
-        row = {"error": f"{type(error).__name__}: {_line(error)}"} | row
+    except RuntimeError as error:  # nothing more can be measured by this process
+        row = {"error": f"{LOST}: {row.get('error', _line(error))}"}
     return row
 
 

@@ -29,7 +29,7 @@ from drsformer import checkpoint
 from drsformer.config import PRESETS, preset
 from drsformer.model import DRSformer
 from export.graph import to_onnx
-from runtime.errors import InputError
+from runtime.errors import DeviceError, InputError
 from tests.support.images import noise, save
 from tests.support.networks import fill
 from tests.support.onnx_files import write_network
@@ -360,20 +360,31 @@ def test_what_fails_is_a_row_and_the_next_one_is_measured(tmp_path: Path) -> Non
     assert sheet.summary()["errors"] == ["large", "broken"]
 
 
-def test_a_device_that_is_lost_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_is_lost_ends_the_command_and_the_next_one_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After an illegal access not even memory can be given back."""
 
     def lost(device: torch.device) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(harness, "free", lost)
-    told = {"error": "RuntimeError: an illegal memory access was encountered"}
-    assert harness.protected(torch.device("cpu"), lambda: {"ms": 1}) == told | {"ms": 1}
-
     def fails() -> Row:
         raise ValueError("first")
 
-    assert harness.protected(torch.device("cpu"), fails) == {"error": "ValueError: first"}
+    def sheet() -> Sheet:
+        return Sheet(tmp_path, "trial", torch.device("cpu"), 9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "free", lost)
+        with pytest.raises(DeviceError, match=r"row 1: the device is lost: an illegal .*; the same command goes on"):
+            sheet().measure("row 1", lambda: {"ms": 1})
+        with pytest.raises(DeviceError, match="row 2: the device is lost: ValueError: first"):
+            sheet().measure("row 2", fails)
+    after = sheet()
+    assert after.measure("row 1", fails) is None  # not again: it would end this one too
+    after.measure("row 3", lambda: {"ms": 1})
+    assert after.rows["row 3"]["ms"] == 1
+    assert rows(tmp_path, "trial").keys() == {"row 1", "row 2", "row 3"}
 
 
 def test_nothing_is_started_that_would_not_end_in_time(tmp_path: Path) -> None:
