@@ -68,7 +68,7 @@ MIXED: dict[str, Any] = dict(rendered=0.3, compressed=0.1, mix=("rain100l",) * 2
 """What networks are trained on with that were trained on light and heavy rain before; see weights/README.md."""
 
 BEFORE: dict[str, Any] = dict(mix=("rain100l", "rain200h"))
-"""What they were trained on before."""
+"""What networks were trained on before there was Rain800: theirs are the recipes of the shipped ones."""
 
 PLANS = {
     "xs-3": Plan("drsformer-xs", _recipe(iterations=4000, lr=3e-4, batch=4, patch=192), "drsformer-xs", **MIXED),
@@ -257,9 +257,10 @@ class Train(Stage):
         of its file; `rounded`, as it is sent, so that it is the same file on each machine. Raises InputError where
         there is none."""
         self.bring_back(name)
+        files = [f"{name}.safetensors"] if rounded else ["last.safetensors", f"{name}.safetensors"]
         given = (path for path in self.weights if path.stem == name)
-        for path in (self.run_dir / name / "last.safetensors", self.run_dir / name / f"{name}.safetensors", *given):
-            if path.is_file() and not (rounded and path.name == "last.safetensors"):
+        for path in (*(self.run_dir / name / file for file in files), *given):
+            if path.is_file():
                 return path
         raise InputError(f"expected {name} in `weights`, or its run in {self.run_dir}, found neither")
 

@@ -57,7 +57,7 @@ def enlarge(
             )
         positions[module] = sorted(rng.choice(depth[module], len(level.blocks), replace=False).tolist())
         wide = [dataclasses.replace(block, hidden=hidden * block.hidden) for block in level.blocks]
-        if wide and (widest := max(block.hidden for block in wide)) > LARGEST:
+        if (widest := max((block.hidden for block in wide), default=0)) > LARGEST:
             raise InputError(f"`hidden`: expected at most {LARGEST} hidden channels, found {widest} in {module}")
         blocks = wide[:1] * depth[module]
         for position, block in zip(positions[module], wide, strict=True):

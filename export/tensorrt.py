@@ -180,7 +180,7 @@ def build(
         )
     profiles = _profiles(described.model, options)
     trt = library.load()
-    capabilities = _capabilities(trt, library, options.compute_capability)
+    capabilities = _capabilities(library, options.compute_capability)
     if options.strip_weights:
         gpu()  # which TensorRT for RTX needs for this as well
     flags = {name: True for name in FLAGS if getattr(options, name)}
@@ -389,23 +389,24 @@ def _existing(folder: Path, described: Manifest, sign: Path | None) -> Manifest:
     return existing
 
 
-def expect_capabilities(library: Library, named: Sequence[str]) -> None:
-    """Raise InputError for kinds of GPU that a library does not build for, and where it is not installed."""
+def expect_capabilities(library: Library, named: Sequence[str]) -> list[str]:
+    """All kinds of GPU that a library builds for, in ascending order. Raises InputError where it does not for some of
+    `named`, and DeviceError where it is not installed."""
     trt = library.load()
-    known = _known_capabilities(trt)
+    known = list(_known_capabilities(trt))
     for capability in named:
         if capability not in known:
             raise InputError(
                 f"`compute_capability`: {library.title} {trt.__version__} builds for {', '.join(known)}, "
                 f"found {capability}; for other GPUs use `flavor` tensorrt on a machine with one"
             )
+    return known
 
 
-def _capabilities(trt: Any, library: Library, named: Sequence[str]) -> tuple[str, ...]:
+def _capabilities(library: Library, named: Sequence[str]) -> tuple[str, ...]:
     if library.capabilities is None:
         return (gpu(),)
-    expect_capabilities(library, named)
-    known = _known_capabilities(trt)
+    known = expect_capabilities(library, named)
     return tuple(capability for capability in known if capability in (named or library.capabilities))
 
 
