@@ -345,6 +345,6 @@ def contestants(subject: Subject, small: Sequence[Subject], batch: int) -> list[
         *(Torch(other, "folded", "fp16") for other in small),
     ]
     for other in (subject, *small):
-        found += [Ort(other, "released", "fp32")] if other.released else []
         found += [Ort(other, "folded", "fp32"), Ort(other, "folded", "fp16"), Ort(other, "folded", "fp16", graph=True)]
+    found += [Ort(other, "released", "fp32") for other in (subject, *small) if other.released]  # minutes to export
     return found + ([Trt(subject, "tensorrt"), Trt(subject, "rtx")] if batch == 1 else [])

@@ -31,7 +31,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.cli import console, parse_size
-from runtime.errors import DeviceError, InputError
+from runtime.errors import DeviceError, InputError, OutOfMemory, device_error
 from runtime.files import writing
 
 Size = tuple[int, int]
@@ -166,10 +166,9 @@ def protected(device: torch.device, function: Callable[[], Row]) -> Row:
     """What `function` returns, or a row with what stopped it; its memory is free afterwards."""
     try:
         row = function()
-    except torch.OutOfMemoryError as error:
-        row = {"error": f"{OUT_OF_MEMORY}: {_line(error)}"}
     except Exception as error:  # whatever a library answers is the result
-        row = {"error": f"{type(error).__name__}: {_line(error)}"}
+        memory = isinstance(device_error("", error), OutOfMemory)  # PyTorch's, ONNX Runtime's, our own
+        row = {"error": f"{OUT_OF_MEMORY if memory else type(error).__name__}: {_line(error)}"}
     try:
         free(device)
     except RuntimeError as error:  # nothing more can be measured by this process

@@ -80,6 +80,28 @@ class Question:
         """An engine for the card of this machine."""
         return _size(self._build("here", (trt.gpu(),) if self.flavor == "rtx" else ()))
 
+    def build_current(self) -> Row:
+        """An engine for the card of this machine, whatever the library calls it: it may take one that it does not
+        name. And whether it takes that engine."""
+        library = LIBRARIES[self.flavor].load()
+        log = trt.new_log(library)
+        builder = library.Builder(log)
+        network = builder.create_network(1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser, config = library.OnnxParser(network, log), builder.create_builder_config()
+        if not parser.parse(self.onnx.read_bytes()):
+            return {"answer": "the model is not understood"}
+        config.num_compute_capabilities = 1
+        taken = config.set_compute_capability(library.ComputeCapability.CURRENT, 0)
+        profile = builder.create_optimization_profile()
+        profile.set_shape("input", *[(1, 3, *self.size)] * 3)
+        config.add_optimization_profile(profile)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            return {"answer": f"compute capability taken: {taken}; no engine"}
+        engine = library.Runtime(log).deserialize_cuda_engine(plan)
+        layers = "None" if engine is None else f"{engine.num_layers} layers"
+        return {"answer": f"an engine of {plan.nbytes / 1e6:.1f} MB; deserialized: {layers}"}
+
     def run_ahead(self) -> Row:
         """The engine that was built ahead of time: compiles what it has to, runs, and is compared with the model."""
         return self._run(self._engine("ahead"))
@@ -135,6 +157,7 @@ QUESTIONS: dict[Flavor, tuple[Callable[[Question], Row], ...]] = {
         Question.build_ahead,
         Question.deserialize,
         Question.build_here,
+        Question.build_current,
         Question.run_ahead,
         Question.run_here,
     ),

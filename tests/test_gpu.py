@@ -243,6 +243,8 @@ def test_plan_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "an engine of" in found["TensorRT for RTX: build ahead"]["answer"]
     assert found["TensorRT for RTX: deserialize"]["answer"].endswith("None")
     assert "cudaError" in found["TensorRT for RTX: deserialize"]["log"]
+    assert found["TensorRT for RTX: build current"]["answer"].endswith("; no engine")
+    assert "cudaError" in found["TensorRT for RTX: build current"]["log"]
     for question in ("build here", "run ahead", "run here"):
         assert "CUDA finds no NVIDIA GPU" in found[f"TensorRT for RTX: {question}"]["answer"]
     assert "<br>" in (tmp_path / "out" / "answers.md").read_text()
@@ -349,15 +351,17 @@ def fail(error: Exception) -> Any:
 def test_what_fails_is_a_row_and_the_next_one_is_measured(tmp_path: Path) -> None:
     sheet = Sheet(tmp_path, "correct", CPU, 1)
     sheet.measure("large", lambda: fail(torch.OutOfMemoryError("Tried to allocate 80 GiB")))
+    sheet.measure("also", lambda: fail(RuntimeError("BFCArena: Failed to allocate memory for requested buffer")))
     sheet.measure("broken", lambda: fail(ValueError("two\nlines")))
     sheet.measure("good", lambda: {"ms": 1.0})
     assert sheet.rows["large"]["error"] == "out of memory: Tried to allocate 80 GiB"
     assert sheet.rows["broken"]["error"] == "ValueError: two lines"
     again = Sheet(tmp_path, "correct", CPU, 1)
     assert not again.wants("large")
+    assert not again.wants("also")
     assert again.wants("broken")  # it may be mended by now
     assert not again.wants("good")
-    assert sheet.summary()["errors"] == ["large", "broken"]
+    assert sheet.summary()["errors"] == ["large", "also", "broken"]
 
 
 def test_a_device_that_is_lost_ends_the_command_and_the_next_one_goes_on(
