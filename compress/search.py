@@ -7,11 +7,12 @@
     python -m compress.search --weights W --data DIR --max-drop-db 0.2 --macs 0.5 --quantize --output bundle
 
 First each kind of pruning group is pruned by itself; a kind whose loss makes the exported graph no faster is left alone
-(`compress.prune --sensitivity`). Then, step by step, a fraction of what the network still costs is pruned
-(`compress.prune`, which repairs what is left), and a network that is outside the budget is distilled against the whole
-one (`compress.distill`). That ends when --macs or --latency is reached, or at the first network that is still outside
-after distillation; the one before it is taken, and distilled if it has not been. It is exported, quantised if that is
-asked for and pays, and proved in its bundle against the whole network (`export.validate`).
+(`compress.prune --sensitivity`). Then each step leaves a fraction of what the network before it costs: it is pruned
+from the whole network (`compress.prune`, which repairs what is left), and where that is outside the budget, distilled
+against it (`compress.distill`); what comes after a distilled network is pruned from that. The steps end when --macs or
+--latency is reached, or at the first network that is still outside after distillation; the one before it is taken, and
+distilled if it has not been. It is exported, quantised if that is asked for and pays, and proved in its bundle against
+the whole network (`export.validate`).
 
 The drop is the PSNR of the whole network minus that of the candidate, the mean over the images of a folder, and the
 budget holds in every folder of --validate. Latency is that of the exported graph in ONNX Runtime on the CPU, timed in
@@ -305,7 +306,10 @@ def _descend(
 
     def thin(path: Path) -> None:
         if not path.exists():
-            fraction: dict[str, Any] = {name: max(options.step, (goal or 0) / getattr(best, name))}
+            # What training has changed is kept; else recovery is to bring back the whole network, not the step before.
+            learned = best.file if best.kind == "distilled" else None
+            left = max(options.step * getattr(best, name), goal or 0) / (getattr(best, name) if learned else 1)
+            fraction: dict[str, Any] = {name: left}
             how = PruneOptions(
                 **fraction,
                 scope=scope,
@@ -315,9 +319,9 @@ def _descend(
                 limit=1,
                 protocol=options.protocol,
                 size=options.size,
-                weights_key=None if best.file else options.weights_key,
+                weights_key=None if learned else options.weights_key,
             )
-            before = candidates.work / best.file if best.file else candidates.weights
+            before = candidates.work / learned if learned else candidates.weights
             try:
                 prune(before, data, path, how, on_progress)
             except GateError:  # a step need not be that exact

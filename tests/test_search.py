@@ -175,7 +175,7 @@ def test_bundle_holds_the_proven_network_and_what_was_tried(searched):
     best = checkpoint.load(work / "step2" / "last.safetensors")
     assert bundle.manifest.model.weights_sha256 == best.sha256
     steps = [step["command"] for step in best.provenance["steps"]]
-    assert steps == ["compress.prune", "compress.prune", "compress.distill"]
+    assert steps == ["compress.prune", "compress.distill"]  # the second step, too, is pruned from the whole network
     assert best.provenance["trained_on"] == [f"{searched.name}/data"]
     assert Derainer(searched / "bundle")(np.zeros((20, 22, 3), np.uint8)).shape == (20, 22, 3)
 
@@ -318,8 +318,10 @@ def test_network_that_leaves_the_budget_is_distilled_and_pruned_on(folder, by_si
     assert found.best.kind == "distilled"
     assert found.best.macs == pytest.approx(0.64, rel=0.02)
     assert found.weights == folder / "bundle.work" / "step2" / "last.safetensors"
-    steps = [step["command"] for step in checkpoint.load(found.weights).provenance["steps"]]
-    assert steps == ["compress.prune", "compress.prune"]  # no training took place here
+    files = found.weights, folder / "bundle.work" / "step3" / "pruned.safetensors"
+    taken, after = ([step["command"] for step in checkpoint.load(file).provenance["steps"]] for file in files)
+    assert taken == ["compress.prune"]  # from the whole network; no training took place here
+    assert after == ["compress.prune", "compress.prune"]  # from what was distilled
 
 
 @pytest.mark.parametrize("macs", [None, 0.7])
