@@ -65,7 +65,7 @@ def _recipe(**changes: Any) -> Recipe:
 
 
 MIXED: dict[str, Any] = dict(rendered=0.3, compressed=0.1, mix=("rain100l",) * 2 + ("rain200h",) * 3 + ("rain800",))
-"""What networks are trained on with that were trained on light and heavy rain before; see weights/README.md."""
+"""What networks are trained on with that were trained on light and heavy rain before; see weights/HISTORY.md."""
 
 BEFORE: dict[str, Any] = dict(mix=("rain100l", "rain200h"))
 """What networks were trained on before there was Rain800: theirs are the recipes of the shipped ones."""

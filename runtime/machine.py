@@ -61,6 +61,15 @@ def wait_for_stream(index: int, stream: int) -> None:
         driver.cuDevicePrimaryCtxRelease_v2(device)
 
 
+def has_gpu() -> bool:
+    """Whether NVIDIA's driver finds a GPU, whatever else is installed to use it with."""
+    try:
+        driver, count = _cuda_driver(), ctypes.c_int()
+    except OSError:
+        return False
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
 def _cuda_driver() -> ctypes.CDLL:
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 

@@ -27,6 +27,7 @@ from .canary import When, check
 from .choice import choose_engine
 from .contract import Session
 from .errors import DeviceError, InputError, InvalidImage, OutOfMemory, UnprovenError, expect_between
+from .machine import has_gpu
 from .manifest import Manifest, describe
 from .memory import available
 from .pixels import GraphIO, expect_finite, to_batch, to_image
@@ -57,7 +58,7 @@ BATCH = 8
 class Derainer:
     """Takes the rain out of images. Keeps no state between calls, so threads may share one.
 
-    Tiles depend on the memory, and the answer on the tiles: give one of the two for the same bytes on every machine.
+    Tiles depend on the memory, and the answer on the tiles: give `tile` for the same bytes on every machine.
 
     Args:
         model: Path of a bundle or of a .onnx file, or a session of any engine; None is the network that ships with the
@@ -370,7 +371,7 @@ def open_session(
         except (DeviceError, UnprovenError) as error:
             if i == len(ways):
                 raise
-            level = logging.INFO if type(error) is DeviceError and not _has_gpu() else logging.WARNING
+            level = logging.INFO if type(error) is DeviceError and not has_gpu() else logging.WARNING
             logger.log(level, "%s: %s is tried in place of %s: %s", model.folder, ways[i][0], title, error)
         else:
             return session
@@ -414,12 +415,3 @@ def describe_onnx(path: Path) -> Manifest:
     described = describe(describe_file(path, "onnx"), session.input, session.output, session.metadata)
     OrtSession(Bundle(path.parent, described), "cpu")
     return described
-
-
-def _has_gpu() -> bool:
-    from .trt import gpu
-
-    try:
-        return bool(gpu())
-    except DeviceError:
-        return False

@@ -238,6 +238,28 @@ def test_the_wait_is_on_the_gpu_of_the_stream(monkeypatch):
     assert told[-2:] == ["cuCtxPopCurrent_v2", "cuDevicePrimaryCtxRelease_v2"]
 
 
+@pytest.mark.parametrize(("init", "count", "found"), [(0, 2, True), (0, 0, False), (100, 2, False)])
+def test_a_gpu_is_found_by_the_driver_alone(monkeypatch, init, count, found):
+    class Driver:
+        def cuInit(self, flags):
+            return init
+
+        def cuDeviceGetCount(self, pointer):
+            pointer._obj.value = count
+            return 0
+
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Driver())
+    assert machine.has_gpu() is found
+
+
+def test_there_is_no_gpu_without_a_driver(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(machine.ctypes, "CDLL", missing)
+    assert not machine.has_gpu()
+
+
 # TensorRT
 
 

@@ -526,7 +526,7 @@ def test_model_runs_where_no_engine_can(bundle, monkeypatch, caplog):
     assert not caplog.records
     monkeypatch.setattr(ort, "installed", lambda: ["cpu"])
     assert refusal(open_session, bundle, "auto", device=1) == "CUDA finds no GPU"
-    monkeypatch.setattr(trt, "gpu", lambda: "8.9")
+    monkeypatch.setattr("runtime.session.has_gpu", lambda: True)
     assert isinstance(open_session(bundle, "auto"), OrtSession)
     assert [record.getMessage() for record in caplog.records] == [
         f"{bundle}: its model on cpu is tried in place of its engine: CUDA finds no GPU"

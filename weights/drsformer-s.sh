@@ -2,7 +2,7 @@
 # How drsformer-s was trained: bash weights/drsformer-s.sh DATA RUNS
 #
 # DATA as in drsformer-xs.sh, whose RUNS these are. drsformer-xs, as it was after its fourth stage, is grown without
-# changing what it computes, and trained on: seven minutes of a shared H100. Rain800, steep and dense streaks and the
+# changing what it computes, and trained on: six minutes of a shared H100. Rain800, steep and dense streaks and the
 # noise of codecs came later: 46 minutes on a core of a shared CPU. The logs of the run that made the shipped file are
 # beside this script.
 set -euo pipefail
