@@ -71,12 +71,15 @@ class Candidates:
         self.rows: list[Candidate] = []
         self._keep("whole", None, self._whole)
 
-    def add(self, kind: str, file: str, make: Callable[[Path], Any], like: Candidate | None = None) -> Candidate:
-        """Have a checkpoint made, unless that is done, and measure it; one of the same widths as `like` takes its
-        time."""
+    def add(
+        self, kind: str, file: str, make: Callable[[Path], Any] | None = None, like: Candidate | None = None
+    ) -> Candidate:
+        """Measure a checkpoint, unless that is done, and have it made before if it is not there; one of the same widths
+        as `like` takes its time."""
 
         def measure() -> dict[str, Any]:
-            make(self.work / file)
+            if make:
+                make(self.work / file)
             network = checkpoint.load(self.work / file).model
             if like:
                 return self._scored(network) | {"latency": like.latency, "ms": like.ms}

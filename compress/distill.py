@@ -80,6 +80,11 @@ class DistillOptions:
     def __post_init__(self) -> None:
         expect_between("unlabelled", self.unlabelled, 0, 1)
         expect_between("blockwise", self.blockwise, 0, self.recipe.iterations)
+        if self.rainy and self.unlabelled == 1 and not (self.loss_weights.l1_teacher or self.loss_weights.frequency):
+            raise InputError(
+                "`unlabelled`: expected less than 1 without `l1_teacher` or `frequency`, since photographs of `rainy` "
+                "have no clean version to learn from, found 1"
+            )
         if self.blockwise and self.hardware.cuda_graph:
             raise InputError("`blockwise`: expected 0 with `cuda_graph`, which replays one and the same step")
 

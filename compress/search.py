@@ -197,7 +197,7 @@ def search(
     if output.exists() and not ours and (output.is_file() or any(output.iterdir())):
         raise InputError(f"`output`: expected a folder that is not there yet, found {output}; name another one")
     options.hardware.fabric(work)  # which shows that there is such a device
-    sources = options.validate or [*data]
+    sources = options.validate or list(dict.fromkeys(data))
     validation = DataOptions(validate=sources, validate_limit=options.limit).validation()
     folders = {folder: pairs for folder, (_, pairs) in zip(sources, validation, strict=True)}
     given = {name: value for name, value in asdict(options).items() if name not in ("recipe", "hardware")}
@@ -226,7 +226,7 @@ def search(
         options.weights_key,
     )
     scope = _scope(candidates, data, options, cache, on_progress)
-    best, ended = _descend(candidates, data, options, scope, on_progress)
+    best, ended = _descend(candidates, data, options, scope, cache, on_progress)
     name, goal = options.target
     if best.file is None or (goal and ended):
         wanted = f"{goal:.3f} of the {'MACs' if name == 'macs' else 'milliseconds'}" if goal else "a smaller network"
@@ -238,8 +238,10 @@ def search(
     if best.kind == "pruned":
         best = min(_distilled(candidates, best, data, options, on_progress), best, key=lambda each: each.drop_db)
     assert best.file
-    found, model = work / best.file, work / "model.onnx"
+    found = work / best.file
+    model = found.parent / best.kind / MODEL_FILE
     if not model.exists():
+        model.parent.mkdir(exist_ok=True)
         export(found, model, on_progress=on_progress)
     if options.quantize:
         best, model = _quantized(candidates, best, model, data[0], options, on_progress)
@@ -295,6 +297,7 @@ def _descend(
     data: Sequence[Path],
     options: SearchOptions,
     scope: tuple[Kind, ...],
+    cache: StepCache,
     on_progress: OnProgress,
 ) -> tuple[Candidate, str | None]:
     """Prune step by step, and distil where that leaves the budget, until the target is reached: the last network within
@@ -302,46 +305,57 @@ def _descend(
     from compress.selection import TOLERANCE
 
     name, goal = options.target
-    best = candidates.rows[0]
-
-    def thin(path: Path) -> None:
-        if not path.exists():
-            # What training has changed is kept; else recovery is to bring back the whole network, not the step before.
-            learned = best.file if best.kind == "distilled" else None
-            left = max(options.step * getattr(best, name), goal or 0) / (getattr(best, name) if learned else 1)
-            fraction: dict[str, Any] = {name: left}
-            how = PruneOptions(
-                **fraction,
-                scope=scope,
-                round_to=options.round_to,
-                samples=SAMPLES,
-                patch=options.recipe.patch,
-                limit=1,
-                protocol=options.protocol,
-                size=options.size,
-                weights_key=None if learned else options.weights_key,
-            )
-            before = candidates.work / learned if learned else candidates.weights
-            try:
-                prune(before, data, path, how, on_progress)
-            except GateError:  # a step need not be that exact
-                prune(before, data, path, how, on_progress, below=1.0)
-
-    number = 1
+    best = origin = candidates.rows[0]  # the origin is what is pruned: what was trained last, else the whole network
+    asked, number = 1.0, 1  # the fraction of the origin that the best one was pruned to
     while True:
         if best.file and goal and getattr(best, name) <= goal * (1 + TOLERANCE):
             return best, None
-        try:
-            found = candidates.add("pruned", f"step{number}/{PRUNED_FILE}", thin)
-        except GateError as error:
-            return best, f"nothing more can be removed ({error})"
-        if found.macs >= best.macs:
-            return best, "nothing more can be removed"
+        fraction, file = asked * max(options.step, (goal or 0) / getattr(best, name)), f"step{number}/{PRUNED_FILE}"
+        how = PruneOptions(
+            **{name: fraction},  # pyright: ignore[reportArgumentType]
+            scope=scope,
+            round_to=options.round_to,
+            samples=SAMPLES,
+            patch=options.recipe.patch,
+            limit=1,
+            protocol=options.protocol,
+            size=options.size,
+            weights_key=None if origin.file else options.weights_key,
+        )
+        thin = functools.partial(_thin, candidates, origin, best, data, candidates.work / file, how, on_progress)
+        if failed := cache.json(f"failed{number}", thin):
+            return best, f"nothing more can be removed ({failed})"
+        found = candidates.add("pruned", file)
         if found.drop_db > options.max_drop_db:
             found = _distilled(candidates, found, data, options, on_progress)
         if found.drop_db > options.max_drop_db:
             return best, f"the next step, {found}, is outside it, {candidates.excess(found)}"
+        origin, asked = (found, 1.0) if found.kind == "distilled" else (origin, fraction)
         best, number = found, number + 1
+
+
+def _thin(
+    candidates: Candidates,
+    origin: Candidate,
+    best: Candidate,
+    data: Sequence[Path],
+    output: Path,
+    how: PruneOptions,
+    on_progress: OnProgress,
+) -> str | None:
+    """Prune the origin to a network smaller than the best one so far, as near to what is asked for as that goes, since
+    a step need not be exact. Returns why that cannot be, if it cannot."""
+    before = candidates.work / origin.file if origin.file else candidates.weights
+    failed = "it would be as large as the one before"
+    for below in (None, 1.0):
+        try:
+            pruned = prune(before, data, output, how, on_progress, below)
+        except GateError as error:
+            failed = str(error)
+        else:
+            if how.latency or pruned.ratios()["macs"] * origin.macs < best.macs:
+                return None
+    return failed
 
 
 def _distilled(
@@ -378,8 +392,9 @@ def _quantized(
     """The INT8 form of a model if it is faster and within the budget, else the model itself."""
     budget = QuantizeOptions(options.max_drop_db - best.drop_db, limit=options.limit, protocol=options.protocol)
     try:
+        file = model.with_name("int8.onnx").relative_to(candidates.work).as_posix()
         int8 = candidates.add_quantized(
-            "int8.onnx", model, best, lambda path: quantize(model, data, path, budget, on_progress)
+            file, model, best, lambda path: quantize(model, data, path, budget, on_progress)
         )
     except GateError as error:
         logger.info(f"INT8 is not taken: {error}")
@@ -390,7 +405,7 @@ def _quantized(
     if int8.latency >= best.latency:
         logger.info(f"INT8 is not taken: {int8}, which is no faster than without it")
         return best, model
-    return int8, candidates.work / "int8.onnx"
+    return int8, model.with_name("int8.onnx")
 
 
 def _bundle(candidates: Candidates, model: Path, options: SearchOptions, on_progress: OnProgress) -> Path:

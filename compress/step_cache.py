@@ -86,8 +86,13 @@ class StepCache:
         return made
 
     def remove(self) -> None:
-        """Remove them all."""
+        """Remove them all, and last what says of which command they are."""
         if self.folder is not None:
+            for path in self.folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != OPTIONS:
+                    path.unlink()
             shutil.rmtree(self.folder)
 
 

@@ -135,10 +135,9 @@ class Run:
         """Remove what a killed process left behind after the checkpoint of `iteration`."""
         for leftover in self.output.glob(".state.*.pt"):
             leftover.unlink()
-        lines = self.log_path.read_text().splitlines(keepends=True) if self.log_path.exists() else []
-        whole = [line for line in lines if line.endswith("}\n")]
+        lines = self.log_path.read_text(errors="replace").splitlines(keepends=True) if self.log_path.exists() else []
         with writing(self.log_path) as temporary:
-            temporary.write_text("".join(line for line in whole if json.loads(line)["iteration"] <= iteration))
+            temporary.write_text("".join(line for line in lines if 0 <= _iteration(line) <= iteration))
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Write the state to continue from, whole or not at all."""
@@ -158,6 +157,14 @@ class Run:
         with open(self.log_path, "a") as file:
             file.write(line + "\n")
         logger.debug(line)
+
+
+def _iteration(line: str) -> int:
+    """That of a line of the log; -1 where it is none, such as what is left when a machine crashes."""
+    try:
+        return int(json.loads(line)["iteration"]) if line.endswith("\n") else -1
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 class Objective(nn.Module):

@@ -240,15 +240,12 @@ def test_the_wait_is_on_the_gpu_of_the_stream(monkeypatch):
 
 @pytest.mark.parametrize(("init", "count", "found"), [(0, 2, True), (0, 0, False), (100, 2, False)])
 def test_a_gpu_is_found_by_the_driver_alone(monkeypatch, init, count, found):
-    class Driver:
-        def cuInit(self, flags):
-            return init
+    def tell(pointer):
+        pointer._obj.value = count
+        return 0
 
-        def cuDeviceGetCount(self, pointer):
-            pointer._obj.value = count
-            return 0
-
-    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Driver())
+    driver = SimpleNamespace(cuInit=lambda flags: init, cuDeviceGetCount=tell)
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: driver)
     assert machine.has_gpu() is found
 
 

@@ -386,6 +386,10 @@ def test_compiled_student_and_teacher_are_tapped_too(monkeypatch):
         (["--student", "run/last.safetensors"], "--output: expected another file than --student"),
         (["--rainy", "absent"], "absent"),
         (["--rainy", "data/input", "--unlabelled", "2"], "--unlabelled: expected 0 to 1"),
+        (
+            ["--rainy", "data/input", "--unlabelled", "1", "--l1-teacher", "0"],
+            "--unlabelled: expected less than 1 without --l1-teacher or --frequency",
+        ),
         (["--attention", "1", "--student", "drsformer-xs"], "the same heads in latent"),
         (["--blockwise", "2"], "--blockwise: expected 0 to 1, found 2"),
         (["--blockwise", "1", "--cuda-graph"], "--blockwise: expected 0 with --cuda-graph"),

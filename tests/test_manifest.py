@@ -16,7 +16,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from runtime import Derainer, DeviceError, InputError, ort, trt
+from runtime import Derainer, DeviceError, InputError, ort
 from runtime.bundle import Bundle, describe_file, load, save
 from runtime.derain import DerainOptions, derain
 from runtime.errors import MismatchError

@@ -478,6 +478,18 @@ def test_steps_of_more_or_fewer_options_are_not_gone_on_with(tmp_path, other):
         StepCache(tmp_path / "work", other)
 
 
+def test_steps_half_removed_can_be_removed_again(tmp_path, monkeypatch):
+    cache = StepCache(tmp_path / "work", {"macs": 0.9})
+    cache.json("a", lambda: 1)
+    cache.within("b").json("c", lambda: 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.step_cache.shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            cache.remove()
+    StepCache(tmp_path / "work", {"macs": 0.9}).remove()
+    assert not (tmp_path / "work").exists()
+
+
 @pytest.mark.parametrize("what", ["macs", "latency", "sensitivity"])
 def test_killed_command_goes_on_from_its_last_round_or_measurement(tmp_path, data, monkeypatch, what):
     clock(monkeypatch, more=10)

@@ -324,6 +324,28 @@ def test_network_that_leaves_the_budget_is_distilled_and_pruned_on(folder, by_si
     assert after == ["compress.prune", "compress.prune"]  # from what was distilled
 
 
+def test_what_follows_a_distilled_network_is_pruned_from_it(folder, by_size, monkeypatch):
+    """Distilling makes up for most of what was lost, and what is pruned afterwards loses as little."""
+    shown, origins, does, taught = trying.evaluate_model, [], searching.prune, []
+
+    def distill(options, on_progress):
+        taught.append(options.student)
+        shutil.copyfile(options.student, options.output / "last.safetensors")
+
+    def evaluate(network, *args, **options):
+        psnr = shown(network, *args, **options).psnr
+        return types.SimpleNamespace(psnr=30 - (30 - psnr) / (8 if taught else 1))
+
+    monkeypatch.setattr(searching, "distill", distill)
+    monkeypatch.setattr(trying, "evaluate_model", evaluate)
+    monkeypatch.setattr(searching, "prune", lambda *args: (origins.append(args[0]), does(*args))[1])
+    found = go(folder, macs=0.42, max_drop_db=2.2)
+    work = folder / "bundle.work"
+    assert origins == [folder / "w.safetensors"] * 2 + [work / "step2" / "last.safetensors"] * 2
+    assert len(taught) == 2  # the second step, and at the end what is taken
+    assert found.best.macs == pytest.approx(0.42, rel=0.02)
+
+
 @pytest.mark.parametrize("macs", [None, 0.7])
 def test_budget_that_cannot_be_met_is_told(folder, by_size, macs):
     wanted = "0.700 of the MACs" if macs else "a smaller network"
@@ -361,6 +383,12 @@ def test_names_that_look_like_markup(folder, by_size):
 
 def test_target_near_the_whole_network_is_reached_by_a_smaller_one(folder, by_size):
     assert go(folder, macs=0.99).best.kind == "distilled"
+
+
+def test_folder_named_twice_to_prune_by_is_validated_on_once(folder, by_size):
+    data = [folder / "data"] * 2
+    wanted = SearchOptions(9.0, macs=0.8, size=(64, 64), round_to=1, recipe=RECIPE, hardware=CPU)
+    assert list(search(folder / "w.safetensors", data, folder / "bundle", wanted).best.psnr) == [f"{folder.name}/data"]
 
 
 def test_folders_that_cannot_be_told_apart_are_refused(folder):
@@ -409,11 +437,11 @@ def test_target_that_nothing_reaches_is_told(folder, by_size):
 def test_step_that_cannot_be_that_exact_goes_farther(folder, by_size, monkeypatch):
     asked, does = [], searching.prune
 
-    def prune(*args, below=None):
-        asked.append(below)
-        if below is None:
+    def prune(*args):
+        asked.append(args[-1])
+        if args[-1] is None:
             raise GateError("expected 0.800, reached 0.830")
-        return does(*args, below=below)
+        return does(*args)
 
     monkeypatch.setattr(searching, "prune", prune)
     found = go(folder, macs=0.8)
@@ -421,13 +449,41 @@ def test_step_that_cannot_be_that_exact_goes_farther(folder, by_size, monkeypatc
     assert found.best.macs <= 0.8 * 1.02
 
 
+def test_step_that_changes_nothing_goes_farther(folder, by_size):
+    """Within the tolerance of a target near the whole network, that is the whole network."""
+    found = go(folder, macs=0.99, round_to=32)
+    assert found.best.macs < 0.99
+
+
+def test_step_that_failed_is_not_tried_again(folder, by_size, monkeypatch):
+    tried, does = [], searching.prune
+    monkeypatch.setattr(searching, "prune", lambda *args: (tried.append(args[2]), does(*args))[1])
+    for _ in range(2):
+        with pytest.raises(GateError, match="nothing more can be removed"):
+            go(folder, macs=0.01, step=0.02, round_to=8)
+    assert len(tried) == 2  # the second goes as far as it can
+
+
+@pytest.mark.parametrize(("goal", "step", "slower"), [(0.6, 0.8, 1.04), (0.9, 0.97, 1.09)])
+def test_clock_that_goes_otherwise_asks_for_less_each_time(folder, by_size, monkeypatch, goal, step, slower):
+    """Candidates are timed anew, on a machine with other work on it by this much more."""
+    asked, does = [], searching.prune
+
+    def timed(networks, size, on_progress=silent):
+        return [dataclasses.replace(t, ms=t.ms * (slower if i else 1)) for i, t in enumerate(by_macs(networks, size))]
+
+    monkeypatch.setattr(trying, "time_sessions", timed)
+    monkeypatch.setattr(searching, "prune", lambda *args: (asked.append(args[3].latency), does(*args))[1])
+    found = go(folder, macs=None, latency=goal, step=step)
+    assert found.best.latency <= goal * 1.02
+    assert all(later < before for before, later in zip([1, *asked], asked, strict=False))
+
+
 def test_latency_is_reached_by_leaving_alone_what_takes_no_time(folder, by_size, monkeypatch):
     """The clock here does not see attention."""
     scopes = []
     does = searching.prune
-    monkeypatch.setattr(
-        searching, "prune", lambda *args, **options: (scopes.append(args[3].scope), does(*args, **options))
-    )
+    monkeypatch.setattr(searching, "prune", lambda *args: (scopes.append(args[3].scope), does(*args))[1])
     found = go(folder, macs=None, latency=0.75)
     assert found.best.latency == pytest.approx(0.75, rel=0.02)
     assert scopes == [("ffn", "experts", "width", "depth")] * 2
@@ -446,7 +502,7 @@ def test_kind_that_was_not_timed_is_not_called_slow(folder, by_size, monkeypatch
     scopes, does = [], searching.prune
     rows = [{"kind": "nothing", "latency": 1.0}, *({"kind": kind, "latency": 1.2} for kind in ("ffn", "depth"))]
     monkeypatch.setattr(sensitivity, "measure_sensitivity", lambda *args, **options: rows)
-    monkeypatch.setattr(searching, "prune", lambda *args: (scopes.append(args[3].scope), does(*args)))
+    monkeypatch.setattr(searching, "prune", lambda *args: (scopes.append(args[3].scope), does(*args))[1])
     go(folder, macs=0.8)
     assert scopes == [("heads", "experts", "width")]
 
