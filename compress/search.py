@@ -205,6 +205,7 @@ def search(
         work,
         {
             **given,
+            "steps": 2,  # of which version: what one is pruned from has changed
             "weights": checkpoint.load(weights, options.weights_key).sha256,
             "data": [dataset_name(folder) for folder in data],
             "files_sha256": files_sha256(files_of(*map(find_pairs, [*data, *sources]))),
