@@ -307,11 +307,12 @@ def _descend(
 
     name, goal = options.target
     best = origin = candidates.rows[0]  # the origin is what is pruned: what was trained last, else the whole network
-    asked, number = 1.0, 1  # the fraction of the origin that the best one was pruned to
+    asked, number = 1.0, 1  # the fraction of the origin that the best one was to be, whatever it is by the clock
     while True:
         if best.file and goal and getattr(best, name) <= goal * (1 + TOLERANCE):
             return best, None
-        fraction, file = asked * max(options.step, (goal or 0) / getattr(best, name)), f"step{number}/{PRUNED_FILE}"
+        file, cost = f"step{number}/{PRUNED_FILE}", getattr(best, name)
+        fraction = min(asked, cost / getattr(origin, name)) * max(options.step, (goal or 0) / cost)
         how = PruneOptions(
             **{name: fraction},  # pyright: ignore[reportArgumentType]
             scope=scope,

@@ -449,6 +449,20 @@ def test_step_that_cannot_be_that_exact_goes_farther(folder, by_size, monkeypatc
     assert found.best.macs <= 0.8 * 1.02
 
 
+def test_step_that_went_farther_is_gone_on_from(folder, by_size, monkeypatch):
+    """The first one goes to half of the MACs, though only a fifth was to go."""
+    does, fractions = searching.prune, []
+
+    def prune(weights, data, output, how, *args):
+        fractions.append(how.macs)
+        return does(weights, data, output, dataclasses.replace(how, macs=min(how.macs, 0.5)), *args)
+
+    monkeypatch.setattr(searching, "prune", prune)
+    found = go(folder, macs=0.4)
+    assert fractions == pytest.approx([0.8, 0.4], rel=0.02)
+    assert found.best.macs == pytest.approx(0.4, rel=0.02)
+
+
 def test_step_that_changes_nothing_goes_farther(folder, by_size):
     """Within the tolerance of a target near the whole network, that is the whole network."""
     found = go(folder, macs=0.99, round_to=32)
