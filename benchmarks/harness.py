@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -31,7 +32,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.cli import console, parse_size
-from runtime.errors import DeviceError, InputError, OutOfMemory, device_error
+from runtime.errors import DeviceError, InputError, OutOfMemory
 from runtime.files import writing
 
 Size = tuple[int, int]
@@ -167,7 +168,8 @@ def protected(device: torch.device, function: Callable[[], Row]) -> Row:
     try:
         row = function()
     except Exception as error:  # whatever a library answers is the result
-        memory = isinstance(device_error("", error), OutOfMemory)  # PyTorch's, ONNX Runtime's, our own
+        memory = isinstance(error, torch.OutOfMemoryError | OutOfMemory | MemoryError)
+        memory = memory or re.search("out of memory|failed to alloc|alloc_failed", str(error).lower())  # ONNX Runtime's
         row = {"error": f"{OUT_OF_MEMORY if memory else type(error).__name__}: {_line(error)}"}
     try:
         free(device)

@@ -74,8 +74,8 @@ class Candidates:
     def add(
         self, kind: str, file: str, make: Callable[[Path], Any] | None = None, like: Candidate | None = None
     ) -> Candidate:
-        """Measure a checkpoint, unless that is done, and have it made before if it is not there; one of the same widths
-        as `like` takes its time."""
+        """Measure a checkpoint, unless that is done; before that `make`, if given, makes it or goes on with it. One of
+        the same widths as `like` takes its time."""
 
         def measure() -> dict[str, Any]:
             if make:
@@ -89,11 +89,10 @@ class Candidates:
 
         return self._keep(kind, file, measure)
 
-    def add_quantized(self, file: str, model: Path, origin: Candidate, make: Callable[[Path], Any]) -> Candidate:
-        """Have the quantised form of a model made, which is that of the candidate `origin`, and measure it."""
+    def add_quantized(self, file: str, model: Path, origin: Candidate) -> Candidate:
+        """Measure the quantised form of a model, which is that of the candidate `origin`."""
 
         def measure() -> dict[str, Any]:
-            make(self.work / file)
             sessions = [OrtSession(path, "cpu") for path in (model, self.work / file)]
             before, after = time_sessions(sessions, self.size, self.on_progress)
             psnr = {}

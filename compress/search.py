@@ -205,7 +205,7 @@ def search(
         work,
         {
             **given,
-            "steps": 2,  # of which version: what one is pruned from has changed
+            "version": 2,  # of the steps: what one is pruned from has changed
             "weights": checkpoint.load(weights, options.weights_key).sha256,
             "data": [dataset_name(folder) for folder in data],
             "files_sha256": files_sha256(files_of(*map(find_pairs, [*data, *sources]))),
@@ -245,7 +245,7 @@ def search(
         model.parent.mkdir(exist_ok=True)
         export(found, model, on_progress=on_progress)
     if options.quantize:
-        best, model = _quantized(candidates, best, model, data[0], options, on_progress)
+        best, model = _quantized(candidates, best, model, data[0], options, cache, on_progress)
     candidates.take(best)
     if not output.exists() or not any(output.iterdir()):
         bundle = _bundle(candidates, model, options, on_progress)
@@ -324,10 +324,12 @@ def _descend(
             size=options.size,
             weights_key=None if origin.file else options.weights_key,
         )
-        thin = functools.partial(_thin, candidates, origin, best, data, candidates.work / file, how, on_progress)
-        if failed := cache.json(f"failed{number}", thin):
+        if failed := _thin(candidates, origin, best, data, candidates.work / file, how, cache, on_progress):
             return best, f"nothing more can be removed ({failed})"
         found = candidates.add("pruned", file)
+        if getattr(found, name) >= cost:  # by the clock: where MACs are to go, it is smaller
+            asked, number = fraction, number + 1
+            continue
         if found.drop_db > options.max_drop_db:
             found = _distilled(candidates, found, data, options, on_progress)
         if found.drop_db > options.max_drop_db:
@@ -343,20 +345,27 @@ def _thin(
     data: Sequence[Path],
     output: Path,
     how: PruneOptions,
+    cache: StepCache,
     on_progress: OnProgress,
 ) -> str | None:
-    """Prune the origin to a network smaller than the best one so far, as near to what is asked for as that goes, since
-    a step need not be exact. Returns why that cannot be, if it cannot."""
+    """Prune the origin as near to what is asked for as that goes, since a step need not be exact; where MACs are to go,
+    to a network smaller than the best one so far. Returns why that cannot be, if it cannot."""
     before = candidates.work / origin.file if origin.file else candidates.weights
-    failed = "it would be as large as the one before"
-    for below in (None, 1.0):
+
+    def attempt(below: float | None) -> str | None:
         try:
             pruned = prune(before, data, output, how, on_progress, below)
         except GateError as error:
-            failed = str(error)
-        else:
-            if how.latency or pruned.ratios()["macs"] * origin.macs < best.macs:
-                return None
+            return str(error)
+        smaller = how.latency or pruned.ratios()["macs"] * origin.macs < best.macs
+        return None if smaller else "it would be as large as the one before"
+
+    failed = None
+    for name, below in (("exactly", None), ("farther", 1.0)):
+        failed = cache.json(f"{output.parent.name}-{name}", functools.partial(attempt, below))
+        if failed is None:
+            return None
+    output.unlink(missing_ok=True)
     return failed
 
 
@@ -389,25 +398,32 @@ def _quantized(
     model: Path,
     data: Path,
     options: SearchOptions,
+    cache: StepCache,
     on_progress: OnProgress,
 ) -> tuple[Candidate, Path]:
     """The INT8 form of a model if it is faster and within the budget, else the model itself."""
     budget = QuantizeOptions(options.max_drop_db - best.drop_db, limit=options.limit, protocol=options.protocol)
-    try:
-        file = model.with_name("int8.onnx").relative_to(candidates.work).as_posix()
-        int8 = candidates.add_quantized(
-            file, model, best, lambda path: quantize(model, data, path, budget, on_progress)
-        )
-    except GateError as error:
-        logger.info(f"INT8 is not taken: {error}")
+    output = model.with_name("int8.onnx")
+
+    def attempt() -> str | None:
+        try:
+            quantize(model, data, output, budget, on_progress)
+        except GateError as error:
+            return str(error)
+        return None
+
+    file = output.relative_to(candidates.work)
+    if failed := cache.json("-".join((*file.parts[:-1], file.stem)), attempt):
+        logger.info(f"INT8 is not taken: {failed}")
         return best, model
+    int8 = candidates.add_quantized(file.as_posix(), model, best)
     if int8.drop_db > options.max_drop_db:
         logger.info(f"INT8 is not taken: {int8}, {candidates.excess(int8)}")
         return best, model
     if int8.latency >= best.latency:
         logger.info(f"INT8 is not taken: {int8}, which is no faster than without it")
         return best, model
-    return int8, model.with_name("int8.onnx")
+    return int8, output
 
 
 def _bundle(candidates: Candidates, model: Path, options: SearchOptions, on_progress: OnProgress) -> Path:

@@ -493,6 +493,39 @@ def test_clock_that_goes_otherwise_asks_for_less_each_time(folder, by_size, monk
     assert all(later < before for before, later in zip([1, *asked], asked, strict=False))
 
 
+def test_step_that_the_clock_finds_no_faster_is_passed_over(folder, by_size, monkeypatch):
+    calls = []
+
+    def timed(networks, size, on_progress=silent):
+        calls.append(len(networks))
+        slower = 1.5 if len(calls) == 2 else 1  # the first step
+        return [dataclasses.replace(t, ms=t.ms * (slower if i else 1)) for i, t in enumerate(by_macs(networks, size))]
+
+    monkeypatch.setattr(trying, "time_sessions", timed)
+    found = go(folder, macs=None, latency=0.6)
+    assert [each.latency > 1 for each in found.candidates[:3]] == [False, True, False]
+    assert found.best.latency <= 0.6 * 1.02
+
+
+def test_int8_that_cannot_be_is_not_tried_again(folder, by_size, monkeypatch):
+    tried = []
+
+    def quantize(*args):
+        tried.append(args)
+        raise GateError("too much is lost")
+
+    def bundle(candidates, *args):
+        (candidates.work / "bundle").mkdir()
+        return candidates.work / "bundle"
+
+    monkeypatch.setattr(searching, "quantize", quantize)
+    monkeypatch.setattr(searching, "_bundle", bundle)
+    for _ in range(2):
+        assert go(folder, macs=0.8, quantize=True).best.kind == "distilled"
+        (folder / "bundle").rmdir()
+    assert len(tried) == 1
+
+
 def test_latency_is_reached_by_leaving_alone_what_takes_no_time(folder, by_size, monkeypatch):
     """The clock here does not see attention."""
     scopes = []
