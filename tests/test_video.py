@@ -537,10 +537,15 @@ def test_hlg_is_mapped_to_sdr_on_request(tmp_path, caplog, bits, codec):
 
 
 def test_other_videos_are_not_tone_mapped(tmp_path):
+    """By what the network is given: x264 does not always write the same for the same frames."""
     source = write(tmp_path / "a.mp4", colours=(1, LIMITED, 1, 1))
-    for tone_map in (False, True):
-        restore(same, source, tmp_path / f"{tone_map}.mp4", tone_map=tone_map)
-    assert packets(tmp_path / "True.mp4", "video") == packets(tmp_path / "False.mp4", "video")
+    seen: dict[bool, list[np.ndarray]] = {False: [], True: []}
+    for tone_map, images in seen.items():
+        restore(
+            lambda image, images=images: images.append(image) or image, source, tmp_path / "b.mp4", tone_map=tone_map
+        )
+        assert len(images) == len(frames(source))
+    np.testing.assert_array_equal(seen[True], seen[False])
 
 
 def test_transparency_that_the_decoder_leaves_out_is_said(tmp_path, caplog):
