@@ -1,7 +1,7 @@
 """Train a small network to answer like a large one.
 
     python -m compress.distill --teacher deraining.pth --student drsformer-xs --data Rain200H/train \\
-        --validate Rain200H/test --output runs/student
+        --validate held-out --output runs/student
     python -m compress.distill --teacher deraining.pth --student pruned.safetensors --data Rain200H/train \\
         --rainy photographs-of-rain/ --features 0.1 --precision bf16-mixed --output runs/pruned
 

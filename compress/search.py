@@ -1,6 +1,6 @@
 """The cheapest network within a budget in dB: prune, distil, quantise, export and prove, by one command.
 
-    python -m compress.search --weights deraining.pth --data Rain200H/train --validate Rain200H/test \\
+    python -m compress.search --weights deraining.pth --data Rain200H/train --validate held-out \\
         --max-drop-db 0.1 --output bundle
     python -m compress.search --weights W --data light/train heavy/train --validate light/val heavy/val \\
         --max-drop-db 0.3 --latency 0.5 --iterations 20000 --precision bf16-mixed --output bundle
