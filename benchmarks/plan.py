@@ -4,7 +4,7 @@
     python -m benchmarks.plan onnxruntime --output benchmarks/results/h100 --weights weights/*.safetensors --data data/
     python -m benchmarks.plan missing     --output benchmarks/results/h100 --weights weights/*.safetensors --data data/
     python -m benchmarks.plan training    --output benchmarks/results/h100 --weights weights/*.safetensors \\
-        runs/drsformer-m.safetensors runs/drsformer-m-50.safetensors --data data/ --run-dir runs/
+        runs/drsformer-m.safetensors weights/teacher/drsformer-m-50.safetensors --data data/ --run-dir runs/
 
     answers      what TensorRT for RTX and TensorRT say on this card, word for word
     onnxruntime  ONNX Runtime's CUDA provider: how fast, with input and output bound and as a CUDA graph; how far from

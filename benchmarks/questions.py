@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from export import tensorrt
-from export.tensorrt import BuildOptions, build
+from export.tensorrt import BuildOptions, Compiler, build
 from runtime import canary, trt
 from runtime.bundle import MANIFEST, Bundle, load
 from runtime.cli import parse_size
@@ -69,12 +69,8 @@ class Question:
     def deserialize(self) -> Row:
         """Whether it takes that engine, asked directly."""
         bundle = self._engine("ahead")
-        library = LIBRARIES[self.flavor].load()
-        log = trt.new_log(library)
-        runtime, content = library.Runtime(log), bundle.read(bundle.manifest.engines[0].file)
-        validity = runtime.get_engine_validity(content) if hasattr(runtime, "get_engine_validity") else "not offered"
-        engine = runtime.deserialize_cuda_engine(content)
-        return {"answer": f"validity {validity}; " + ("None" if engine is None else f"{engine.num_layers} layers")}
+        content = bundle.read(bundle.manifest.engines[0].file)
+        return {"answer": _deserialized(LIBRARIES[self.flavor].load(), content)}
 
     def build_here(self) -> Row:
         """An engine for the card of this machine."""
@@ -83,24 +79,13 @@ class Question:
     def build_current(self) -> Row:
         """An engine for the card of this machine, whatever the library calls it: it may take one that it does not
         name. And whether it takes that engine."""
-        library = LIBRARIES[self.flavor].load()
-        log = trt.new_log(library)
-        builder = library.Builder(log)
-        network = builder.create_network(1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser, config = library.OnnxParser(network, log), builder.create_builder_config()
-        if not parser.parse(self.onnx.read_bytes()):
-            return {"answer": "the model is not understood"}
-        config.num_compute_capabilities = 1
-        taken = config.set_compute_capability(library.ComputeCapability.CURRENT, 0)
-        profile = builder.create_optimization_profile()
-        profile.set_shape("input", *[(1, 3, *self.size)] * 3)
-        config.add_optimization_profile(profile)
-        plan = builder.build_serialized_network(network, config)
-        if plan is None:
-            return {"answer": f"compute capability taken: {taken}; no engine"}
-        engine = library.Runtime(log).deserialize_cuda_engine(plan)
-        layers = "None" if engine is None else f"{engine.num_layers} layers"
-        return {"answer": f"an engine of {plan.nbytes / 1e6:.1f} MB; deserialized: {layers}"}
+        library = LIBRARIES[self.flavor]
+        module = library.load()
+        compiler = Compiler(module, library, self.onnx.read_bytes())
+        compiler.target([module.ComputeCapability.CURRENT])
+        compiler.add_profile(*[(1, 3, *self.size)] * 3)
+        plan = compiler.run(timing_cache=None)
+        return {"answer": f"an engine of {plan.nbytes / 1e6:.1f} MB; {_deserialized(module, plan)}"}
 
     def run_ahead(self) -> Row:
         """The engine that was built ahead of time: compiles what it has to, runs, and is compared with the model."""
@@ -142,6 +127,15 @@ class Question:
             "ms": statistics.median(times),
             "PSNR dB": psnr if math.isfinite(psnr) else str(psnr),
         }
+
+
+def _deserialized(library: Any, content: Any) -> str:
+    """What the library says of an engine, and whether it takes it."""
+    log = trt.new_log(library)
+    runtime = library.Runtime(log)
+    validity = runtime.get_engine_validity(content) if hasattr(runtime, "get_engine_validity") else "not offered"
+    engine = runtime.deserialize_cuda_engine(content)
+    return f"validity {validity}; " + ("None" if engine is None else f"{engine.num_layers} layers")
 
 
 def _size(bundle: Bundle) -> Row:

@@ -20,6 +20,7 @@ from drsformer.evaluation import evaluate_model
 from drsformer.metrics import Protocol, lost_db
 from drsformer.model import DRSformer
 from export.validate import ValidateOptions, validate
+from runtime.errors import GateError
 from runtime.files import writing
 from runtime.ort import OrtSession
 from runtime.pixels import Size, size_text
@@ -70,6 +71,18 @@ class Candidates:
         self.session = functools.cache(lambda: export_session(self.network, size, on_progress))
         self.rows: list[Candidate] = []
         self._keep("whole", None, self._whole)
+
+    def failure(self, name: str, make: Callable[[], Any]) -> str | None:
+        """Try to make something, unless that is done. Returns why it cannot be made, if it cannot."""
+
+        def tried() -> str | None:
+            try:
+                make()
+            except GateError as error:
+                return str(error)
+            return None
+
+        return self.cache.json(name, tried)
 
     def add(
         self, kind: str, file: str, make: Callable[[Path], Any] | None = None, like: Candidate | None = None

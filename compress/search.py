@@ -227,7 +227,7 @@ def search(
         options.weights_key,
     )
     scope = _scope(candidates, data, options, cache, on_progress)
-    best, ended = _descend(candidates, data, options, scope, cache, on_progress)
+    best, ended = _descend(candidates, data, options, scope, on_progress)
     name, goal = options.target
     if best.file is None or (goal and ended):
         wanted = f"{goal:.3f} of the {'MACs' if name == 'macs' else 'milliseconds'}" if goal else "a smaller network"
@@ -245,7 +245,7 @@ def search(
         model.parent.mkdir(exist_ok=True)
         export(found, model, on_progress=on_progress)
     if options.quantize:
-        best, model = _quantized(candidates, best, model, data[0], options, cache, on_progress)
+        best, model = _quantized(candidates, best, model, data[0], options, on_progress)
     candidates.take(best)
     if not output.exists() or not any(output.iterdir()):
         bundle = _bundle(candidates, model, options, on_progress)
@@ -298,7 +298,6 @@ def _descend(
     data: Sequence[Path],
     options: SearchOptions,
     scope: tuple[Kind, ...],
-    cache: StepCache,
     on_progress: OnProgress,
 ) -> tuple[Candidate, str | None]:
     """Prune step by step, and distil where that leaves the budget, until the target is reached: the last network within
@@ -313,8 +312,9 @@ def _descend(
             return best, None
         file, cost = f"step{number}/{PRUNED_FILE}", getattr(best, name)
         fraction = min(asked, cost / getattr(origin, name)) * max(options.step, (goal or 0) / cost)
+        target: dict[str, Any] = {name: fraction}
         how = PruneOptions(
-            **{name: fraction},  # pyright: ignore[reportArgumentType]
+            **target,
             scope=scope,
             round_to=options.round_to,
             samples=SAMPLES,
@@ -324,7 +324,7 @@ def _descend(
             size=options.size,
             weights_key=None if origin.file else options.weights_key,
         )
-        if failed := _thin(candidates, origin, best, data, candidates.work / file, how, cache, on_progress):
+        if failed := _thin(candidates, origin, best, data, candidates.work / file, how, on_progress):
             return best, f"nothing more can be removed ({failed})"
         found = candidates.add("pruned", file)
         if getattr(found, name) >= cost:  # by the clock: where MACs are to go, it is smaller
@@ -345,24 +345,20 @@ def _thin(
     data: Sequence[Path],
     output: Path,
     how: PruneOptions,
-    cache: StepCache,
     on_progress: OnProgress,
 ) -> str | None:
     """Prune the origin as near to what is asked for as that goes, since a step need not be exact; where MACs are to go,
     to a network smaller than the best one so far. Returns why that cannot be, if it cannot."""
     before = candidates.work / origin.file if origin.file else candidates.weights
 
-    def attempt(below: float | None) -> str | None:
-        try:
-            pruned = prune(before, data, output, how, on_progress, below)
-        except GateError as error:
-            return str(error)
-        smaller = how.latency or pruned.ratios()["macs"] * origin.macs < best.macs
-        return None if smaller else "it would be as large as the one before"
+    def attempt(below: float | None) -> None:
+        pruned = prune(before, data, output, how, on_progress, below)
+        if not how.latency and pruned.ratios()["macs"] * origin.macs >= best.macs:
+            raise GateError("it would be as large as the one before")
 
     failed = None
     for name, below in (("exactly", None), ("farther", 1.0)):
-        failed = cache.json(f"{output.parent.name}-{name}", functools.partial(attempt, below))
+        failed = candidates.failure(f"{output.parent.name}-{name}", functools.partial(attempt, below))
         if failed is None:
             return None
     output.unlink(missing_ok=True)
@@ -398,22 +394,14 @@ def _quantized(
     model: Path,
     data: Path,
     options: SearchOptions,
-    cache: StepCache,
     on_progress: OnProgress,
 ) -> tuple[Candidate, Path]:
     """The INT8 form of a model if it is faster and within the budget, else the model itself."""
     budget = QuantizeOptions(options.max_drop_db - best.drop_db, limit=options.limit, protocol=options.protocol)
     output = model.with_name("int8.onnx")
-
-    def attempt() -> str | None:
-        try:
-            quantize(model, data, output, budget, on_progress)
-        except GateError as error:
-            return str(error)
-        return None
-
     file = output.relative_to(candidates.work)
-    if failed := cache.json("-".join((*file.parts[:-1], file.stem)), attempt):
+    name = "-".join((*file.parts[:-1], file.stem))
+    if failed := candidates.failure(name, lambda: quantize(model, data, output, budget, on_progress)):
         logger.info(f"INT8 is not taken: {failed}")
         return best, model
     int8 = candidates.add_quantized(file.as_posix(), model, best)

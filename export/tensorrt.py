@@ -186,10 +186,11 @@ def build(
     flags = {name: True for name in FLAGS if getattr(options, name)}
 
     on_progress("Parsing", 0, 0)
-    compiler = _Compiler(trt, library, content)
+    compiler = Compiler(trt, library, content)
     on_progress("Parsing", 1, 1)
     if library.capabilities:
-        compiler.target(capabilities)
+        members = _known_capabilities(trt)
+        compiler.target([members[capability] for capability in capabilities])
     if -1 in described.model.input.shape:
         for profile in profiles:
             sizes = zip((profile.min, profile.opt, profile.max), profile.batch, strict=True)
@@ -234,7 +235,7 @@ def _others(folder: Path, onnx: Path) -> list[str]:
     return [name for name in names if name != onnx.name and not name.startswith(STAGING)]
 
 
-class _Compiler:
+class Compiler:
     """One model in one library.
 
     Raises:
@@ -259,12 +260,11 @@ class _Compiler:
     def _new_network(self) -> Any:
         return self._builder.create_network(1 << int(self._trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
 
-    def target(self, capabilities: Sequence[str]) -> None:
-        """Build one engine for these kinds of GPU (TensorRT for RTX)."""
-        members = _known_capabilities(self._trt)
+    def target(self, capabilities: Sequence[Any]) -> None:
+        """Build one engine for these kinds of GPU, members of the library's `ComputeCapability` (TensorRT for RTX)."""
         self._config.num_compute_capabilities = len(capabilities)
         for i, capability in enumerate(capabilities):
-            self._config.set_compute_capability(members[capability], i)
+            self._config.set_compute_capability(capability, i)
 
     def add_profile(self, low: Sequence[int], opt: Sequence[int], high: Sequence[int]) -> None:
         """Take inputs of shapes from `low` to `high`."""

@@ -363,11 +363,11 @@ def test_command(folder, tmp_path, monkeypatch, capsys):
 
 def test_tensorrt_for_rtx_parses_it(mixtures):
     pytest.importorskip("tensorrt_rtx_bindings")
-    from export.tensorrt import _Compiler
+    from export.tensorrt import Compiler
     from runtime.trt import LIBRARIES
 
     content = mixtures.mixed(list(mixtures.groups)).SerializeToString()
-    assert _Compiler(LIBRARIES["rtx"].load(), LIBRARIES["rtx"], content).network.num_layers
+    assert Compiler(LIBRARIES["rtx"].load(), LIBRARIES["rtx"], content).network.num_layers
 
 
 @pytest.mark.parametrize(

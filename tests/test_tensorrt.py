@@ -283,7 +283,7 @@ def test_unsupported_nodes_are_named_before_anything_is_built(tmp_path, monkeypa
         helper.make_node("Derain", ["a"], ["b"], name="second", domain="somewhere"),
         helper.make_node("MelWeightMatrix", ["b"] * 5, ["output"], name="third"),
     ]
-    monkeypatch.setattr(tensorrt._Compiler, "run", None)
+    monkeypatch.setattr(tensorrt.Compiler, "run", None)
     line = refusal(save(tmp_path / "odd.onnx", *nodes), tmp_path / "bundle")
     assert f"TensorRT for RTX {VERSION} does not support all nodes: Derain second (" in line
     assert "Plugin not found" in line
@@ -499,7 +499,7 @@ class Timings:
 
 
 def test_timings_are_read_and_written(tmp_path):
-    compiler = tensorrt._Compiler.__new__(tensorrt._Compiler)
+    compiler = tensorrt.Compiler.__new__(tensorrt.Compiler)
     compiler._trt, compiler._library, compiler.network = LIBRARIES["rtx"].load(), LIBRARIES["tensorrt"], None
     compiler._builder = compiler._config = Timings()
     path = tmp_path / "timings"
