@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -83,7 +83,11 @@ def picture(size: Size, batch: int = 1) -> Tensor:
     return (smooth + 0.05 * torch.randn(batch, 3, H, W, generator=generator)).clamp(0, 1)
 
 
-Form = Literal["released", "readable", "folded"]
+Form = Literal["released", "readable", "folded", "fused"]
+"""`fused`: folded, with the kernels of `export.fused`."""
+
+FOLDED: frozenset[Form] = frozenset({"folded", "fused"})
+"""Forms that take float32 whatever they compute in."""
 
 
 @functools.cache
@@ -91,6 +95,10 @@ def formed(subject: Subject, form: Form, precision: Precision) -> nn.Module:
     """A subject on the CPU in a form and a precision; the released one in half precision is what .half() makes."""
     if form == "folded":
         return fold(with_pattern(subject.network, "threshold"), precision)  # as export.onnx does
+    if form == "fused":
+        from export.fused import fuse
+
+        return fuse(cast("DRSformer", formed(subject, "folded", precision)))
     network = subject.network if form == "readable" else subject.released
     if network is None:
         raise InputError(f"{subject.name}: the released code has no such network")
@@ -151,8 +159,10 @@ class Torch:
         return dataclasses.replace(self, graph=False) if self.compiled else None
 
     def start(self, image: Tensor) -> Callable[[], Tensor]:
+        if self.graph and image.device.type != "cuda":
+            raise RuntimeError("CUDA graphs need a CUDA device")
         network = placed(self.subject, self.form, self.precision, self.compiled, self.channels_last, image.device)
-        if self.form != "folded":
+        if self.form not in FOLDED:
             image = image.to(DTYPES[self.precision])
         if self.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
@@ -162,7 +172,8 @@ class Torch:
         return captured(call, image.device) if self.graph else call
 
     def work(self, size: Size, batch: int) -> Work:
-        return work_of(self.subject, self.form, self.precision, size, batch)
+        form = "folded" if self.form == "fused" else self.form  # whose operators can be counted
+        return work_of(self.subject, form, self.precision, size, batch)
 
 
 @functools.cache
@@ -194,8 +205,6 @@ def placed(
 
 def captured(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """`call` as a CUDA graph, whose output is in the same place every time."""
-    if device.type != "cuda":
-        raise RuntimeError("CUDA graphs need a CUDA device")
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -332,6 +341,8 @@ def contestants(subject: Subject, small: Sequence[Subject], batch: int) -> list[
         of("folded", "fp16", graph=True, channels_last=True),
         of("folded", "fp16", compiled=True),
         of("folded", "fp16", compiled=True, graph=True),
+        of("fused", "fp16", graph=True, channels_last=True),
+        of("fused", "fp16", compiled=True, graph=True, channels_last=True),
         of("released", "fp16", compiled=True),
         of("folded", "fp16", compiled=True, graph=True, channels_last=True),
         of("folded", "fp16", compiled=True, channels_last=True),
@@ -340,6 +351,7 @@ def contestants(subject: Subject, small: Sequence[Subject], batch: int) -> list[
         of("folded", "fp16", channels_last=True),
         of("folded", "fp32"),
         of("folded", "bf16"),
+        of("fused", "fp32", channels_last=True),
         *(Torch(other, "folded", "fp16", compiled=True, graph=True) for other in small),
         of("folded", "bf16", compiled=True, graph=True),
         *(Torch(other, "folded", "fp16") for other in small),

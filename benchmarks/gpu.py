@@ -351,6 +351,7 @@ class Kernels(Stage):
             of("folded", "fp16", compiled=True),
             of("folded", "fp16", channels_last=True),
             of("folded", "fp16", compiled=True, channels_last=True),
+            of("fused", "fp16", channels_last=True),
             of("released", "fp16"),
             *(Torch(from_weights(path), "folded", "fp16", compiled=True) for path in self.weights),
         ]
@@ -459,6 +460,7 @@ def _annotates(event: Any) -> bool:
 
 
 KERNELS = {
+    "export.fused": r"^_(normalised_pointwise|depthwise|mixed_depthwise|paired_projection)",
     "fused elementwise": r"triton_poi",
     "fused reduction": r"triton_(red|per)",
     "depthwise convolution": r"depthwise|dgrad2d_c1|conv2d_c1",

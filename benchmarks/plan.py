@@ -1,10 +1,11 @@
-"""What is to be found out where a GPU is at hand, the most wanted first: four steps, each one command.
+"""What is to be found out where a GPU is at hand, the most wanted first: five steps, each one command.
 
     python -m benchmarks.plan answers     --output benchmarks/results/h100
     python -m benchmarks.plan onnxruntime --output benchmarks/results/h100 --weights weights/*.safetensors --data data/
     python -m benchmarks.plan missing     --output benchmarks/results/h100 --weights weights/*.safetensors --data data/
     python -m benchmarks.plan training    --output benchmarks/results/h100 --weights weights/*.safetensors \\
         runs/drsformer-m.safetensors weights/teacher/drsformer-m-50.safetensors --data data/ --run-dir runs/
+    python -m benchmarks.plan kernels     --output benchmarks/results/h100
 
     answers      what TensorRT for RTX and TensorRT say on this card, word for word
     onnxruntime  ONNX Runtime's CUDA provider: how fast, with input and output bound and as a CUDA graph; how far from
@@ -12,6 +13,8 @@
     missing      what no table has yet: the released network compiled, further sizes and batches, memory by size, the
                  drift in dB
     training     drsformer-xs, -s and -m trained on, then m distilled into what was pruned from it
+    kernels      the kernels of `export.fused`, which no GPU has run: are they right, how fast are they beside the
+                 compiled network, and where does the time go
 
 A step is one or more stages of `benchmarks.gpu` with what is wanted of them, and everything said there holds: rows are
 written one by one, and the same command goes on where it was stopped, by a limit of time or by force. --device cpu with
@@ -30,13 +33,13 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from benchmarks.answers import Answers
-from benchmarks.gpu import Correct, Speed, training_failed
+from benchmarks.gpu import Correct, Kernels, Speed, training_failed
 from benchmarks.harness import Row, Stage
 from benchmarks.provider import Provider
 from benchmarks.training import Train
 from runtime.cli import main
 
-Step = Literal["answers", "onnxruntime", "missing", "training"]
+Step = Literal["answers", "onnxruntime", "missing", "training", "kernels"]
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,25 @@ def training(wanted: Wanted) -> list[Stage]:
     ]
 
 
+def kernels(wanted: Wanted) -> list[Stage]:
+    sizes = wanted.sizes or ("720x1280", "256x256")
+    return [
+        Speed(
+            **wanted.common(),
+            sizes=sizes,
+            batches=wanted.batches[:1],
+            only=("fused", "folded torch.compile CUDA graph fp16"),
+        ),
+        Kernels(**wanted.common(), sizes=sizes[:1], only=("fused",)),
+    ]
+
+
 STEPS: dict[Step, Callable[[Wanted], list[Stage]]] = {
     "answers": answers,
     "onnxruntime": onnxruntime,
     "missing": missing,
     "training": training,
+    "kernels": kernels,
 }
 
 

@@ -143,9 +143,14 @@ class FoldedAttention(Folded):
     def compute(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, qkv: Tensor, bias: Tensor, dwconv: Tensor, temperature: Tensor, out: Tensor
     ) -> Tensor:
-        B, _, H, W = x.shape
-        x = F.conv2d(F.conv2d(x, qkv, bias), dwconv, padding=1, groups=dwconv.shape[0])
-        q, k, v = x.reshape(B, 3 * self.heads, -1, H, W).split(self.heads, dim=1)  # each B, n, d, H, W
+        return self.attend(
+            F.conv2d(F.conv2d(x, qkv, bias), dwconv, padding=1, groups=dwconv.shape[0]), temperature, out
+        )
+
+    def attend(self, qkv: Tensor, temperature: Tensor, out: Tensor) -> Tensor:
+        """(B, 3 * n * d, H, W): Q, K and V, all heads of each -> (B, C, H, W)."""
+        B, _, H, W = qkv.shape
+        q, k, v = qkv.reshape(B, 3 * self.heads, -1, H, W).split(self.heads, dim=1)  # each B, n, d, H, W
         matrix = self.matrix(q, k, temperature, out)
         return (matrix.to(v.dtype) @ v.reshape(B, -1, H * W)).view(B, -1, H, W)
 

@@ -1,4 +1,5 @@
-"""What all tests share: one thread, which is faster for small networks, and the real data where it is."""
+"""What all tests share: one thread, which is faster for small networks, Triton without a GPU, and the real data where
+it is."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ except ModuleNotFoundError:  # `make floors-test` has none, for the runtime's te
     pass
 else:
     torch.set_num_threads(1)
+os.environ["TRITON_INTERPRET"] = "1"  # what export.fused defines runs without a GPU
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell start out without it
 
 DATA = Path(os.environ.get("DRSFORMER_DATA", Path(__file__).parents[2] / "shared" / "data"))

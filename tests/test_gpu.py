@@ -302,6 +302,17 @@ def test_plan_missing(tmp_path: Path, data: Path) -> None:
     assert not any("ONNX Runtime" in key for key in found)
 
 
+def test_plan_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.gpu.ROUNDS", 1)
+    summaries = plan("kernels", wanted(tmp_path, sizes=("8x8",)))
+    found = rows(tmp_path / "out", "speed")
+    assert found["8x8 batch 1: micro fused eager channels_last fp32"]["relative error"] < 1e-5
+    assert set(summaries["speed"]["errors"]) == {key for key in found if "CUDA graph" in key}
+    assert len(summaries["speed"]["errors"]) == 3
+    assert summaries["kernels"]["errors"] == []
+    assert "8x8 micro fused eager channels_last fp16: all" in rows(tmp_path / "out", "kernels")
+
+
 def test_plan_training(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The teacher starts from given weights, the student from none; where nothing is left of them but what was sent
     home, as on another machine, the one goes on and the other is not trained again."""
