@@ -27,7 +27,7 @@ import json
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -127,6 +127,23 @@ class PruningGroup:
 
 PrunedIndices = Mapping[str, Sequence[Sequence[int]]]
 """Units to remove: by the name of their group, for each of its dimensions."""
+
+Rotations = Mapping[str, Tensor]
+"""By the name of a group, what its units become before some of them are removed, as sums of what they were: (units,
+units) float64, see `compress.rotation`."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What is removed at a time.
+
+    Attributes:
+        units: Of the network in new coordinates, where there are any.
+        rotations: The new coordinates.
+    """
+
+    units: PrunedIndices
+    rotations: Rotations = field(default_factory=dict)
 
 
 def pruning_groups(config: DRSformerConfig, scope: Iterable[Kind] = KINDS) -> list[PruningGroup]:
@@ -372,7 +389,7 @@ def remove(network: DRSformer, pruned: PrunedIndices, grams: Mapping[str, Tensor
         keep = torch.tensor([i for i in range(state[name].shape[dim]) if i not in indices], dtype=torch.long)
         norm = name.removesuffix(".weight")
         if grams and norm in grams and indices:
-            state[name] = state[name] * _spread(grams[norm][keep][:, keep]).div(_spread(grams[norm])).sqrt().float()
+            state[name] = state[name] * spread(grams[norm][keep][:, keep]).div(spread(grams[norm])).sqrt().float()
         state[name] = state[name].index_select(dim, keep.to(state[name].device))
     left = {_renamed(name, renames): tensor for name, tensor in state.items() if tensor.numel()}
     smaller = DRSformer(config_after(network.config, groups, pruned))
@@ -385,19 +402,29 @@ class Origin(NamedTuple):
 
     Attributes:
         tensor: Name of the tensor in the whole network.
-        kept: By the dimension that was pruned, the indices of it that are left, ascending.
+        kept: By the dimension that was pruned, the indices of it that are left, ascending; of a dimension that writes
+            into rotated units, what its channels are of those of the whole network, (channels, channels) float64.
     """
 
     tensor: str
     kept: dict[int, Tensor]
 
+    def of_output(self, x: Tensor) -> Tensor:
+        """What is left of an output of the whole network's map: (1, C, H, W) -> (1, C', H, W)."""
+        kept = self.kept.get(0)
+        if kept is None:
+            return x
+        if kept.is_floating_point():
+            return torch.einsum("oc,bchw->bohw", kept.to(x), x)
+        return x[:, kept.to(x.device)]
 
-def origins(config: DRSformerConfig, rounds: Iterable[PrunedIndices]) -> dict[str, Origin]:
+
+def origins(config: DRSformerConfig, rounds: Iterable[Removal]) -> dict[str, Origin]:
     """What `remove` leaves of each tensor of a network, when it is called round after round.
 
     Args:
         config: Of the whole network.
-        rounds: The units of each call, each of the network that the one before left.
+        rounds: What each call removed, of the network that the one before left.
 
     Returns:
         By the names of the tensors of the smallest network.
@@ -408,8 +435,17 @@ def origins(config: DRSformerConfig, rounds: Iterable[PrunedIndices]) -> dict[st
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in DRSformer(config).state_dict().items()}
     found = {name: Origin(name, {}) for name in shapes}
-    for pruned in rounds:
+    for removal in rounds:
+        pruned = removal.units
         groups = _pruned_groups(config, pruned)
+        for group in groups:
+            if group.name in removal.rotations:
+                for part in group.dims[0].slices:
+                    if part.role == "writes":
+                        whole, kept = found[part.tensor]
+                        matrix = _as_matrix(kept.get(0), shapes[whole][0])
+                        matrix = lifted(removal.rotations[group.name], len(matrix), part.units) @ matrix
+                        found[part.tensor] = Origin(whole, kept | {0: matrix})
         drops, renames = _removals(groups, pruned)
         for (name, dim), indices in drops.items():
             whole, kept = found[name]
@@ -458,6 +494,22 @@ def _renamed(name: str, renames: Mapping[str, str | None]) -> str | None:
     return name
 
 
-def _spread(gram: Tensor) -> Tensor:
+def _as_matrix(kept: Tensor | None, size: int) -> Tensor:
+    """Indices of a dimension of this size, all of them if none are given, as rows of zeros and a one."""
+    if kept is not None and kept.is_floating_point():
+        return kept
+    eye = torch.eye(size, dtype=torch.float64)
+    return eye if kept is None else eye[kept]
+
+
+def lifted(rotation: Tensor, size: int, places: Tensor) -> Tensor:
+    """A rotation of units as one of all indices of a dimension of this size, in which unit i is places[i]."""
+    matrix = torch.eye(size).to(rotation)
+    for each in places.T:
+        matrix[each[:, None], each] = rotation
+    return matrix
+
+
+def spread(gram: Tensor) -> Tensor:
     """The variance over channels, added up over pixels."""
     return (gram.trace() / len(gram) - gram.mean()).clamp_min(1e-12)

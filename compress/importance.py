@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +33,28 @@ Grams = dict[str, Tensor]
 """By the name of a LayerNorm, the sum over the pixels of its inputs of x x^T, (C, C) float64."""
 
 
+class Measured(NamedTuple):
+    """What is known of a network's units.
+
+    Attributes:
+        scores: What they are worth.
+        grams: Of its LayerNorms.
+        directions: Of the groups that are scored by the principal directions of their units and not by the units
+            themselves, see `compress.rotation`.
+    """
+
+    scores: Scores
+    grams: Grams
+    directions: dict[str, Tensor]
+
+
 def importances(
     network: DRSformer,
     groups: Sequence[PruningGroup],
     patches: Sequence[tuple[Tensor, Tensor]],
     importance: Importance = "taylor",
     on_progress: OnProgress = silent,
-) -> tuple[Scores, Grams]:
+) -> Measured:
     """Measure what the loss of each unit would cost.
 
     By `importance`:
@@ -60,7 +76,7 @@ def importances(
         on_progress: See `runtime.progress`.
 
     Returns:
-        The scores, and the grams that `compress.groups.remove` takes.
+        Scores of the units, and the grams that `compress.groups.remove` takes.
 
     Raises:
         InputError: The network answers with NaN or infinity.
@@ -83,13 +99,13 @@ def importances(
                     slope = slopes.of(dimension, "reads")
                     score += slope**2 if importance == "fisher" else slope.abs()
     if importance == "magnitude":
-        return magnitudes, grams
+        return Measured(magnitudes, grams, {})
     largest = [float(score.max()) for dims in scores.values() for score in dims if len(score)]
     little = TIE_BREAK * max(largest, default=0.0)
     for name, dims in scores.items():
         for score, magnitude in zip(dims, magnitudes[name], strict=True):
             score += little * magnitude
-    return scores, grams
+    return Measured(scores, grams, {})
 
 
 def _magnitudes(weights: Mapping[str, Tensor], groups: Sequence[PruningGroup]) -> Scores:

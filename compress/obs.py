@@ -33,10 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from compress.groups import ParameterSlice, PruningGroup
-from compress.importance import Grams, Scores, layer_norm_grams
+from compress.groups import ParameterSlice, PruningGroup, lifted
+from compress.importance import Measured, layer_norm_grams
 from compress.linear_maps import fast_twin
 from compress.recover import patch_weights
+from compress.rotation import norms_of, principal_directions
 from drsformer.model import DRSformer, ExpertLayer, SparseTransformerBlock, TopKSparseAttention
 from runtime.errors import InputError
 from runtime.progress import OnProgress, silent, track
@@ -86,18 +87,17 @@ def costs_after_repair(
     network: DRSformer,
     groups: Sequence[PruningGroup],
     patches: Sequence[Tensor],
+    rotate: bool = True,
     on_progress: OnProgress = silent,
-) -> tuple[Scores, Grams]:
+) -> Measured:
     """Measure what each unit costs after the best repair.
 
     Args:
         network: Stays as it is.
         groups: Of this network.
         patches: Rainy, (3, P, P) float32 in [0, 1] each, at least one; on the device of the network.
+        rotate: Measure the principal directions of residual paths in place of their channels, see `compress.rotation`.
         on_progress: See `runtime.progress`.
-
-    Returns:
-        The scores, and the grams that `compress.groups.remove` takes.
 
     Raises:
         InputError: The network answers with NaN or infinity.
@@ -110,8 +110,16 @@ def costs_after_repair(
     layers = list(dict.fromkeys(name for group in groups for name in _readers(group)))
     weights = patch_weights(images, outputs) / len(images)
     statistics = _collect(twin, layers, images, weights.tolist(), on_progress)
-    weighed = track(groups, len(groups), "Weighing units", on_progress)
-    return {group.name: _costs(twin, group, statistics) for group in weighed}, grams
+    directions = {}
+    if rotate:
+        directions = principal_directions(network, groups, grams, statistics.inputs, statistics.felt)
+    scores = {}
+    for group in track(groups, len(groups), "Weighing units", on_progress):
+        if group.name in directions:
+            scores[group.name] = [_costs_of_directions(network, group, statistics, directions[group.name])]
+        else:
+            scores[group.name] = _costs(twin, group, statistics)
+    return Measured(scores, grams, directions)
 
 
 def _readers(group: PruningGroup) -> list[str]:
@@ -207,6 +215,30 @@ def _costs(network: DRSformer, group: PruningGroup, statistics: Statistics) -> l
         heads = _attended_costs(network, name, statistics.attention[name], statistics.felt[layers[0]])
         costs |= dict(zip((i for i in range(len(group.dims)) if i not in costs), heads, strict=True))
     return [costs[i] for i in range(len(group.dims))]
+
+
+def _costs_of_directions(network: DRSformer, group: PruningGroup, statistics: Statistics, directions: Tensor) -> Tensor:
+    """What each direction of a residual path costs, (units,); the mean over channels, which has to stay, more than all
+    others."""
+    norms, layers = norms_of(network, group) or {}, _readers(group)
+    scales = {reader: _scale(network.get_parameter(f"{norm}.weight")) for norm, reader in norms.items()}
+    units, readers = [], []
+    for layer, inputs in zip(layers, _inputs(group, 0, layers), strict=True):
+        assert inputs is not None
+        matrix = lifted(directions, len(statistics.inputs[layer]), inputs)
+        scale = scales.get(layer, torch.ones(len(matrix), dtype=torch.float64))
+        there, back = matrix / scale, scale[:, None] * torch.linalg.inv(matrix)
+        readers.append(_Reader.of(there @ statistics.inputs[layer] @ there.T, back.T @ statistics.felt[layer] @ back))
+        units.append(inputs[1:] if norms else inputs)
+    (costs,) = _greedy(readers, [units])
+    return torch.cat([1 + 2 * costs.sum(0, keepdim=True), costs]) if norms else costs
+
+
+def _scale(weight: Tensor) -> Tensor:
+    """Of a LayerNorm, without zeros to be divided by."""
+    scale = weight.detach().double().cpu()
+    least = 1e-3 * scale.abs().amax().clamp_min(1e-30)
+    return torch.where(scale.abs() < least, least, scale)
 
 
 def _inputs(group: PruningGroup, i: int, layers: Sequence[str]) -> list[Tensor | None]:

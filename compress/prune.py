@@ -79,6 +79,7 @@ class PruneOptions:
         weigh_time: Remove what costs least for what it saves of the target and of the milliseconds, and not of the
             target alone. They are estimated from parts of the exported graph, which are timed first: minutes, and never
             twice the same.
+        rotate: With obs, thin residual paths in their principal directions and not by channels.
         recover: Solve the weights that are left anew after each round, so that they make up for what was removed.
         scope: Kinds of pruning groups from which units may be removed.
         round_to: Multiple at which widths end, where hardware has vectors.
@@ -100,6 +101,7 @@ class PruneOptions:
     latency: float | None = None
     importance: Importance = "obs"
     weigh_time: bool = False
+    rotate: bool = True
     recover: bool = True
     scope: tuple[Kind, ...] = KINDS
     round_to: int = 8
@@ -210,6 +212,7 @@ def read_inputs(weights: Path, data: Sequence[Path], options: PruneOptions) -> I
         **options.fractions,
         "importance": options.importance,
         "weigh_time": options.weigh_time,
+        "rotate": options.rotate,
         "recover": options.recover,
         "round_to": options.round_to,
         "rounds": options.rounds,
@@ -235,7 +238,7 @@ def _measure(inputs: Inputs, options: PruneOptions, on_progress: OnProgress) -> 
 
     if options.importance == "obs":
         rainy = [rainy for rainy, _ in inputs.patches]
-        return functools.partial(costs_after_repair, patches=rainy, on_progress=on_progress)
+        return functools.partial(costs_after_repair, patches=rainy, rotate=options.rotate, on_progress=on_progress)
     return functools.partial(
         importances, patches=inputs.patches, importance=options.importance, on_progress=on_progress
     )

@@ -1,7 +1,7 @@
 """Recovery in closed form: what is left of a pruned network is re-solved so that it does what the whole one did.
 
     pruned = remove(whole, units)
-    recovered = recover(whole, pruned, origins(whole.config, [units]), patches)
+    recovered = recover(whole, pruned, origins(whole.config, [Removal(units)]), patches)
 
 Images pass both networks side by side, from one linear map to the next (`compress.linear_maps`). Each map of the pruned
 network is replaced by the ridge regression from what it reads now, behind the maps that were re-solved before it, to
@@ -27,8 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.groups import Origin, PrunedIndices, origins, remove
+from compress.groups import Origin, Removal, origins
+from compress.importance import Grams
 from compress.linear_maps import LinearMap, Passing
+from compress.rotation import remove_rotated
 from drsformer.model import DRSformer
 from export.folding import fold
 from runtime.errors import InputError
@@ -104,8 +106,8 @@ def recover(
 
 def remove_and_recover(
     network: DRSformer,
-    rounds: Sequence[PrunedIndices],
-    grams: Mapping[str, Tensor],
+    rounds: Sequence[Removal],
+    grams: Grams,
     whole: DRSformer,
     patches: Sequence[Tensor],
     on_progress: OnProgress = silent,
@@ -114,13 +116,14 @@ def remove_and_recover(
 
     Args:
         network: What the rounds before have left; stays as it is.
-        rounds: The units of all rounds, those of the last one still in `network`.
-        grams: See `compress.groups.remove`.
+        rounds: What all rounds remove, of which the last one is still to be done.
+        grams: See `compress.importance`.
         whole: The network before the first round.
         patches: See `recover`.
         on_progress: See `runtime.progress`.
     """
-    return recover(whole, remove(network, rounds[-1], grams), origins(whole.config, rounds), patches, on_progress)
+    pruned = remove_rotated(network, rounds[-1], grams)
+    return recover(whole, pruned, origins(whole.config, rounds), patches, on_progress)
 
 
 def patch_weights(images: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
@@ -151,11 +154,10 @@ class _Targets:
         outputs = self.passing.advance()
         while self.passing.map and self.passing.map.name not in self.names:  # of a block that was removed
             self.passing.advance()
-        rows = origin.kept.get(0, slice(None))
         if written := current.written:
             stream = self.next.stream
-            return lambda i: written(stream[i])[:, rows]
-        return lambda i: (outputs[i] if outputs else current.output(i))[:, rows]
+            return lambda i: origin.of_output(written(stream[i]))
+        return lambda i: origin.of_output(outputs[i] if outputs else current.output(i))
 
     @property
     def next(self) -> LinearMap:

@@ -10,14 +10,16 @@ import functools
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.groups import PrunedIndices, PruningGroup, config_after, pruning_groups, remove
-from compress.importance import Grams, Scores
+from compress.groups import PruningGroup, Removal, config_after, pruning_groups
+from compress.importance import Grams, Measured
 from compress.options import KINDS, Kind
+from compress.rotation import remove_rotated, settled
 from compress.step_cache import NO_CACHE, StepCache
 from drsformer.config import DRSformerConfig
 from drsformer.model import DRSformer
@@ -27,18 +29,17 @@ from runtime.progress import OnProgress, silent, track
 TOLERANCE = 0.02
 """Fraction of its target by which a network may miss it."""
 
-Measure = Callable[[DRSformer, Sequence[PruningGroup]], tuple[Scores, Grams]]
-"""The scores of these groups, by which units are chosen, and the grams that a `Repair` takes, such as
-`compress.obs.costs_after_repair` with its patches."""
+Measure = Callable[[DRSformer, Sequence[PruningGroup]], Measured]
+"""Tells what the units of these groups are worth, such as `compress.obs.costs_after_repair` with its patches."""
 
-Repair = Callable[[DRSformer, Sequence[PrunedIndices], Grams], DRSformer]
-"""Makes the network of a round from the one before it and the units of all rounds so far, of which those of the last
-one are still to be removed, such as `compress.recover.remove_and_recover` with the whole network and patches."""
+Repair = Callable[[DRSformer, Sequence[Removal], Grams], DRSformer]
+"""Makes the network of a round from the one before it and what all rounds so far remove, of which the last one is still
+to be done, such as `compress.recover.remove_and_recover` with the whole network and patches."""
 
 
-def remove_only(network: DRSformer, rounds: Sequence[PrunedIndices], grams: Grams) -> DRSformer:
+def remove_only(network: DRSformer, rounds: Sequence[Removal], grams: Grams) -> DRSformer:
     """The `Repair` that corrects the scales of LayerNorms and leaves all other weights as they are."""
-    return remove(network, rounds[-1], grams)
+    return remove_rotated(network, rounds[-1], grams)
 
 
 @dataclass(frozen=True)
@@ -186,19 +187,25 @@ def prune_network(
     start = {target.name: target.cost(network.config) for target in targets}
     floors = {target.name: min(target.bound * (1 - below), start[target.name]) for target in targets}
 
-    removed: list[PrunedIndices] = []
+    removed: list[Removal] = []
 
     def smaller(network: DRSformer, bounds: Sequence[Target], turn: int) -> DRSformer:
         groups = pruning_groups(network.config, scope)
         measured = functools.cache(functools.partial(measure, network, groups))
 
-        def chosen() -> PrunedIndices:
-            return choose(network.config, groups, measured()[0], bounds, floors, round_to, time)
+        def chosen() -> dict[str, Any]:
+            scores, _, directions = measured()
+            units = choose(network.config, groups, scores, bounds, floors, round_to, time)
+            removal = settled(network, groups, units, directions)
+            rotations = {name: rotation.tolist() for name, rotation in removal.rotations.items()}
+            return {"units": removal.units, "rotations": rotations}
 
         def repaired() -> DRSformer:
-            return repair(network, removed, measured()[1])
+            return repair(network, removed, measured().grams)
 
-        removed.append(cache.json(f"round{turn}", chosen))
+        found = cache.json(f"round{turn}", chosen)
+        rotations = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in found["rotations"].items()}
+        removed.append(Removal(found["units"], rotations))
         return cache.network(f"round{turn}", repaired)
 
     for turn in track(range(1, rounds + 1), rounds, "Pruning", on_progress):

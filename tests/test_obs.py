@@ -81,7 +81,7 @@ def test_as_many_units_of_each_dimension_in_turn():
 def test_every_unit_has_a_cost(config):
     network = fill(DRSformer(config))
     groups = pruning_groups(config)
-    scores, grams = costs_after_repair(network, groups, patches(2))
+    scores, grams, _ = costs_after_repair(network, groups, patches(2))
     assert set(scores) == {group.name for group in groups}
     assert {group.kind for group in groups} == {kind for kind in KINDS if kind != "experts" or config is EXPERTS}
     for group in groups:
@@ -110,7 +110,7 @@ def test_what_nothing_reads_costs_nothing():
     """A compensator whose only step has lost all of its experts: its gate is computed for nothing."""
     config = dataclasses.replace(EVEN, mefc_early=MEFCConfig(4, ((NO_EXPERT, NO_EXPERT),)))
     groups = pruning_groups(config)
-    scores, _ = costs_after_repair(fill(DRSformer(config)), groups, patches(1))
+    scores, *_ = costs_after_repair(fill(DRSformer(config)), groups, patches(1))
     (gate,) = (name for name in scores if name.startswith("mefc_early.gate"))
     assert float(sum(each.sum() for each in scores[gate])) == 0
 
@@ -119,7 +119,7 @@ def test_what_is_there_twice_costs_least():
     name = "decoder_level1.0.ffn"
     network = doubled(fill(DRSformer(EVEN)), name)
     groups = [group for group in pruning_groups(EVEN) if group.name == name]
-    scores, _ = costs_after_repair(network, groups, patches(3))
+    scores, *_ = costs_after_repair(network, groups, patches(3))
     for costs in scores[name]:
         free = costs.argsort()[: len(costs) // 2]
         assert sorted((free // 2).tolist()) == list(range(len(costs) // 2))  # one of each couple
@@ -188,9 +188,9 @@ def test_a_network_that_answers_with_nan_is_refused():
 def test_what_is_computed_again_on_the_way_back_counts_once(monkeypatch):
     network = fill(DRSformer(EXPERTS))
     groups, images = pruning_groups(network.config, KINDS), patches(2)
-    scores, _ = costs_after_repair(network, groups, images)
+    scores, *_ = costs_after_repair(network, groups, images)
     monkeypatch.setattr("compress.obs.checkpoint", lambda forward, *args, use_reentrant: forward(*args))
-    whole, _ = costs_after_repair(network, groups, images)
+    whole, *_ = costs_after_repair(network, groups, images)
     for name in whole:
         for cost, expected in zip(scores[name], whole[name], strict=True):
             torch.testing.assert_close(cost, expected, rtol=1e-4, atol=0)

@@ -167,7 +167,7 @@ def test_first_order_importance_is_the_slope_of_the_loss():
     groups = [
         g for g in pruning_groups(model.config) if g.name in ("latent.0.ffn", "latent.0.attn", "mefc_late.steps.0")
     ]
-    scores, _ = importances(model, groups, [(rainy, clean)])
+    scores, *_ = importances(model, groups, [(rainy, clean)])
 
     def loss() -> float:
         with torch.no_grad():
@@ -193,7 +193,7 @@ def test_units_that_are_not_there_have_no_importance(importance):
     narrow = LevelConfig(config.latent.width, (block,))
     model = DRSformer(config.with_levels({**config.levels(), "latent": narrow}))
     groups = pruning_groups(model.config, ["ffn"])
-    scores, _ = importances(model, groups, patches(1), importance)
+    scores, *_ = importances(model, groups, patches(1), importance)
     assert [len(score) for score in scores["latent.0.ffn"]] == [0, 0]
 
 
@@ -209,7 +209,7 @@ def test_magnitude_is_zero_where_a_unit_has_no_weights():
     state = model.state_dict()
     state["latent.0.ffn.project_in.weight"][4:6] = 0  # writes into unit 2 of the first half
     state["latent.0.attn.project_out.weight"][:, 16:32] = 0  # reads head 1
-    scores, _ = importances(model, pruning_groups(model.config), patches(1), "magnitude")
+    scores, *_ = importances(model, pruning_groups(model.config), patches(1), "magnitude")
     assert (scores["latent.0.ffn"][0] == 0).nonzero().flatten().tolist() == [2]
     assert (scores["latent.0.attn"][0] == 0).nonzero().flatten().tolist() == [1]
 
@@ -218,7 +218,7 @@ def test_magnitude_tells_blocks_apart():
     model = network()
     for layer in ("attn", "ffn"):
         model.state_dict()[f"encoder_level1.1.{layer}.project_out.weight"].mul_(0.5)
-    scores, _ = importances(model, pruning_groups(model.config, ["depth"]), [], "magnitude")
+    scores, *_ = importances(model, pruning_groups(model.config, ["depth"]), [], "magnitude")
     strong, weak = scores["encoder_level1"][0].tolist()
     assert weak < 0.5 * strong
     assert strong + weak == pytest.approx(2)  # a block of its level counts one on the average

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.groups import PrunedIndices, origins, pruning_groups, remove
+from compress.groups import PrunedIndices, Removal, origins, pruning_groups, remove
 from compress.linear_maps import LinearMap, Passing
 from compress.recover import PIXELS, _NormalEquations, _ridge_regression, patch_weights, recover
 from drsformer.model import DRSformer
@@ -32,7 +32,7 @@ def psnr(a: DRSformer, b: DRSformer, images: list[Tensor]) -> float:
 
 def pruned_and_recovered(whole: DRSformer, units: PrunedIndices, images: list[Tensor]) -> tuple[DRSformer, DRSformer]:
     pruned = remove(whole, units)
-    return pruned, recover(whole, pruned, origins(whole.config, [units]), images)
+    return pruned, recover(whole, pruned, origins(whole.config, [Removal(units)]), images)
 
 
 @pytest.mark.parametrize("config", NETWORKS.values(), ids=NETWORKS)
@@ -130,7 +130,7 @@ def test_rounds_of_pruning_are_recovered_against_the_whole():
     network = whole
     for done in (1, 2):
         pruned = remove(network, rounds[done - 1])
-        network = recover(whole, pruned, origins(EVEN, rounds[:done]), images)
+        network = recover(whole, pruned, origins(EVEN, map(Removal, rounds[:done])), images)
         assert distance(network, whole, images[-2:]) < distance(pruned, whole, images[-2:])
 
 
