@@ -37,7 +37,7 @@ from compress.groups import ParameterSlice, PruningGroup, lifted
 from compress.importance import Measured, layer_norm_grams
 from compress.linear_maps import fast_twin
 from compress.recover import patch_weights
-from compress.rotation import norms_of, principal_directions
+from compress.rotation import norms_of, principal_directions, scale_of
 from drsformer.model import DRSformer, ExpertLayer, SparseTransformerBlock, TopKSparseAttention
 from runtime.errors import InputError
 from runtime.progress import OnProgress, silent, track
@@ -112,7 +112,7 @@ def costs_after_repair(
     statistics = _collect(twin, layers, images, weights.tolist(), on_progress)
     directions = {}
     if rotate:
-        directions = principal_directions(network, groups, grams, statistics.inputs, statistics.felt)
+        directions = principal_directions(network, groups, statistics.inputs, statistics.felt)
     scores = {}
     for group in track(groups, len(groups), "Weighing units", on_progress):
         if group.name in directions:
@@ -221,7 +221,7 @@ def _costs_of_directions(network: DRSformer, group: PruningGroup, statistics: St
     """What each direction of a residual path costs, (units,); the mean over channels, which has to stay, more than all
     others."""
     norms, layers = norms_of(network, group) or {}, _readers(group)
-    scales = {reader: _scale(network.get_parameter(f"{norm}.weight")) for norm, reader in norms.items()}
+    scales = {reader: scale_of(network, norm) for norm, reader in norms.items()}
     units, readers = [], []
     for layer, inputs in zip(layers, _inputs(group, 0, layers), strict=True):
         assert inputs is not None
@@ -232,13 +232,6 @@ def _costs_of_directions(network: DRSformer, group: PruningGroup, statistics: St
         units.append(inputs[1:] if norms else inputs)
     (costs,) = _greedy(readers, [units])
     return torch.cat([1 + 2 * costs.sum(0, keepdim=True), costs]) if norms else costs
-
-
-def _scale(weight: Tensor) -> Tensor:
-    """Of a LayerNorm, without zeros to be divided by."""
-    scale = weight.detach().double().cpu()
-    least = 1e-3 * scale.abs().amax().clamp_min(1e-30)
-    return torch.where(scale.abs() < least, least, scale)
 
 
 def _inputs(group: PruningGroup, i: int, layers: Sequence[str]) -> list[Tensor | None]:

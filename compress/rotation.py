@@ -1,20 +1,20 @@
 """Thinning a residual path in its principal directions instead of its channels (SliceGPT, arXiv 2401.15024).
 
-    directions = principal_directions(network, groups, grams, inputs, felt)
+    directions = principal_directions(network, groups, inputs, felt)
     removal = settled(network, groups, choose(...), directions)
     smaller = remove_rotated(network, removal, grams)
 
 Everything that writes into a residual path or reads it is linear but for LayerNorm, so the path may have any
 coordinates, and a network that keeps its first principal directions loses less than one that keeps as many channels.
 LayerNorm subtracts the mean over channels and divides by their standard deviation, which no rotation changes as long
-as it takes the vector of ones to a multiple of itself. So the mean is one of the directions, always stays, and of the
-directions that stay a last rotation makes channels again whose mean it is. The scale and shift of a LayerNorm go into
-the map that reads it first; the scale comes back as what makes up for the variance that went, on the average, the shift
-as the nearest that there is.
+as it takes the vector of ones to a multiple of itself. So the mean is one of the directions and always stays, and of
+what the others make up an upright basis is turned into channels again, whose mean it is. The scale and shift of a
+LayerNorm go into the map that reads it first; the scale comes back as what makes up for the variance that went, on the
+average, the shift as the nearest that there is.
 
-Four channels that pixel-unshuffle makes of one turn alike. What an upsampling brings passes no LayerNorm, so there any
-directions will do: those are best that the image feels least of. Level 1 and the upsampling into it stay as they are:
-decoder level 1 normalises both together, and an MEFC works channel by channel.
+Four channels that pixel-unshuffle makes of one turn alike. What an upsampling brings passes no LayerNorm, so there
+directions need not be at right angles. Level 1 and the upsampling into it keep their channels: decoder level 1
+normalises both together, and an MEFC works channel by channel.
 """
 
 from __future__ import annotations
@@ -28,8 +28,12 @@ from compress.groups import PruningGroup, Removal, Rotations, lifted, pruning_gr
 from compress.importance import Grams
 from drsformer.model import DRSformer, LayerNorm
 
-FLOOR = 1e-6
-"""Smallest eigenvalue of a matrix that is to be inverted, of its largest one."""
+EVEN = 0.1
+"""How evenly directions count that the image feels more and less of, in parts of their mean: LayerNorm divides by all
+of them, and what is measured on some patches is not everything."""
+
+RIDGE = 1e-6
+"""Of the least squares that put the shift of a LayerNorm into fewer channels."""
 
 READERS = {"norm1": "attn.qkv", "norm2": "ffn.project_in"}
 """The map behind each LayerNorm of a block."""
@@ -50,57 +54,62 @@ def norms_of(network: DRSformer, group: PruningGroup) -> dict[str, str] | None:
 
 
 def principal_directions(
-    network: DRSformer,
-    groups: Sequence[PruningGroup],
-    grams: Grams,
-    inputs: Mapping[str, Tensor],
-    felt: Mapping[str, Tensor],
+    network: DRSformer, groups: Sequence[PruningGroup], inputs: Mapping[str, Tensor], felt: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The directions of all residual paths that can be rotated.
+
+    Of H, the mean of h h^T of what the maps read, and M, the sum of g g^T of what the image feels there, those are the
+    eigenvectors of M^1/2 H M^1/2: to keep the first k of them loses least of the image, to second order.
 
     Args:
         network: That has them.
         groups: Of this network.
-        grams: See `compress.importance`.
-        inputs: Of each map that reads a residual path, h h^T, (n, n) float64, see `compress.obs`.
-        felt: Likewise g g^T.
+        inputs: H of each map that reads a residual path, (n, n) float64, see `compress.obs`.
+        felt: M of each, likewise.
 
     Returns:
-        By the name of the group, (units, units) float64: rows are directions, the mean first where there is a
-        LayerNorm, then the strongest ones.
+        By the name of the group, (units, units) float64: rows are directions, the strongest ones first, and the mean
+        before them where there is a LayerNorm. How much the path has of one is uncorrelated with the others.
     """
     found = {}
     for group in groups:
-        if group.kind != "width" or (norms := norms_of(network, group)) is None:
-            continue
-        found[group.name] = _by_variance(group, norms, grams) if norms else _by_image(group, inputs, felt)
+        if group.kind == "width" and (norms := norms_of(network, group)) is not None:
+            scales = {reader: scale_of(network, norm) for norm, reader in norms.items()}
+            found[group.name] = _directions(group, scales, inputs, felt)
     return found
 
 
-def _by_variance(group: PruningGroup, norms: Mapping[str, str], grams: Grams) -> Tensor:
+def scale_of(network: DRSformer, norm: str) -> Tensor:
+    """The scale of a LayerNorm, without zeros to be divided by: (C,) float64."""
+    scale = network.get_parameter(f"{norm}.weight").detach().double().cpu()
+    least = 1e-3 * scale.abs().amax().clamp_min(1e-30)
+    return torch.where(scale.abs() < least, least, scale)
+
+
+def _directions(
+    group: PruningGroup, scales: Mapping[str, Tensor], inputs: Mapping[str, Tensor], felt: Mapping[str, Tensor]
+) -> Tensor:
     m = group.units
-    mean = torch.full((m, 1), m**-0.5, dtype=torch.float64)
-    without = torch.eye(m, dtype=torch.float64) - mean @ mean.T
-    total = torch.zeros(m, m, dtype=torch.float64)
-    for norm in norms:
-        gram = grams[norm].cpu().view(m, group.unit, m, group.unit).diagonal(dim1=1, dim2=3).sum(-1)
-        gram = without @ gram @ without
-        total += gram / gram.trace().clamp_min(1e-30)
-    directions = torch.linalg.eigh(total + mean @ mean.T * (2 * len(norms)))[1].flip(1).T  # the mean comes first
-    return torch.cat([mean.T, directions[1:]])
-
-
-def _by_image(group: PruningGroup, inputs: Mapping[str, Tensor], felt: Mapping[str, Tensor]) -> Tensor:
-    """Of what the image feels of each direction, little comes last."""
-    h, g = (torch.zeros(group.units, group.units, dtype=torch.float64) for _ in range(2))
+    eye, mean = torch.eye(m, dtype=torch.float64), torch.full((m, 1), m**-0.5, dtype=torch.float64)
+    h, g = torch.zeros_like(eye), torch.zeros_like(eye)
     for part in group.dims[0].slices:
-        layer = part.tensor.removesuffix(".weight")
         if part.role == "reads":
-            for places in part.units.T:  # of several maps, and several channels to a unit
-                h, g = (total + each[layer][places][:, places] for total, each in ((h, inputs), (g, felt)))
-    values, vectors = torch.linalg.eigh(g)
-    root = vectors * values.clamp_min(FLOOR * values.amax().clamp_min(1e-30)).sqrt() @ vectors.T
-    rows = torch.linalg.eigh(root @ h @ root)[1].flip(1).T @ root
+            layer = part.tensor.removesuffix(".weight")
+            scale = scales.get(layer, torch.ones(len(inputs[layer]), dtype=torch.float64))
+            read, feels = inputs[layer] / scale / scale[:, None], felt[layer] * scale * scale[:, None]
+            for places in part.units.T:
+                energy = read[places, places].mean().clamp_min(1e-30)  # readers see the path at scales of their own
+                h += read[places][:, places] / energy
+                g += feels[places][:, places] * energy
+    if scales:
+        without = eye - mean @ mean.T
+        h, g = without @ h @ without, without @ g @ without
+    values, vectors = torch.linalg.eigh(g / g.diagonal().mean().clamp_min(1e-30) + EVEN * eye)
+    root = vectors * values.sqrt() @ vectors.T
+    both = root @ h @ root
+    if scales:  # nothing is left of the mean, which is to come first
+        both += (1 + both.trace()) * mean @ mean.T
+    rows = torch.linalg.eigh(both)[1].flip(1).T @ root
     return rows / rows.norm(dim=1, keepdim=True)
 
 
@@ -119,9 +128,13 @@ def settled(
     for group in groups:
         if group.name in directions and (dropped := chosen.get(group.name, [[]])[0]):
             rows = directions[group.name]
-            stay = rows[[i for i in range(len(rows)) if i not in dropped]]
+            kept = [i for i in range(len(rows)) if i not in dropped]
+            stay = rows[kept]
             if norms_of(network, group):
-                stay = _from_ones(len(stay)) @ stay
+                parts = torch.linalg.inv(rows)[:, kept]  # the path is the sum of these, each as much as it has of it
+                _, triangle = torch.linalg.qr(parts)
+                triangle = triangle.diagonal().sign()[:, None] * triangle
+                stay = _from_ones(len(stay)) @ triangle @ stay
             rotations[group.name] = torch.cat([stay, rows[dropped]])
             chosen[group.name] = [list(range(len(stay), len(rows)))]
     return Removal(chosen, rotations)
@@ -178,7 +191,7 @@ def _rotate(network: DRSformer, removal: Removal, grams: Grams) -> tuple[DRSform
             matrix = lifted(rotation, len(gram), places)[:stay]
             weight = state[f"{reader}.weight"].flatten(1)[:, :stay]
             normal = weight.T @ weight
-            ridge = FLOOR * normal.diagonal().mean().clamp_min(1e-30) * torch.eye(stay).to(normal)
+            ridge = RIDGE * normal.diagonal().mean().clamp_min(1e-30) * torch.eye(stay).to(normal)
             bias = torch.zeros_like(state[f"{norm}.bias"])
             bias[:stay] = torch.linalg.solve(normal + ridge, weight.T @ shifts[norm])
             scale = spread(matrix @ gram @ matrix.T).div(spread(gram)).sqrt()

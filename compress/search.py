@@ -205,7 +205,7 @@ def search(
         work,
         {
             **given,
-            "version": 2,  # of the steps: what one is pruned from has changed
+            "version": 3,  # of the steps: how they are pruned has changed
             "weights": checkpoint.load(weights, options.weights_key).sha256,
             "data": [dataset_name(folder) for folder in data],
             "files_sha256": files_sha256(files_of(*map(find_pairs, [*data, *sources]))),
