@@ -8,7 +8,8 @@ By kind:
 - `ffn`: hidden channels of a feed-forward network. In an MSFN they go by pairs of neighbours, see `_msfn`.
 - `heads`: heads of an attention, and channels of all its heads alike, of Q with the output they make and of K with V.
 - `experts`: experts of an MEFC, and hidden channels of its gate.
-- `width`: channels of a level's residual path, with everything that reads or writes them, and of the upsamplings.
+- `width`: channels of a level's residual path, with everything that reads or writes them, and of the upsamplings; in
+  other coordinates, see `compress.rotation`.
 - `depth`: blocks.
 
 Exact, and tested: removing hidden channels, heads, experts, gate channels and blocks whose weights are zero changes

@@ -5,7 +5,7 @@
 # three minutes on a core of a shared CPU.
 set -euo pipefail
 data=$1 runs=$2
-python -m compress.prune --weights weights/drsformer-s.safetensors --macs 0.5 --limit 4 \
+python -m compress.prune --weights weights/drsformer-s.safetensors --macs 0.5 --limit 4 --no-rotate \
   --data "$data/rain100l/train" "$data/rain200h/train" "$data/rain800/train" --output "$runs/half.safetensors"
 python - "$runs/half.safetensors" <<'END'
 import sys, torch
