@@ -164,12 +164,13 @@ def remove_rotated(network: DRSformer, removal: Removal, grams: Grams) -> DRSfor
 def _rotate(network: DRSformer, removal: Removal, grams: Grams) -> tuple[DRSformer, Grams]:
     """The network in these coordinates, whose LayerNorms are right only without what is to be removed, and the grams of
     those that were left alone."""
+    device = next(network.parameters()).device
     state = {name: tensor.double() for name, tensor in network.state_dict().items()}
     left = dict(grams)
     for group in pruning_groups(network.config, ["width"]):
         if group.name not in removal.rotations:
             continue
-        rotation = removal.rotations[group.name].to(next(network.parameters()).device)
+        rotation = removal.rotations[group.name].to(device)
         back, norms = torch.linalg.inv(rotation), norms_of(network, group)
         assert norms is not None
         shifts = {}
@@ -196,6 +197,6 @@ def _rotate(network: DRSformer, removal: Removal, grams: Grams) -> tuple[DRSform
             bias[:stay] = torch.linalg.solve(normal + ridge, weight.T @ shifts[norm])
             scale = spread(matrix @ gram @ matrix.T).div(spread(gram)).sqrt()
             state |= {f"{norm}.weight": torch.full_like(bias, float(scale)), f"{norm}.bias": bias}
-    turned = DRSformer(network.config).eval().to(next(network.parameters()).device)
+    turned = DRSformer(network.config).eval().to(device)
     turned.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return turned, left
